@@ -1,0 +1,88 @@
+"""Error codes and the error value that results, events and HTTP carry.
+
+A message names the thing, the limit and the value; never a credential, a signed URL or a stack trace.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from pydantic import ValidationError
+
+from api_stub.contract.wire import WireModel
+
+
+class ErrorCode(StrEnum):
+    """Why a job has no answer. Stable: programs branch on these."""
+
+    INVALID_REQUEST = "invalid_request"
+    MEDIA_NOT_FOUND = "media_not_found"
+    MEDIA_FORBIDDEN = "media_forbidden"
+    MEDIA_TOO_LARGE = "media_too_large"
+    MEDIA_CORRUPT = "media_corrupt"
+    MEDIA_UNSUPPORTED = "media_unsupported"
+    STORAGE_UNAVAILABLE = "storage_unavailable"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    MODEL_MISMATCH = "model_mismatch"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+    QUEUE_FULL = "queue_full"
+    OUT_OF_MEMORY = "out_of_memory"
+    POISON_JOB = "poison_job"
+    INTERNAL = "internal"
+
+
+#: Codes for which the same job, submitted again later, may well succeed.
+RETRYABLE_CODES: Final = frozenset(
+    {
+        ErrorCode.STORAGE_UNAVAILABLE,
+        ErrorCode.DEADLINE_EXCEEDED,
+        ErrorCode.EXPIRED,
+        ErrorCode.QUEUE_FULL,
+        ErrorCode.OUT_OF_MEMORY,
+        ErrorCode.INTERNAL,
+    }
+)
+
+
+class ErrorInfo(WireModel):
+    """A coded error. `retryable`: the same job may succeed when it is submitted again."""
+
+    code: ErrorCode
+    message: str
+    retryable: bool
+
+    @classmethod
+    def of(cls, code: ErrorCode, message: str) -> ErrorInfo:
+        """Make the error for `code`, with the code's usual `retryable`."""
+        return cls(code=code, message=message, retryable=code in RETRYABLE_CODES)
+
+
+class InvalidJob(ValueError):
+    """Raised when a job breaks the contract. `str()` names the field, the limit and the value."""
+
+
+def explain(error: ValidationError, *, tags: frozenset[str] = frozenset(), max_problems: int = 5) -> str:
+    """Return one clause per problem of a pydantic error: field, what was wrong, the offending value.
+
+    `tags` are the union discriminators that pydantic puts into its paths and no producer wrote.
+    """
+    problems = []
+    for problem in error.errors(include_url=False)[:max_problems]:
+        field = ".".join(str(part) for part in problem["loc"] if part not in tags)
+        if problem["type"] == "value_error":
+            text = str(problem["ctx"]["error"])
+        elif problem["type"] == "missing":
+            text = "required"
+        else:
+            text = f"{problem['msg']} (got {_brief(problem['input'])})"
+        problems.append(f"{field}: {text}" if field else text)
+    left_out = error.error_count() - len(problems)
+    return "; ".join(problems) + (f"; and {left_out} more" if left_out > 0 else "")
+
+
+def _brief(value: object, max_chars: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"

@@ -1,0 +1,279 @@
+"""A job as producers submit it: caption, VQA or video QA about media in S3.
+
+`parse_job` is the one way in for JSON from outside; it raises InvalidJob with the field, the limit and the value.
+`Job.turns()` gives every kind of job one shape: a conversation of turns with text and media parts in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, HttpUrl, TypeAdapter, ValidationError, field_serializer, model_validator
+
+from api_stub.contract.error import InvalidJob, explain
+from api_stub.contract.media import MediaUri
+from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
+from api_stub.contract.sampling import SamplingParams
+from api_stub.contract.wire import WireModel
+
+MAX_JOB_BYTES = 256 * 1024
+MAX_METADATA_BYTES = 4 * 1024
+MAX_MEDIA = 64
+MAX_FRAMES = 512
+DEFAULT_NUM_FRAMES = 8
+DEFAULT_PRIORITY = 6
+MAX_DEADLINE_S = 7 * 86_400.0
+
+ModelName = Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
+Text = Annotated[str, Field(min_length=1)]
+NumFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+
+
+class TaskName(StrEnum):
+    """The Celery tasks that producers may send. `str(task)` is the Celery task name."""
+
+    CAPTION = "visionq.caption"
+    VQA = "visionq.vqa"
+    VIDEO_QA = "visionq.video_qa"
+
+
+class TextPart(WireModel):
+    """A piece of text inside a turn."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class ImagePart(WireModel):
+    """An image inside a turn, at the place where the model shall see it."""
+
+    type: Literal["image"] = "image"
+    uri: MediaUri
+
+
+class VideoPart(WireModel):
+    """A clip inside a turn; `num_frames` are sampled uniformly (the job's number when absent)."""
+
+    type: Literal["video"] = "video"
+    uri: MediaUri
+    num_frames: NumFrames | None = None
+
+
+ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Role(StrEnum):
+    """Who speaks in a turn."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+class Message(WireModel):
+    """One turn of a conversation, as producers write it."""
+
+    role: Role
+    content: tuple[ContentPart, ...] = Field(min_length=1)
+
+
+class MediaPart(WireModel):
+    """A member of a job's `media` list: image or clip, told apart by the object's own bytes."""
+
+    type: Literal["media"] = "media"
+    uri: MediaUri
+
+
+class Turn(WireModel):
+    """One turn in the shape that all jobs share. Media from a `media` list are MediaPart."""
+
+    role: Role
+    content: tuple[TextPart | ImagePart | VideoPart | MediaPart, ...]
+
+
+class Webhook(WireModel):
+    """Where to announce the job's final event (and others that are asked for)."""
+
+    url: HttpUrl
+    events: tuple[str, ...] = ("job.completed", "job.failed", "job.cancelled", "job.expired")
+
+    @field_serializer("url")
+    def _plain(self, url: HttpUrl) -> str:
+        return str(url)
+
+
+class _JobFields(WireModel):
+    """What every kind of job may carry. `deadline_s` counts from submit; priority 0 is served first."""
+
+    model: ModelName = DEFAULT_MODEL_NAME
+    media: tuple[MediaUri, ...] = Field(default=(), max_length=MAX_MEDIA)
+    messages: tuple[Message, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+    deadline_s: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_S)
+    priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=9)
+    tenant: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9._-]*$")
+    webhook: Webhook | None = None
+    metadata: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> _JobFields:
+        if self.metadata is not None:
+            num_bytes = len(_json(self.metadata))
+            if num_bytes > MAX_METADATA_BYTES:
+                raise ValueError(f"metadata: {num_bytes} bytes of JSON, the limit is {MAX_METADATA_BYTES}")
+        if self.messages is not None:
+            self._check_messages(self.messages)
+        if (self.sampling.max_new_tokens or self.default_max_new_tokens) < self.sampling.min_new_tokens:
+            raise ValueError("sampling.min_new_tokens: above max_new_tokens")
+        return self
+
+    def _check_messages(self, messages: tuple[Message, ...]) -> None:
+        if self.media:
+            raise ValueError("media: not beside messages; put image and video parts into the messages")
+        if not any(message.role is Role.USER for message in messages):
+            raise ValueError("messages: at least one user turn is required")
+        for index, message in enumerate(messages):
+            if message.role is Role.SYSTEM and index:
+                raise ValueError(f"messages.{index}: only the first turn may be the system's")
+            if message.role is not Role.USER and any(part.type != "text" for part in message.content):
+                raise ValueError(f"messages.{index}: media belong to user turns")
+        if messages[-1].role is Role.SYSTEM:
+            raise ValueError("messages: the last turn must be the user's or the assistant's")
+        num_media = sum(part.type != "text" for message in messages for part in message.content)
+        if num_media > MAX_MEDIA:
+            raise ValueError(f"messages: {num_media} media parts, the limit is {MAX_MEDIA}")
+
+    @property
+    def default_max_new_tokens(self) -> int:
+        """Token limit of this kind of job when the producer names none."""
+        return 256
+
+    def _single_turn(self, text: str | None) -> tuple[Turn, ...]:
+        media = tuple(MediaPart(uri=uri) for uri in self.media)
+        words = (TextPart(text=text),) if text else ()
+        return (Turn(role=Role.USER, content=media + words),)
+
+    def _given_turns(self) -> tuple[Turn, ...]:
+        return tuple(Turn(role=m.role, content=m.content) for m in self.messages or ())
+
+    def resolved(self, job_id: str) -> Job:
+        """Return the job with `max_new_tokens` and `seed` filled in.
+
+        The seed is drawn from the job id, so that submitting the same id and body twice is the same job.
+        """
+        drawn = int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8], "big") >> 1
+        sampling = self.sampling.model_copy(
+            update={
+                "max_new_tokens": self.sampling.max_new_tokens or self.default_max_new_tokens,
+                "seed": drawn if self.sampling.seed is None else self.sampling.seed,
+            }
+        )
+        return self.model_copy(update={"sampling": sampling})  # type: ignore[return-value]
+
+
+class CaptionJob(_JobFields):
+    """Describe one or more images. Without `prompt` the checkpoint's own caption prompt is used."""
+
+    task: Literal[TaskName.CAPTION] = TaskName.CAPTION
+    prompt: Text | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> CaptionJob:
+        if self.messages is None and not self.media:
+            raise ValueError("media: a caption needs at least 1 image, got 0")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("prompt: not beside messages")
+        if self.messages is not None and not _has_part(self.messages, "image"):
+            raise ValueError("messages: a caption needs at least 1 image, got 0")
+        return self
+
+    @property
+    def default_max_new_tokens(self) -> int:
+        return 64
+
+    def turns(self, default_prompt: str) -> tuple[Turn, ...]:
+        """Return the conversation; `default_prompt` stands in for an absent prompt."""
+        return self._given_turns() if self.messages else self._single_turn(self.prompt or default_prompt)
+
+
+class VqaJob(_JobFields):
+    """Answer a question about any number of images (none: a text question)."""
+
+    task: Literal[TaskName.VQA] = TaskName.VQA
+    question: Text | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> VqaJob:
+        _check_question(self.question, self.messages)
+        return self
+
+    def turns(self, default_prompt: str) -> tuple[Turn, ...]:
+        """Return the conversation (`default_prompt` is for captions only)."""
+        return self._given_turns() if self.messages else self._single_turn(self.question)
+
+
+class VideoQaJob(_JobFields):
+    """Answer a question about one or more clips, images too."""
+
+    task: Literal[TaskName.VIDEO_QA] = TaskName.VIDEO_QA
+    question: Text | None = None
+    num_frames: NumFrames = DEFAULT_NUM_FRAMES
+
+    @model_validator(mode="after")
+    def _complete(self) -> VideoQaJob:
+        _check_question(self.question, self.messages)
+        if self.messages is None and not self.media:
+            raise ValueError("media: a video question needs at least 1 video, got 0")
+        if self.messages is not None and not _has_part(self.messages, "video"):
+            raise ValueError("messages: a video question needs at least 1 video, got 0")
+        return self
+
+    def turns(self, default_prompt: str) -> tuple[Turn, ...]:
+        """Return the conversation (`default_prompt` is for captions only)."""
+        return self._given_turns() if self.messages else self._single_turn(self.question)
+
+
+Job = CaptionJob | VqaJob | VideoQaJob
+_ANY: TypeAdapter[object] = TypeAdapter(object)
+_TAGS = frozenset(task.value for task in TaskName)
+_JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="task")])
+
+
+def parse_job(fields: Mapping[str, object] | str | bytes, task: TaskName | None = None) -> Job:
+    """Check a job that comes from outside, as JSON text or as decoded fields.
+
+    `task` is the Celery task's name when the fields do not carry it. Raises InvalidJob.
+    """
+    if isinstance(fields, (str, bytes)):
+        raw = fields.encode() if isinstance(fields, str) else fields
+    else:
+        raw = _json(dict(fields) | ({"task": str(task)} if task is not None else {}))
+    if len(raw) > MAX_JOB_BYTES:
+        raise InvalidJob(f"job: {len(raw)} bytes of JSON, the limit is {MAX_JOB_BYTES}")
+    try:
+        return _JOB.validate_json(raw)
+    except ValidationError as error:
+        raise InvalidJob(explain(error, tags=_TAGS)) from error
+
+
+def digest(job: Job) -> str:
+    """Return a hash of the job's canonical JSON: the same body gives the same digest."""
+    return hashlib.sha256(job.to_json().encode()).hexdigest()
+
+
+def _check_question(question: str | None, messages: tuple[Message, ...] | None) -> None:
+    if messages is None and question is None:
+        raise ValueError("question: required")
+    if messages is not None and question is not None:
+        raise ValueError("question: not beside messages")
+
+
+def _has_part(messages: tuple[Message, ...], kind: str) -> bool:
+    return any(part.type == kind for message in messages for part in message.content)
+
+
+def _json(value: object) -> bytes:
+    return _ANY.dump_json(value)

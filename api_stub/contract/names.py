@@ -1,0 +1,88 @@
+"""Every name that crosses a boundary: Celery tasks and queues, Redis keys and channels, message headers.
+
+Strings only, no I/O. CONTRACT v1: a change here is a change for every producer in every language.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+PREFIX: Final = "visionq:"
+DEFAULT_MODEL_NAME: Final = "default"
+MODEL_NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+#: Celery header that marks a message as a doorbell: the job itself is already in the ledger.
+DOORBELL_HEADER: Final = "visionq-doorbell"
+
+#: kombu's Redis transport keeps one list per priority step; a priority goes to the highest step not above it.
+PRIORITY_STEPS: Final = (0, 3, 6, 9)
+PRIORITY_SEPARATOR: Final = "\x06\x16"
+
+# Ledger keys. All of them live in one Redis database.
+DUE_KEY: Final = PREFIX + "due"  # ZSET job id -> Redis time at which a reaper must look at the job
+DEAD_KEY: Final = PREFIX + "dead"  # LIST of ids of jobs that were given up because their workers kept dying
+FENCE_KEY: Final = PREFIX + "fence"  # counter: one number per claim, never reused
+SUBMITTED_KEY: Final = PREFIX + "submitted"  # counter: order of submission, for the lost-doorbell watermark
+COUNTS_KEY: Final = PREFIX + "counts"  # HASH of ledger counters (claims, reaped leases, rung bells, ...)
+CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
+
+_MODEL_NAME = re.compile(MODEL_NAME_PATTERN)
+
+
+def is_model_name(name: str) -> bool:
+    """Tell whether `name` may route jobs (it becomes part of queue and key names)."""
+    return _MODEL_NAME.match(name) is not None
+
+
+def queue(model: str) -> str:
+    """Return the Celery queue that carries jobs for the model name `model`."""
+    return f"visionq.{model}"
+
+
+def model_of_queue(queue_name: str) -> str:
+    """Return the model name served by a Celery queue. Raises ValueError for a foreign queue."""
+    prefix, _, model = queue_name.partition(".")
+    if prefix != "visionq" or not is_model_name(model):
+        raise ValueError(f"not a visionq queue: {queue_name!r}")
+    return model
+
+
+def priority_step(priority: int) -> int:
+    """Return the priority list that a priority (0 first … 9 last) lands in."""
+    return max(step for step in PRIORITY_STEPS if step <= priority)
+
+
+def queue_list(model: str, step: int) -> str:
+    """Return the Redis list in which kombu keeps the messages of one priority step of a queue."""
+    return queue(model) if step == 0 else f"{queue(model)}{PRIORITY_SEPARATOR}{step}"
+
+
+def job_key(job_id: str) -> str:
+    """HASH: the job's row in the ledger."""
+    return f"{PREFIX}job:{job_id}"
+
+
+def events_key(job_id: str) -> str:
+    """Name of both the pub/sub channel and the replay stream of a job's events."""
+    return f"{PREFIX}events:{job_id}"
+
+
+def depth_key(model: str) -> str:
+    """Counter of queued and in-progress jobs; an autoscaler may read it."""
+    return f"{PREFIX}depth:{model}"
+
+
+def workers_key(model: str) -> str:
+    """ZSET worker name -> Redis time of its last beat."""
+    return f"{PREFIX}workers:{model}"
+
+
+def watermark_key(model: str, step: int) -> str:
+    """Highest submission number claimed so far from one priority list of a queue."""
+    return f"{PREFIX}watermark:{model}:{step}"
+
+
+def result_key(job_id: str) -> str:
+    """Key (and pub/sub channel) of the Celery result backend."""
+    return f"celery-task-meta-{job_id}"

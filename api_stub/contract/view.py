@@ -1,0 +1,35 @@
+"""What `status` tells about a job at one moment."""
+
+from __future__ import annotations
+
+from api_stub.contract.error import ErrorInfo
+from api_stub.contract.job import TaskName
+from api_stub.contract.result import Result, Usage
+from api_stub.contract.status import JobStatus
+from api_stub.contract.wire import WireModel
+
+
+class JobView(WireModel):
+    """A job as the ledger knows it. Times are Redis' clock in seconds since 1970.
+
+    `num_workers`: workers that serve the job's model right now; 0 means it waits for one to appear.
+    A final job has `result` (completed) or `error`, `partial_text` and `usage` (all other ends).
+    """
+
+    job_id: str
+    task: TaskName | None = None
+    model: str
+    status: JobStatus
+    cancelling: bool = False
+    attempt: int = 0
+    priority: int
+    tenant: str = ""
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    num_workers: int = 0
+    worker: str | None = None
+    result: Result | None = None
+    error: ErrorInfo | None = None
+    partial_text: str | None = None
+    usage: Usage | None = None

@@ -1,0 +1,15 @@
+"""The base of every wire type: frozen, closed (an unknown field is an error), JSON without absent values."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class WireModel(BaseModel):
+    """A value that crosses a process boundary as JSON. Optional fields that are absent are left out of the JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def to_json(self) -> str:
+        """Return the canonical JSON of this value."""
+        return self.model_dump_json(exclude_none=True)

@@ -1,0 +1,54 @@
+"""What a producer may catch.
+
+    VisionqError
+    ├── InvalidRequest      the job breaks the contract; nothing was enqueued
+    ├── QueueFull           the model's admission limit is reached; try again later
+    ├── UnknownJob          no such job (never submitted, not adopted yet, or its record has expired)
+    ├── StoreUnavailable    Redis or S3 did not answer in time; the same call may be repeated
+    ├── StreamRestarted     a new attempt's text differs from what was already yielded
+    └── JobFailed           the job ended without a result
+
+Celery consumers find JobFailed here too: failed results are stored as this module's exception.
+"""
+
+from __future__ import annotations
+
+
+class VisionqError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class InvalidRequest(VisionqError):
+    """Raised when a job breaks the contract, or its id already belongs to another body."""
+
+
+class QueueFull(VisionqError):
+    """Raised when the admission limit of the job's model is reached. Nothing was enqueued."""
+
+
+class UnknownJob(VisionqError):
+    """Raised when the ledger has no such job."""
+
+
+class StoreUnavailable(VisionqError):
+    """Raised when Redis or S3 did not answer. A submit may be repeated with the same job id."""
+
+
+class StreamRestarted(VisionqError):
+    """Raised by `stream()` when a new attempt's text differs from the text already yielded."""
+
+
+class JobFailed(VisionqError):
+    """Raised when a job ended without a result: failed, expired or cancelled.
+
+    `code` is one of the contract's error codes; `retryable` tells whether the same job may succeed later.
+    """
+
+    def __init__(self, code: str, message: str, retryable: bool = False) -> None:
+        super().__init__(code, message, retryable)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"

@@ -1,0 +1,1 @@
+"""The ledger: the truth about every job, one Lua script per transition on one Redis."""

@@ -1,0 +1,23 @@
+"""The ledger's time and count limits, handed over by the settings of either side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerConfig:
+    """Durations in seconds of Redis' clock.
+
+    lease_s: silence after which a claimed job counts as lost.
+    grace_s: time after which a queued job is checked for a lost doorbell.
+    max_attempts: lost leases after which a job is given up (`poison_job`).
+    max_queued: queued and in-progress jobs per model that submit admits; 0 means no limit.
+    """
+
+    lease_s: float = 15.0
+    grace_s: float = 15.0
+    max_attempts: int = 3
+    max_queued: int = 0
+    result_ttl_s: int = 86_400
+    events_ttl_s: int = 3_600

@@ -1,0 +1,76 @@
+"""Fixtures that every floor of the suite shares: real Redis, real S3, a scrubbed environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import pytest
+import redis
+
+from tests.servers import RedisServer, S3Server, redis_binary
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_REGION": "us-east-1"}
+
+
+@pytest.fixture(autouse=True)
+def scrubbed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the developer's machine reaches a test."""
+    for name in list(os.environ):
+        if name.startswith(("VISIONQ_", "AWS_")) and name != "AWS_CA_BUNDLE":
+            monkeypatch.delenv(name)
+    for name, value in S3_CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One Redis for the whole run. A laptop without one skips, CI fails."""
+    if redis_binary() is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Redis server: install the `local` extra")
+        pytest.skip("no Redis server: install the `local` extra")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """URL of an empty Redis."""
+    with redis_server.client() as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    """A connection to an empty Redis, text replies."""
+    with redis.Redis.from_url(redis_url, decode_responses=True, socket_timeout=5) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 for the whole run."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_client(s3_server: S3Server) -> S3Client:
+    """A boto3 client of the S3 server, with buckets `media` (allowed) and `private` (foreign)."""
+    client = boto3.client(
+        "s3", endpoint_url=s3_server.url, region_name="us-east-1",
+        aws_access_key_id="test-key", aws_secret_access_key="test-secret",
+    )  # fmt: skip
+    for bucket in ("media", "private"):
+        client.create_bucket(Bucket=bucket)
+    return client

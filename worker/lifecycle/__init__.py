@@ -1,0 +1,1 @@
+"""A worker's life beside its jobs: leases, drain, health."""

@@ -1,0 +1,1 @@
+"""Images and clips from S3, within limits. Knows no torch."""

@@ -1,0 +1,1 @@
+"""Checkpoints: loading, and what a loaded model can do."""

@@ -1,0 +1,29 @@
+"""What the processor makes of one job and the engine takes: batch-1 tensors, still on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """Tensors of one prompt.
+
+    tensors: keyword arguments of the model's forward, batch dimension 1: `input_ids` and `attention_mask` [1, T],
+        and whatever the family adds (`pixel_values`, `image_sizes`, …). Owned by the receiver.
+    num_images, num_frames: stills and clip frames in the prompt, for `usage`.
+    is_continuation: the prompt ends inside an assistant's turn; leading white space of the answer is kept.
+    """
+
+    tensors: Mapping[str, Tensor]
+    num_images: int = 0
+    num_frames: int = 0
+    is_continuation: bool = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt as the tokenizer and processor counted it."""
+        return int(self.tensors["input_ids"].shape[1])

@@ -1,0 +1,156 @@
+"""The worker's settings: one frozen object, read from the environment at boot and passed down.
+
+The only place of the worker that reads the environment. A bad value refuses to start, naming the variable.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from api_stub.contract.job import ModelName
+from api_stub.contract.names import DEFAULT_MODEL_NAME
+from api_stub.ledger.config import LedgerConfig
+
+MEBIBYTE = 1024 * 1024
+
+
+class Switch(StrEnum):
+    """A setting with an automatic choice."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class Dtype(StrEnum):
+    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class Attention(StrEnum):
+    """Attention code; auto takes flash-attn when it can be imported and used, else SDPA."""
+
+    AUTO = "auto"
+    SDPA = "sdpa"
+    EAGER = "eager"
+    FLASH = "flash_attention_2"
+
+
+class Quantization(StrEnum):
+    """Weight quantisation at load."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+class WorkerSettings(BaseSettings):
+    """Everything a worker can be told from outside. Durations are seconds, sizes bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VISIONQ_", frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True
+    )
+
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
+    )
+    model: str = Field(default="demo", min_length=1, description="Checkpoint: `demo`, a directory or a hub id")
+    model_name: ModelName = Field(
+        default=DEFAULT_MODEL_NAME, description="Model name this worker serves: queue `visionq.<name>`"
+    )
+    media_bucket: str = Field(default="media", description="Bucket of the client's uploads")
+    allowed_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Buckets the worker may read, comma-separated; empty: the media bucket only"
+    )
+    s3_endpoint_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("s3_endpoint_url", "AWS_ENDPOINT_URL_S3"),
+        description="S3 endpoint; empty: AWS",
+    )
+    s3_region: str = Field(
+        default="us-east-1", validation_alias=AliasChoices("s3_region", "AWS_REGION"), description="S3 region"
+    )
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    dtype: Dtype = Field(default=Dtype.AUTO, description="Weights' type: `auto`, `float32`, `float16`, `bfloat16`")
+    attention: Attention = Field(default=Attention.AUTO, description="`auto`, `sdpa`, `eager`, `flash_attention_2`")
+    quantization: Quantization = Field(default=Quantization.NONE, description="`none`, `int8`, `nf4`")
+    image_splitting: Switch = Field(
+        default=Switch.AUTO, description="Idefics image splitting: `auto` keeps the checkpoint's"
+    )
+    max_num_seqs: int = Field(default=16, ge=1, le=1024, description="Jobs generated at once")
+    max_model_len: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens of prompt and answer per job; 0: the checkpoint's context, at most 4096 on a CPU",
+    )
+    prepare_ahead: int = Field(default=4, ge=0, le=256, description="Jobs fetched and prepared beyond `max_num_seqs`")
+    torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0: torch's own choice")
+    lease_s: float = Field(default=15.0, gt=0, description="A job whose worker is silent this long goes to another")
+    beat_s: float = Field(default=3.0, gt=0, description="Time between heartbeats; at most a third of the lease")
+    grace_s: float = Field(default=15.0, gt=0, description="Time before a queued job is checked for a lost doorbell")
+    sweep_s: float = Field(default=1.0, gt=0, description="Time between two looks of the reaper")
+    max_attempts: int = Field(
+        default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
+    )
+    drain_s: float = Field(default=30.0, ge=0, description="Time running jobs get after SIGTERM")
+    result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
+    events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
+    max_image_bytes: int = Field(default=32 * MEBIBYTE, ge=1, description="Bytes of one image")
+    max_image_pixels: int = Field(default=50_000_000, ge=1, description="Pixels of one image")
+    max_video_bytes: int = Field(default=512 * MEBIBYTE, ge=1, description="Bytes of one clip")
+    max_video_seconds: float = Field(default=3_600.0, gt=0, description="Length of one clip")
+    storage_timeout_s: float = Field(default=10.0, gt=0, description="Silence of storage that counts as a fault")
+    storage_retries: int = Field(default=3, ge=0, le=20, description="Retries of a faulty read before the job fails")
+    log_format: LogFormat = Field(default=LogFormat.JSON, description="`json` or `text`")
+    log_level: str = Field(
+        default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
+    )
+
+    @field_validator("allowed_buckets", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("beat_s")
+    @classmethod
+    def _beats_fit_the_lease(cls, value: float, info: object) -> float:
+        lease_s: float = getattr(info, "data", {}).get("lease_s", 15.0)
+        if value * 3 > lease_s:
+            raise ValueError(f"must be at most a third of the lease ({lease_s} s)")
+        return value
+
+    @property
+    def readable_buckets(self) -> frozenset[str]:
+        """The buckets that jobs may name."""
+        return frozenset(self.allowed_buckets or (self.media_bucket,))
+
+    @property
+    def concurrency(self) -> int:
+        """Celery threads: jobs that generate plus jobs that are prepared meanwhile."""
+        return self.max_num_seqs + self.prepare_ahead
+
+    @property
+    def ledger(self) -> LedgerConfig:
+        """The ledger's share of the settings."""
+        return LedgerConfig(
+            lease_s=self.lease_s,
+            grace_s=self.grace_s,
+            max_attempts=self.max_attempts,
+            result_ttl_s=self.result_ttl_s,
+            events_ttl_s=self.events_ttl_s,
+        )
