@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
@@ -73,3 +75,15 @@ def s3_client(s3_server: S3Server) -> S3Client:
     for bucket in ("media", "private"):
         client.create_bucket(Bucket=bucket)
     return client
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a family's name to the folder of its tiny checkpoint, built once per run."""
+    from tests.tiny.families import build  # torch and transformers load in the tests that need them only
+
+    @cache
+    def checkpoint(name: str) -> Path:
+        return build(name, tmp_path_factory.mktemp(f"tiny-{name}"))
+
+    return checkpoint

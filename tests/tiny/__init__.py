@@ -1,0 +1,1 @@
+"""Tiny random-weight checkpoints of real model families, built in the tests and loaded like any other."""
