@@ -1,0 +1,159 @@
+"""Scenes: one to five coloured shapes on a plain background, drawn at random from a seeded generator.
+
+Coordinates are units of a 64 × 64 canvas, y pointing down. The same `random.Random` state gives the same scene on
+every platform. Knows no pixels (`drawing.py`) and no words but the names of colours and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from random import Random
+
+Rgb = tuple[int, int, int]
+
+CANVAS = 64
+COLOURS: dict[str, Rgb] = {
+    "red": (215, 35, 35),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 225, 50),
+    "purple": (130, 45, 165),
+    "orange": (245, 135, 25),
+    "cyan": (60, 210, 225),
+    "pink": (250, 150, 190),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+BACKGROUNDS: dict[str, Rgb] = {"white": (245, 245, 245), "gray": (120, 120, 120), "black": (15, 15, 15)}
+
+MIN_RADIUS, MAX_RADIUS = 8.0, 12.0
+COLOUR_JITTER, BACKGROUND_JITTER = 12, 10
+# Two shapes stand in a relation only when one axis dominates by this much; nobody argues about such a scene.
+CLEAR_MARGIN = 8.0
+MIN_DISTANCE, MIN_DENSE_DISTANCE = 23.0, 22.7
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One shape: `colour` is the name a question uses, `rgb` the shade that is drawn."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    rgb: Rgb
+
+    @property
+    def name(self) -> str:
+        """`red circle`."""
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def phrase(self) -> str:
+        """`a red circle`."""
+        return with_article(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Things on a background."""
+
+    things: tuple[Thing, ...]
+    background: str
+    background_rgb: Rgb
+
+
+def with_article(name: str) -> str:
+    """`a red circle`, `an orange star`."""
+    return f"{'an' if name.startswith('orange') else 'a'} {name}"
+
+
+def relation(subject: Thing, other: Thing) -> str | None:
+    """Where `subject` is as seen from `other`: `left of`, `right of`, `above`, `below`, or None when it is unclear."""
+    dx, dy = other.x - subject.x, other.y - subject.y
+    if abs(dx) >= abs(dy) + CLEAR_MARGIN:
+        return "left of" if dx > 0 else "right of"
+    if abs(dy) >= abs(dx) + CLEAR_MARGIN:
+        return "above" if dy > 0 else "below"
+    return None
+
+
+def make_scene(rng: Random, num_things: int | None = None, *, distinct_shapes: bool = False) -> Scene:
+    """One to three things of different colours, far enough apart that caption and relations are unambiguous.
+
+    Three quarters of the scenes have different shapes too; `distinct_shapes` makes that all of them.
+    """
+    num = num_things or rng.choices((1, 2, 3), (30, 45, 25))[0]
+    while True:
+        colours = rng.sample(list(COLOURS), num)
+        if distinct_shapes or rng.random() < 0.75:
+            shapes = rng.sample(SHAPES, num)
+        else:
+            shapes = [rng.choice(SHAPES) for _ in range(num)]
+        things = tuple(make_thing(rng, colour, shape) for colour, shape in zip(colours, shapes, strict=True))
+        if _is_unambiguous(things):
+            background, rgb = make_background(rng)
+            return Scene(things, background, rgb)
+
+
+def make_dense_scene(rng: Random) -> Scene:
+    """Up to five things, colours and shapes repeating freely: dense supervision for the vision phase of training."""
+    num = rng.choice((3, 4, 4, 5))
+    things: list[Thing] = []
+    for _ in range(60):
+        if len(things) == num:
+            break
+        thing = make_thing(rng, rng.choice(list(COLOURS)), rng.choice(SHAPES))
+        if all(distance_squared(thing, (other.x, other.y)) > MIN_DENSE_DISTANCE**2 for other in things):
+            things.append(thing)
+    background, rgb = make_background(rng)
+    return Scene(tuple(things), background, rgb)
+
+
+def make_thing(rng: Random, colour: str, shape: str) -> Thing:
+    """A thing at a random place, wholly inside the canvas."""
+    radius = rng.uniform(MIN_RADIUS, MAX_RADIUS)
+    low, high = inner_range(radius)
+    return Thing(
+        colour=colour,
+        shape=shape,
+        x=rng.uniform(low, high),
+        y=rng.uniform(low, high),
+        radius=radius,
+        rgb=shade(rng, COLOURS[colour], COLOUR_JITTER),
+    )
+
+
+def make_background(rng: Random) -> tuple[str, Rgb]:
+    """A background's name and its shade."""
+    name = rng.choice(list(BACKGROUNDS))
+    return name, shade(rng, BACKGROUNDS[name], BACKGROUND_JITTER)
+
+
+def inner_range(radius: float) -> tuple[float, float]:
+    """Lowest and highest centre that keeps a shape of this radius inside the canvas with two units to spare."""
+    return radius + 2, CANVAS - 1 - (radius + 2)
+
+
+def shade(rng: Random, rgb: Rgb, jitter: int) -> Rgb:
+    """The colour moved by up to `jitter` per channel."""
+    red, green, blue = (min(255, max(0, value + rng.randint(-jitter, jitter))) for value in rgb)
+    return red, green, blue
+
+
+def distance_squared(thing: Thing, point: tuple[float, float]) -> float:
+    """Squared distance of a thing's centre to a point, in canvas units."""
+    return (thing.x - point[0]) ** 2 + (thing.y - point[1]) ** 2
+
+
+def _is_unambiguous(things: Sequence[Thing]) -> bool:
+    if any(distance_squared(a, (b.x, b.y)) <= MIN_DISTANCE**2 for a, b in combinations(things, 2)):
+        return False
+    if len(things) == 2:
+        return relation(*things) is not None
+    if len(things) == 3:  # captions of three list them from left to right
+        columns = sorted(thing.x for thing in things)
+        return all(right - left > CLEAR_MARGIN for left, right in pairwise(columns))
+    return True
