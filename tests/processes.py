@@ -1,0 +1,86 @@
+"""Real workers as child processes, started and killed as an operator would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import redis
+
+from api_stub.contract import names
+from tests.servers import RedisServer, S3Server, eventually
+
+READY_S = 120.0
+
+
+class WorkerProcess:
+    """`visionq-worker start` with its own log file. `settings` are VISIONQ_ variables without the prefix."""
+
+    def __init__(self, directory: Path, redis_url: str, s3_url: str, **settings: object) -> None:
+        self.model_name = str(settings.get("model_name", "default"))
+        self.redis_url = redis_url
+        self.log = directory / f"worker-{self.model_name}-{os.urandom(3).hex()}.log"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("VISIONQ_")} | {
+            "VISIONQ_REDIS_URL": redis_url,
+            "AWS_ENDPOINT_URL_S3": s3_url,
+            "AWS_ACCESS_KEY_ID": "test-key",
+            "AWS_SECRET_ACCESS_KEY": "test-secret",
+            "AWS_REGION": "us-east-1",
+            "VISIONQ_TORCH_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **{f"VISIONQ_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "worker.cli", "start"],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        """The log so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait_ready(self) -> WorkerProcess:
+        """Wait until the worker consumes; fail at once with its log when it has died."""
+        eventually(self._is_ready, READY_S, f"worker ready:\n{self.text()[-4000:]}")
+        return self
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, f"worker died with {self.process.returncode}:\n{self.text()[-4000:]}"
+        return '"worker ready"' in self.text()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait(20)
+
+    def terminate(self, timeout_s: float = 60.0) -> int:
+        """SIGTERM; return the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout_s)
+
+
+def start_workers(
+    count: int, directory: Path, redis_server: RedisServer, s3: S3Server, **settings: object
+) -> list[WorkerProcess]:
+    """Start some workers at once and wait for all of them."""
+    workers = [WorkerProcess(directory, redis_server.url, s3.url, **settings) for _ in range(count)]
+    try:
+        return [worker.wait_ready() for worker in workers]
+    except BaseException:
+        for worker in workers:
+            worker.kill()
+        raise
+
+
+def num_workers(client: redis.Redis, model: str = "default") -> int:
+    """Workers in the ledger's registry."""
+    return int(client.zcard(names.workers_key(model)))

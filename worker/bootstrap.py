@@ -1,0 +1,183 @@
+"""The composition root: the only place that builds the worker's objects and hands them to each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import redis
+from PIL import Image
+
+from api_stub.contract.job import MediaPart, Role, TextPart, Turn
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.reaper import Reaper
+from api_stub.ledger.rows import Bell
+from worker.answers import Answers
+from worker.engine.engine import Engine, EngineConfig
+from worker.engine.request import RequestOutput
+from worker.errors import CannotStart, WorkerError
+from worker.intake import Intake
+from worker.lifecycle.attempt import Attempts
+from worker.lifecycle.drain import Drain
+from worker.lifecycle.heartbeat import Heartbeat
+from worker.media.collect import MediaCollector
+from worker.media.fetch import MediaFetcher, s3_client
+from worker.media.policy import MediaPolicy
+from worker.media.types import DecodedImage
+from worker.models.loader import LoadedModel, load
+from worker.pipeline import Pipeline
+from worker.prompting.prepare import PromptBuilder
+from worker.settings import WorkerSettings
+from worker.streaming.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_S: Final = 5.0
+STOP_TIMEOUT_S: Final = 5.0
+WARM_UP_TIMEOUT_S: Final = 600.0  # a large model compiles and tunes kernels on its first prompt
+#: Rows of the KV cache on a CPU when the setting leaves the length to us: longer contexts cost memory at boot.
+CPU_MAX_MODEL_LEN: Final = 4096
+
+
+@dataclass(slots=True)
+class Runtime:
+    """A worker's living parts. `ring` is set by the process that owns the Celery app, before `on_ready`."""
+
+    worker_name: str
+    settings: WorkerSettings
+    ledger: Ledger
+    engine: Engine
+    publisher: Publisher[list[RequestOutput]]
+    pipeline: Pipeline
+    intake: Intake
+    drain: Drain
+    heartbeat: Heartbeat
+    exit_status: int = 0
+    ring: Callable[[Bell], None] | None = None
+    _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Start the engine and the publisher, and answer one prompt, so that the first job finds everything warm.
+
+        Raises CannotStart when the model cannot answer.
+        """
+        self.engine.start()
+        self.publisher.start()
+        warm_up(self.pipeline)
+
+    def on_ready(self) -> None:
+        """The worker consumes: start heartbeats and the reaper."""
+        self.heartbeat.start()
+        if self.ring is not None:
+            reaper = Reaper(self.ledger, self.ring, self.settings.sweep_s)
+            threading.Thread(target=reaper.run, args=(self._stopping,), name="reaper", daemon=True).start()
+        logger.info("worker ready", extra={"action": "ready", "worker": self.worker_name})
+
+    def stop(self) -> None:
+        """Stop everything, in the order in which work flows."""
+        self._stopping.set()
+        self.intake.close()
+        self.engine.stop(STOP_TIMEOUT_S)
+        self.publisher.stop(STOP_TIMEOUT_S)
+        self.heartbeat.stop(STOP_TIMEOUT_S)
+
+
+def build(settings: WorkerSettings) -> Runtime:
+    """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
+    client = connect(settings)
+    ledger = Ledger(client, settings.ledger)
+    loaded = load(settings)
+    worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
+    attempts, answers = Attempts(), Answers()
+    publisher: Publisher[list[RequestOutput]] = Publisher(ledger, answers.translate)
+    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), publisher.put_step)
+    policy = media_policy(settings)
+    fetcher = MediaFetcher(
+        s3_client(settings.s3_endpoint_url, settings.s3_region, settings.storage_timeout_s),
+        policy,
+        retries=settings.storage_retries,
+    )
+    runtime = Runtime(
+        worker_name=worker_name,
+        settings=settings,
+        ledger=ledger,
+        engine=engine,
+        publisher=publisher,
+        pipeline=Pipeline(
+            model=settings.model_name,
+            ledger=ledger,
+            attempts=attempts,
+            answers=answers,
+            media=MediaCollector(fetcher, policy),
+            prompts=PromptBuilder(loaded),
+            engine=engine,
+            events=publisher,
+            on_engine_dead=lambda: die(runtime),
+        ),
+        intake=Intake(ledger, worker=worker_name, model=settings.model_name),
+        drain=Drain(attempts, settings.drain_s),
+        heartbeat=Heartbeat(
+            ledger,
+            client,
+            attempts,
+            worker=worker_name,
+            model=settings.model_name,
+            beat_s=settings.beat_s,
+            lease_s=settings.lease_s,
+        ),
+    )
+    return runtime
+
+
+def warm_up(pipeline: Pipeline) -> None:
+    """Ask the model about one plain picture. Raises CannotStart with the engine's error when it has no answer."""
+    turn = Turn(role=Role.USER, content=(MediaPart(uri="s3://warm-up/picture"), TextPart(text="Describe this image.")))
+    picture = DecodedImage(Image.new("RGB", (64, 64), (200, 120, 40)))
+    try:
+        pipeline.try_out((turn,), [picture], timeout_s=WARM_UP_TIMEOUT_S)
+    except WorkerError as error:
+        raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
+
+
+def connect(settings: WorkerSettings) -> redis.Redis:
+    """Return a client for the settings' Redis. Raises CannotStart when it does not answer."""
+    url = settings.redis_url.get_secret_value()
+    try:
+        client = Ledger.client(url, timeout_s=REDIS_TIMEOUT_S)
+        client.ping()
+    except (redis.RedisError, ValueError) as error:
+        where = url.rsplit("@", 1)[-1]
+        raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {where}: {error}") from error
+    return client
+
+
+def die(runtime: Runtime) -> None:
+    """End the process so that a supervisor restarts it: as SIGTERM does, but with a failing exit status."""
+    runtime.exit_status = 1
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig:
+    """Return the engine's limits: the setting, else the checkpoint's context (bounded on a CPU)."""
+    context = loaded.max_context
+    if settings.max_model_len > context:
+        raise CannotStart(f"VISIONQ_MAX_MODEL_LEN: {settings.max_model_len} is above the model's context of {context}")
+    automatic = min(context, CPU_MAX_MODEL_LEN) if loaded.device.type == "cpu" else context
+    return EngineConfig(max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len or automatic)
+
+
+def media_policy(settings: WorkerSettings) -> MediaPolicy:
+    """Return the limits for media."""
+    return MediaPolicy(
+        buckets=settings.readable_buckets,
+        max_image_bytes=settings.max_image_bytes,
+        max_image_pixels=settings.max_image_pixels,
+        max_video_bytes=settings.max_video_bytes,
+        max_video_seconds=settings.max_video_seconds,
+    )

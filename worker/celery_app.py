@@ -1,0 +1,121 @@
+"""Celery's settings and process: one app, one queue, a pool of threads around one warm model.
+
+The choices and what breaks without them: late acknowledgement (an early one loses the job of a killed worker), one
+message per free thread, results and retries never by Celery (the ledger writes them once), socket timeouts everywhere
+(a half-open connection otherwise hangs the worker for ever), never eta or countdown.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from celery import Celery, signals
+from celery.apps.worker import Worker
+from kombu import Queue
+
+from api_stub.contract import names
+from api_stub.contract.job import TaskName
+from api_stub.ledger.rows import Bell
+from worker.bootstrap import Runtime
+from worker.settings import WorkerSettings
+
+SOCKET_TIMEOUT_S: Final = 5.0
+CONNECT_TIMEOUT_S: Final = 3.0
+HEALTH_CHECK_S: Final = 10
+#: A second net only: after this a message of a dead worker comes back once more and is skipped by the claim.
+VISIBILITY_TIMEOUT_S: Final = 600
+
+
+def make_app(settings: WorkerSettings) -> Celery:
+    """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks."""
+    url = settings.redis_url.get_secret_value()
+    queue = names.queue(settings.model_name)
+    app = Celery("visionq", broker=url, backend=url, set_as_current=False)
+    app.conf.update(
+        task_acks_late=True,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        task_ignore_result=True,
+        task_track_started=False,
+        task_store_errors_even_if_ignored=False,
+        task_reject_on_worker_lost=False,
+        task_serializer="json",
+        accept_content=["json"],
+        result_serializer="json",
+        result_expires=settings.result_ttl_s,
+        result_extended=False,
+        task_queues=[Queue(queue)],
+        task_default_queue=queue,
+        task_create_missing_queues=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_soft_shutdown_timeout=0.0,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_send_task_events=False,
+        broker_connection_retry=True,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_connection_timeout=4,
+        broker_transport_options=_transport_options(),
+        redis_socket_timeout=SOCKET_TIMEOUT_S,
+        redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
+        redis_retry_on_timeout=True,
+        redis_socket_keepalive=True,
+        redis_backend_health_check_interval=HEALTH_CHECK_S,
+        task_publish_retry_policy={"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
+    )
+    return app
+
+
+def _transport_options() -> dict[str, object]:
+    return {
+        "visibility_timeout": VISIBILITY_TIMEOUT_S,
+        "unacked_restore_interval": 10,
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 30,
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_S,
+        "retry_on_timeout": True,
+        "queue_order_strategy": "round_robin",
+        "priority_steps": list(names.PRIORITY_STEPS),
+        "sep": names.PRIORITY_SEPARATOR,
+    }
+
+
+def ring(app: Celery, bell: Bell) -> None:
+    """Send the doorbell of a job that is in the ledger."""
+    app.send_task(
+        str(bell.task or TaskName.VQA),
+        task_id=bell.job_id,
+        queue=names.queue(bell.model),
+        priority=bell.priority,
+        headers={names.DOORBELL_HEADER: 1},
+        ignore_result=True,
+    )
+
+
+def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
+    """Consume until SIGTERM; return the process's exit status. Blocks the main thread."""
+
+    def on_ready(**_: object) -> None:
+        runtime.on_ready()
+
+    def on_shutting_down(**_: object) -> None:
+        runtime.drain.begin()
+
+    signals.worker_ready.connect(on_ready)
+    signals.worker_shutting_down.connect(on_shutting_down)
+    worker: Worker = app.Worker(
+        hostname=runtime.worker_name,
+        pool="threads",
+        concurrency=settings.concurrency,
+        queues=[names.queue(settings.model_name)],
+        loglevel=settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    )
+    worker.start()
+    return runtime.exit_status or int(worker.exitcode or 0)

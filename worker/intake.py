@@ -1,0 +1,103 @@
+"""From a Celery message to a claim: look the job up, adopt it if it came as a plain message, claim it.
+
+A doorbell carries nothing but an id. A plain message carries the job itself and is written into the ledger first, so that from here on
+both are the same. Knows no Celery: tasks.py hands over what the message said.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import redis
+
+from api_stub.contract.error import InvalidJob
+from api_stub.contract.job import Job, TaskName, parse_job
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Claim, JobConflict, Refusal
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Waits between tries of a claim while Redis is away; after the last the reaper brings the job back.
+PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Knock:
+    """What a Celery message says. `fields` is None for a doorbell, else the kwargs of a plain message."""
+
+    job_id: str
+    task: TaskName
+    priority: int
+    fields: Mapping[str, object] | None
+    num_args: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A claimed job. `problem` says what is wrong with a plain message that is no valid job."""
+
+    claim: Claim
+    problem: str | None = None
+
+
+class Intake:
+    """Turns knocks into claims for one worker that serves one model name."""
+
+    def __init__(self, ledger: Ledger, *, worker: str, model: str) -> None:
+        self._ledger, self._worker, self._model = ledger, worker, model
+        self._stopping = threading.Event()
+
+    def accept(self, knock: Knock) -> Accepted | None:
+        """Claim the job of a message; None when there is nothing to do. Raises redis.RedisError when Redis stays away."""
+        problem = None
+        if knock.fields is not None:
+            job, problem = self._read(knock, knock.fields)
+            if not self._adopt(knock, job):
+                return None
+        claim = self._again(lambda: self._ledger.claim(knock.job_id, self._worker))
+        if isinstance(claim, Refusal):
+            logger.info("no claim", extra={"action": "claim", "job_id": knock.job_id, "reason": claim.reason.value})
+            return None
+        return Accepted(claim, problem)
+
+    def close(self) -> None:
+        """Stop waiting for Redis."""
+        self._stopping.set()
+
+    def _read(self, knock: Knock, fields: Mapping[str, object]) -> tuple[Job | None, str | None]:
+        if knock.num_args:
+            return None, f"args: {knock.num_args} positional arguments, send keyword arguments only"
+        try:
+            job = parse_job({"model": self._model, "priority": knock.priority} | dict(fields), knock.task)
+        except InvalidJob as error:
+            return None, str(error)
+        return job.resolved(knock.job_id), None
+
+    def _adopt(self, knock: Knock, job: Job | None) -> bool:
+        try:
+            self._again(
+                lambda: self._ledger.adopt(
+                    knock.job_id, task=knock.task, model=self._model, job=job, priority=job.priority if job else 6
+                )
+            )
+        except JobConflict:
+            logger.warning("id belongs to another job", extra={"action": "adopt", "job_id": knock.job_id})
+            return False
+        return True
+
+    def _again(self, call: Callable[[], T]) -> T:
+        """Repeat a ledger call while Redis is away; raise its error after the last try."""
+        for pause_s in PAUSES_S:
+            try:
+                return call()
+            except redis.RedisError as error:
+                logger.warning("ledger away", extra={"action": "claim", "error": type(error).__name__})
+                if self._stopping.wait(pause_s):
+                    break
+        return call()

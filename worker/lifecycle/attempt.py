@@ -1,0 +1,111 @@
+"""One claimed job in this process, and the registry of all of them.
+
+An attempt can be told to stop, once, for one reason; everything that works for it asks `check()` between two pieces of work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from api_stub.ledger.rows import Claim
+from worker.streaming.outgoing import AttemptStream
+
+
+class StopReason(StrEnum):
+    """Why an attempt must end before its answer is complete."""
+
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    LOST = "lost"
+    DRAINED = "drained"
+
+
+class Stopped(Exception):
+    """Raised by `Attempt.check()` in the thread that works for the attempt."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+class Attempt:
+    """A claim with its local clock: the deadline and the last proof of ownership are monotonic times."""
+
+    def __init__(self, claim: Claim, clock: Callable[[], float] = time.monotonic) -> None:
+        self.claim = claim
+        self.stream = AttemptStream(claim.job_id, claim.fence)
+        self.started_at = clock()
+        self.held_at = self.started_at
+        left_s = claim.deadline_left_s
+        self.deadline_at = None if left_s is None else self.started_at + left_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._reason: StopReason | None = None
+        self._on_stop: Callable[[], None] | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Name of this attempt in the engine: two attempts of one job never meet there."""
+        return f"{self.claim.job_id}:{self.claim.fence}"
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """Why the attempt has to stop, if it has to."""
+        if self._reason is None and self.deadline_at is not None and self._clock() >= self.deadline_at:
+            self.stop(StopReason.DEADLINE)
+        return self._reason
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask the attempt to stop. The first reason stands, but a lost lease overrides any other. Any thread."""
+        with self._lock:
+            is_news = self._reason is None
+            if is_news or reason is StopReason.LOST:
+                self._reason = reason
+            on_stop = self._on_stop if is_news else None
+        if reason is StopReason.LOST:
+            self.stream.is_lost = True
+        if on_stop is not None:
+            on_stop()
+
+    def check(self) -> None:
+        """Raise Stopped when the attempt has to stop."""
+        reason = self.stop_reason
+        if reason is not None:
+            raise Stopped(reason)
+
+    def when_stopped(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the attempt is stopped: from the stopping thread, or at once if it already is."""
+        with self._lock:
+            self._on_stop = callback
+            is_stopped = self._reason is not None
+        if is_stopped:
+            callback()
+
+
+class Attempts:
+    """All attempts of this process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._attempts: dict[str, Attempt] = {}
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def add(self, attempt: Attempt) -> None:
+        """Start holding the attempt's lease."""
+        with self._lock:
+            self._attempts[attempt.request_id] = attempt
+
+    def remove(self, attempt: Attempt) -> None:
+        """Stop holding the attempt's lease."""
+        with self._lock:
+            self._attempts.pop(attempt.request_id, None)
+
+    def held(self) -> tuple[Attempt, ...]:
+        """Return the attempts at this moment."""
+        with self._lock:
+            return tuple(self._attempts.values())

@@ -1,0 +1,123 @@
+"""Keeps leases alive and learns what happened to them: one thread, one ledger call per beat for all attempts.
+
+Between beats it listens for cancels, so that a running job stops at once and not at the next beat. An attempt
+whose lease was not confirmed for most of its length stops itself: from then on another worker may own the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import redis
+
+from api_stub.contract import names
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Hold
+from worker.lifecycle.attempt import Attempt, Attempts, StopReason
+
+logger = logging.getLogger(__name__)
+
+#: Share of the lease after which an unconfirmed attempt stops; the rest is margin for the stop itself.
+SELF_FENCE: Final = 0.9
+
+
+class Heartbeat:
+    """The beat of one worker. `client` is used for the cancel subscription only."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        client: redis.Redis,
+        attempts: Attempts,
+        *,
+        worker: str,
+        model: str,
+        beat_s: float,
+        lease_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger, self._client, self._attempts = ledger, client, attempts
+        self._worker, self._model = worker, model
+        self._beat_s, self._lease_s, self._clock = beat_s, lease_s, clock
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.last_beat_at = clock()
+
+    def start(self) -> None:
+        """Register the worker and start beating."""
+        self.beat()
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread and sign the worker off."""
+        self._stopping.set()
+        self._thread.join(timeout_s)
+        try:
+            self._ledger.leave(self._worker, self._model)
+        except redis.RedisError:
+            logger.info("not signed off", extra={"action": "leave"})
+
+    def beat(self) -> None:
+        """Extend all leases once and pass on what the ledger says. Survives an unreachable Redis."""
+        attempts = self._attempts.held()
+        sent_at = self._clock()
+        try:
+            answers = self._ledger.beat(
+                self._worker, self._model, [(attempt.claim.job_id, attempt.claim.fence) for attempt in attempts]
+            )
+        except redis.RedisError as error:
+            logger.warning("beat failed", extra={"action": "beat", "error": type(error).__name__})
+        else:
+            self.last_beat_at = sent_at
+            for attempt, answer in zip(attempts, answers, strict=True):
+                self._tell(attempt, answer, sent_at)
+        self._fence_unconfirmed()
+
+    def _tell(self, attempt: Attempt, answer: Hold, sent_at: float) -> None:
+        if answer is Hold.LOST:
+            attempt.stop(StopReason.LOST)
+            return
+        attempt.held_at = sent_at
+        if answer is Hold.CANCEL:
+            attempt.stop(StopReason.CANCELLED)
+
+    def _fence_unconfirmed(self) -> None:
+        for attempt in self._attempts.held():
+            if self._clock() - attempt.held_at > self._lease_s * SELF_FENCE:
+                logger.warning("lease not confirmed", extra={"action": "self_fence", "job_id": attempt.claim.job_id})
+                attempt.stop(StopReason.LOST)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._listen_and_beat()
+            except redis.RedisError as error:
+                logger.warning("cancel channel lost", extra={"action": "listen", "error": type(error).__name__})
+                self.beat()
+                self._stopping.wait(min(1.0, self._beat_s))
+            except Exception:
+                logger.exception("heartbeat stumbled", extra={"action": "beat"})
+                self._stopping.wait(min(1.0, self._beat_s))
+
+    def _listen_and_beat(self) -> None:
+        """Beat on time; in between wait on the cancel channel. Leaves by RedisError or when stopping."""
+        with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe(names.CANCEL_CHANNEL)
+            while not self._stopping.is_set():
+                self.beat()
+                next_at = self._clock() + self._beat_s
+                while not self._stopping.is_set() and (left_s := next_at - self._clock()) > 0:
+                    # Short waits keep stop() prompt; a message ends a wait at once.
+                    message = pubsub.get_message(timeout=min(left_s, 0.5))
+                    if message is not None:
+                        self._cancel(message["data"])
+
+    def _cancel(self, data: object) -> None:
+        job_id = data.decode() if isinstance(data, bytes) else str(data)
+        for attempt in self._attempts.held():
+            if attempt.claim.job_id == job_id:
+                attempt.stop(StopReason.CANCELLED)

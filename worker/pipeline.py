@@ -1,0 +1,290 @@
+"""One job from claim to finish: fetch → decode → prompt → generate → finish, one straight line.
+
+In: a claim. Out: exactly one of: a final state in the ledger, a give-back, or nothing (the lease was lost and another worker
+owns the job). Events go out through the publisher on the way. Knows no Celery.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import redis
+
+from api_stub.contract.error import ErrorCode, ErrorInfo, InvalidJob
+from api_stub.contract.event import (
+    CancelledBody,
+    CompletedBody,
+    FailedBody,
+    FinalBody,
+    ProgressBody,
+    RetryReason,
+    Stage,
+)
+from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, Turn, VideoQaJob, parse_job
+from api_stub.contract.result import FinishReason, Result, Usage
+from api_stub.contract.sampling import SamplingParams
+from api_stub.ledger.ledger import Ledger
+from worker.answers import Answer, Answers
+from worker.engine.request import Finish, GenerationRequest
+from worker.errors import EngineDead, InvalidRequest, ModelMismatch, WorkerError
+from worker.intake import Accepted
+from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
+from worker.media.collect import MediaCollector, media_parts
+from worker.media.types import DecodedMedia
+from worker.models.inputs import ModelInputs
+from worker.prompting.prepare import PromptBuilder
+from worker.stopwatch import Stopwatch
+from worker.streaming.outgoing import AttemptStream, Outgoing
+
+logger = logging.getLogger(__name__)
+
+#: Between two tries to tell the ledger how a job ended, while Redis is away.
+FINISH_PAUSE_S: Final = 0.2
+#: How often a waiting job looks at its deadline and at the engine's health.
+WAIT_S: Final = 0.5
+
+
+class EngineDoor(Protocol):
+    """What the pipeline needs of an engine."""
+
+    @property
+    def is_alive(self) -> bool: ...
+    def submit(self, request: GenerationRequest) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+
+
+class EventDoor(Protocol):
+    """What the pipeline needs of a publisher."""
+
+    def put(self, outgoing: Outgoing) -> None: ...
+
+
+class Pipeline:
+    """Runs claimed jobs, each in the thread that calls `run`. `on_engine_dead` is told when the process must end."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        ledger: Ledger,
+        attempts: Attempts,
+        answers: Answers,
+        media: MediaCollector,
+        prompts: PromptBuilder,
+        engine: EngineDoor,
+        events: EventDoor,
+        on_engine_dead: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._ledger = ledger
+        self._attempts = attempts
+        self._answers = answers
+        self._media = media
+        self._prompts = prompts
+        self._engine = engine
+        self._events = events
+        self._on_engine_dead = on_engine_dead
+        self._pause = threading.Event()
+
+    def run(self, accepted: Accepted) -> None:
+        """Bring one claimed job to its end. Raises only what no job may survive (KeyboardInterrupt and the like)."""
+        attempt = Attempt(accepted.claim)
+        answer = self._answers.open(attempt.request_id, attempt.stream)
+        watch = Stopwatch(accepted.claim.queued_s)
+        logger.info("job started", extra=_facts(attempt))
+        self._attempts.add(attempt)
+        try:
+            body = self._ending(attempt, accepted.problem, answer, watch)
+            outcome = self._settle(attempt, body)
+        finally:
+            self._attempts.remove(attempt)
+            self._answers.close(answer)
+        logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
+
+    def try_out(self, turns: Sequence[Turn], media: Sequence[DecodedMedia], *, timeout_s: float) -> str:
+        """Answer one prompt with two tokens, without a job and without events. Raises the WorkerError that prevents it."""
+        inputs = self._prompts.prepare(turns, media)
+        answer = self._answers.open("try-out", AttemptStream("try-out", fence=0, is_lost=True))
+        try:
+            sampling = SamplingParams(max_new_tokens=2, seed=0)
+            self._engine.submit(GenerationRequest(answer.request_id, inputs, sampling))
+            finish = answer.wait(timeout_s)
+        finally:
+            self._answers.close(answer)
+        if finish is None:
+            raise EngineDead(f"no answer within {timeout_s} s")
+        if finish.error is not None:
+            raise EngineFailure(finish.error)
+        return answer.text
+
+    def _ending(
+        self, attempt: Attempt, problem: str | None, answer: Answer, watch: Stopwatch
+    ) -> FinalBody | RetryReason | None:
+        """Return how the job ends: a final body, a reason to give it back, or None when it is no longer ours."""
+        usage = Usage()
+        try:
+            job = self._read(attempt, problem)
+            inputs = self._prepare(attempt, job, watch)
+            usage = _usage(inputs, 0)
+            finish = self._generate(attempt, job, inputs, answer, watch)
+            return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
+        except Stopped as stopped:
+            return _stopped_body(stopped.reason, answer, usage)
+        except EngineDead as error:
+            logger.error("engine is dead", extra=_facts(attempt) | {"error": str(error)})
+            self._on_engine_dead()
+            return RetryReason.GIVEN_BACK
+        except WorkerError as error:
+            return _failed_body(error.info(), answer, usage)
+        except Exception as error:
+            logger.exception("job broke", extra=_facts(attempt))
+            info = ErrorInfo.of(
+                ErrorCode.INTERNAL, f"unexpected {type(error).__name__}; the worker's log has the details"
+            )
+            return _failed_body(info, answer, usage)
+
+    def _read(self, attempt: Attempt, problem: str | None) -> Job:
+        if problem is not None or not attempt.claim.body:
+            raise InvalidRequest(problem or "job: the message was no valid job")
+        try:
+            job = parse_job(attempt.claim.body)
+        except InvalidJob as error:
+            raise InvalidRequest(str(error)) from error
+        if job.model != self._model:
+            raise ModelMismatch(f"model: the job says {job.model!r}, its queue serves {self._model!r}")
+        return job
+
+    def _prepare(self, attempt: Attempt, job: Job, watch: Stopwatch) -> ModelInputs:
+        turns = job.turns(self._prompts.default_caption_prompt)
+        parts = media_parts(turns)
+        num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
+        with tempfile.TemporaryDirectory(prefix="visionq-") as directory:
+            with watch.fetch:
+                fetched = self._media.fetch(
+                    parts,
+                    Path(directory),
+                    should_stop=attempt.check,
+                    on_progress=lambda done, total: total and self._progress(attempt, Stage.FETCHING, done, total),
+                )
+            self._progress(attempt, Stage.PREPARING, 0, len(parts))
+            with watch.prepare:
+                media = self._media.decode(
+                    parts, fetched, task=job.task, num_frames=num_frames, should_stop=attempt.check
+                )
+        with watch.prepare:
+            inputs = self._prompts.prepare(turns, media)
+        attempt.check()
+        return inputs
+
+    def _generate(self, attempt: Attempt, job: Job, inputs: ModelInputs, answer: Answer, watch: Stopwatch) -> Finish:
+        """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""
+        self._progress(attempt, Stage.PREFILL, 0, inputs.num_prompt_tokens)
+        with watch.generate:
+            self._engine.submit(GenerationRequest(attempt.request_id, inputs, job.sampling))
+            attempt.when_stopped(lambda: self._engine.cancel(attempt.request_id))
+            while (finish := answer.wait(WAIT_S)) is None:
+                if attempt.stop_reason is StopReason.LOST:
+                    raise Stopped(StopReason.LOST)
+                if not self._engine.is_alive:
+                    raise EngineDead("the engine ended while a request was running")
+        if not isinstance(finish.reason, FinishReason):
+            attempt.check()
+            if finish.error is None:
+                raise EngineDead("the engine stopped before the answer was complete")
+            raise EngineFailure(finish.error)
+        return finish
+
+    def _result(
+        self, attempt: Attempt, job: Job, inputs: ModelInputs, finish: Finish, answer: Answer, watch: Stopwatch
+    ) -> Result:
+        assert isinstance(finish.reason, FinishReason)
+        return Result(
+            job_id=attempt.claim.job_id,
+            task=job.task,
+            model=job.model,
+            text=answer.text,
+            finish_reason=finish.reason,
+            usage=_usage(inputs, finish.num_completion_tokens),
+            timings=watch.timings(finish),
+            attempt=attempt.claim.attempt,
+            metadata=job.metadata,
+        )
+
+    def _settle(self, attempt: Attempt, body: FinalBody | RetryReason | None) -> str:
+        """Tell the ledger, however long Redis is away, until it answers or the lease is lost."""
+        if body is None:
+            return "lost"
+        self._flush(attempt)
+        job_id, fence = attempt.claim.job_id, attempt.claim.fence
+        while attempt.stop_reason is not StopReason.LOST:
+            try:
+                if isinstance(body, RetryReason):
+                    return "given_back" if self._ledger.give_back(job_id, fence, body) else "lost"
+                return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
+            except redis.RedisError as error:
+                logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})
+                self._pause.wait(FINISH_PAUSE_S)
+        return "lost"
+
+    def _flush(self, attempt: Attempt) -> None:
+        """Wait until all events of the attempt are in Redis: the final event is the last one."""
+        sent = threading.Event()
+        self._events.put(Outgoing(attempt.stream, None, on_sent=sent.set))
+        while not sent.wait(WAIT_S) and attempt.stop_reason is not StopReason.LOST:
+            pass
+
+    def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
+        self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
+
+
+class EngineFailure(WorkerError):
+    """Raised when the engine gave one request up; carries the engine's own code and message."""
+
+    def __init__(self, error: ErrorInfo) -> None:
+        super().__init__(error.message)
+        self._error = error
+
+    def info(self) -> ErrorInfo:
+        """Return the engine's error."""
+        return self._error
+
+
+def _usage(inputs: ModelInputs, num_completion_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=inputs.num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        images=inputs.num_images,
+        frames=inputs.num_frames,
+    )
+
+
+def _failed_body(info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody:
+    return FailedBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+
+
+def _stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody | RetryReason | None:
+    match reason:
+        case StopReason.LOST:
+            return None
+        case StopReason.DRAINED:
+            return RetryReason.GIVEN_BACK
+        case StopReason.CANCELLED:
+            info = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled while running")
+            return CancelledBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+        case StopReason.DEADLINE:
+            info = ErrorInfo.of(ErrorCode.DEADLINE_EXCEEDED, "the job's deadline passed while it was running")
+            return _failed_body(info, answer, usage)
+
+
+def _spent(answer: Answer, usage: Usage) -> Usage:
+    return usage.model_copy(update={"completion_tokens": answer.num_tokens})
+
+
+def _facts(attempt: Attempt) -> dict[str, object]:
+    claim = attempt.claim
+    return {"action": "job", "job_id": claim.job_id, "attempt": claim.attempt, "task": claim.task}

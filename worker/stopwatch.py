@@ -1,0 +1,50 @@
+"""Seconds that the stages of one attempt took."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from api_stub.contract.result import Timings
+from worker.engine.request import Finish
+
+
+class Lap:
+    """A context manager that adds up the time spent inside it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._entered_at = 0.0
+
+    def __enter__(self) -> None:
+        self._entered_at = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds += time.monotonic() - self._entered_at
+
+
+class Stopwatch:
+    """Started at the claim; `queued_s` is what the job had waited by then."""
+
+    def __init__(self, queued_s: float) -> None:
+        self._queued_s = queued_s
+        self._started_at = time.monotonic()
+        self.fetch, self.prepare, self.generate = Lap(), Lap(), Lap()
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from submit until now."""
+        return self._queued_s + time.monotonic() - self._started_at
+
+    def timings(self, finish: Finish) -> Timings:
+        """Return the timings of an attempt that has just ended."""
+        return Timings(
+            queued_s=round(self._queued_s, 6),
+            fetch_s=round(self.fetch.seconds, 6),
+            prepare_s=round(self.prepare.seconds, 6),
+            first_token_s=round(finish.first_token_s, 6),
+            generate_s=round(self.generate.seconds, 6),
+            total_s=round(self.total_s, 6),
+        )

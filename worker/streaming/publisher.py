@@ -1,0 +1,141 @@
+"""Sends events to Redis: everything that is waiting goes out in one ledger call, off the engine thread.
+
+In: `Outgoing` items and engine steps (any thread, never blocks). Out: `Ledger.publish`. When Redis is slow or
+away, waiting deltas of one stream are joined, so memory stays bounded by the answers' own length and decoding
+never waits.
+A batch whose reply was lost is sent again unchanged; the ledger ignores what it already has.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Generic, TypeVar
+
+import redis
+
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Publication
+from worker.streaming.outgoing import AttemptStream, Outgoing, merge
+
+logger = logging.getLogger(__name__)
+
+Step = TypeVar("Step")
+
+FIRST_PAUSE_S: Final = 0.05
+MAX_PAUSE_S: Final = 1.0  # a reader notices an outage of Redis before this pause does
+
+
+class _Stop:
+    """Put into the queue to end the thread."""
+
+
+class Publisher(Generic[Step]):
+    """One thread between the engine and Redis. `translate` turns an engine step into Outgoing items, on this thread."""
+
+    def __init__(self, ledger: Ledger, translate: Callable[[Step], Iterable[Outgoing]]) -> None:
+        self._ledger = ledger
+        self._translate = translate
+        self._queue: queue.SimpleQueue[Outgoing | tuple[Step] | _Stop] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+
+    def start(self) -> None:
+        """Start sending."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Send what is waiting, then end. During an outage of Redis waiting events are dropped instead."""
+        self._stopping.set()
+        self._queue.put(_Stop())
+        self._thread.join(timeout_s)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the thread has ended."""
+        return self._thread.is_alive()
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Take one item. Items of a stream arrive in the order they were put."""
+        self._queue.put(outgoing)
+
+    def put_step(self, step: Step) -> None:
+        """Take what an engine step said. Costs the engine thread one queue operation."""
+        self._queue.put((step,))
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            taken, is_open = self._take()
+            batch = _joined(taken)
+            self._send(batch)
+            for item in taken:
+                if item.on_sent is not None:
+                    item.on_sent()
+
+    def _take(self) -> tuple[list[Outgoing], bool]:
+        """Wait for something, then take all that is there."""
+        taken: list[Outgoing] = []
+        entry = self._queue.get()
+        while True:
+            if isinstance(entry, _Stop):
+                return taken, False
+            if isinstance(entry, tuple):
+                taken.extend(self._translated(entry[0]))
+            else:
+                taken.append(entry)
+            try:
+                entry = self._queue.get_nowait()
+            except queue.Empty:
+                return taken, True
+
+    def _translated(self, step: Step) -> Iterable[Outgoing]:
+        try:
+            return list(self._translate(step))
+        except Exception:
+            logger.exception("step lost", extra={"action": "translate"})
+            return ()
+
+    def _send(self, batch: Sequence[tuple[AttemptStream, Publication]]) -> None:
+        pause_s = FIRST_PAUSE_S
+        while batch:
+            try:
+                held = self._ledger.publish([publication for _, publication in batch])
+            except redis.RedisError as error:
+                logger.warning("publish failed", extra={"action": "publish", "error": type(error).__name__})
+                if self._stopping.wait(pause_s):
+                    return
+                pause_s = min(MAX_PAUSE_S, pause_s * 2)
+                batch = [item for item in batch if not item[0].is_lost]
+                continue
+            for (stream, _), is_held in zip(batch, held, strict=True):
+                stream.is_lost = stream.is_lost or not is_held
+            return
+
+
+def _joined(items: Iterable[Outgoing]) -> list[tuple[AttemptStream, Publication]]:
+    """Number the bodies, joining neighbours of one stream where nothing is lost by it."""
+    waiting: dict[int, list[Outgoing]] = {}
+    for item in items:
+        if item.body is None or item.stream.is_lost:
+            continue
+        line = waiting.setdefault(id(item.stream), [])
+        last = line[-1].body if line else None
+        joined = merge(last, item.body) if last is not None else None
+        if joined is None:
+            line.append(item)
+        else:
+            line[-1] = Outgoing(item.stream, joined)
+    return [
+        (
+            item.stream,
+            Publication(
+                job_id=item.stream.job_id, fence=item.stream.fence, number=item.stream.next_number(), body=item.body
+            ),
+        )
+        for line in waiting.values()
+        for item in line
+        if item.body is not None
+    ]
