@@ -1,7 +1,7 @@
 """From engine outputs to contract events, and to the thread that waits for the answer.
 
-In: the engine's outputs of one step. Out: `output.delta` bodies for the publisher; and, once everything said so far is on its way in
-Redis, the end of the request for the waiting job.
+In: the engine's outputs of one step. Out: `output.delta` bodies for the publisher; and, once
+everything said so far is in Redis, the end of the request for the waiting job.
 """
 
 from __future__ import annotations

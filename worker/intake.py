@@ -1,7 +1,7 @@
 """From a Celery message to a claim: look the job up, adopt it if it came as a plain message, claim it.
 
-A doorbell carries nothing but an id. A plain message carries the job itself and is written into the ledger first, so that from here on
-both are the same. Knows no Celery: tasks.py hands over what the message said.
+A doorbell carries nothing but an id. A plain message carries the job itself and is written into the ledger first,
+so that from here on both are the same. Knows no Celery: tasks.py hands over what the message said.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Intake:
         self._stopping = threading.Event()
 
     def accept(self, knock: Knock) -> Accepted | None:
-        """Claim the job of a message; None when there is nothing to do. Raises redis.RedisError when Redis stays away."""
+        """Claim the job of a message; None when there is nothing to do.
+
+        Raises redis.RedisError when Redis stays away.
+        """
         problem = None
         if knock.fields is not None:
             job, problem = self._read(knock, knock.fields)

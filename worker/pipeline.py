@@ -1,7 +1,7 @@
 """One job from claim to finish: fetch → decode → prompt → generate → finish, one straight line.
 
-In: a claim. Out: exactly one of: a final state in the ledger, a give-back, or nothing (the lease was lost and another worker
-owns the job). Events go out through the publisher on the way. Knows no Celery.
+In: a claim. Out: exactly one of: a final state in the ledger, a give-back, or nothing (the lease was lost and
+another worker owns the job). Events go out through the publisher on the way. Knows no Celery.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ class Pipeline:
         logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
 
     def try_out(self, turns: Sequence[Turn], media: Sequence[DecodedMedia], *, timeout_s: float) -> str:
-        """Answer one prompt with two tokens, without a job and without events. Raises the WorkerError that prevents it."""
+        """Answer one prompt with two tokens, without a job and without events.
+
+        Raises the WorkerError that prevents it.
+        """
         inputs = self._prompts.prepare(turns, media)
         answer = self._answers.open("try-out", AttemptStream("try-out", fence=0, is_lost=True))
         try:

@@ -1,7 +1,8 @@
 """The Celery tasks: take the message, run the pipeline, never let anything past.
 
-On a thread pool an escaping SystemExit or MemoryError leaks the slot for ever: the message is neither acknowledged nor rejected. So
-every body ends in Ignore, which acknowledges the message and stores nothing; results are the ledger's.
+On a thread pool an escaping SystemExit or MemoryError leaks the slot for ever: the message is neither acknowledged
+nor rejected. So every body ends in Ignore, which acknowledges the message and stores nothing; results are the
+ledger's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """One claimed job in this process, and the registry of all of them.
 
-An attempt can be told to stop, once, for one reason; everything that works for it asks `check()` between two pieces of work.
+An attempt can be told to stop, once, for one reason; everything that works for it asks `check()` between two pieces
+of work.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ class MediaCollector:
         should_stop: Callable[[], None],
         on_progress: Callable[[int, int], None],
     ) -> dict[str, FetchedMedia]:
-        """Bring every distinct object of `parts` into `directory`; `on_progress(done, total)` before each and at the end."""
+        """Bring every distinct object of `parts` into `directory`.
+
+        `on_progress(done, total)` is called before each and at the end.
+        """
         uris = list(dict.fromkeys(part.uri for part in parts))
         fetched: dict[str, FetchedMedia] = {}
         for done, uri in enumerate(uris):

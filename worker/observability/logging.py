@@ -1,4 +1,7 @@
-"""Log lines: JSON (one object per line) or text, on stderr. Facts go into `extra`; prompts, media and credentials never do."""
+"""Log lines: JSON (one object per line) or text, on stderr.
+
+Facts go into `extra`; prompts, media and credentials never do.
+"""
 
 from __future__ import annotations
 
