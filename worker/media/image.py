@@ -1,0 +1,137 @@
+"""Decode one still into upright RGB, within the policy's limits.
+
+The header is read first and decides; pixels are decoded only for an image that fits. Of an animation, the first frame
+counts. Colour profiles are not applied.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
+from worker.media.policy import MediaPolicy
+from worker.media.sniff import HEAD_BYTES, MediaFormat, sniff
+from worker.media.types import DecodedImage
+
+#: What Pillow raises on broken and mutated files: its plugins let most of Python's own errors through.
+DECODE_ERRORS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+# Opened by class, not by Image.open: no other plugin can be reached, and Image.open checks sizes against a global
+# (Image.MAX_IMAGE_PIXELS) with warnings that only the whole process can switch.
+_READERS: Final[dict[MediaFormat, type[ImageFile.ImageFile]]] = {
+    MediaFormat.JPEG: JpegImageFile,
+    MediaFormat.PNG: PngImageFile,
+    MediaFormat.WEBP: WebPImageFile,
+    MediaFormat.GIF: GifImageFile,
+    MediaFormat.BMP: BmpImageFile,
+    MediaFormat.TIFF: TiffImageFile,
+}
+
+# EXIF 2.32, tag 0x0112: what was done to the scene, undone.
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+_WHITE: Final = (255, 255, 255, 255)
+
+
+def decode_image(path: Path, policy: MediaPolicy) -> DecodedImage:
+    """Decode the image at `path`: RGB, upright, transparent parts over white, 16 bits scaled to 8.
+
+    The picture is independent of the file, which may be removed afterwards. Touches nothing but the file; any thread.
+
+    Raises MediaUnsupported (not an image, or pixels of a kind that has no defined range), MediaTooLarge (pixels or
+    aspect, before decoding), MediaCorrupt.
+    """
+    with path.open("rb") as file:
+        found = sniff(file.read(HEAD_BYTES))
+        reader = _READERS.get(found)
+        if reader is None:
+            raise MediaUnsupported(f"an image is due here, the object is a {found.value} video")
+        file.seek(0)
+        try:
+            with reader(file) as image:
+                check_size(image.size, policy, policy.max_image_pixels)
+                image.load()
+                return DecodedImage(_rgb(_upright(image)))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise MediaTooLarge(f"the {found.value} image is too large: {error}") from error
+        except DECODE_ERRORS as error:
+            raise MediaCorrupt(f"the {found.value} image cannot be decoded: {_reason(error)}") from error
+
+
+def check_size(size: tuple[int, int], policy: MediaPolicy, max_pixels: int) -> None:
+    """Raise MediaTooLarge, or MediaCorrupt for a size of nothing, by what a header claims."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise MediaCorrupt(f"the header claims {width}×{height} pixels")
+    if width * height > max_pixels:
+        raise MediaTooLarge(f"{width}×{height} = {width * height} pixels, the limit is {max_pixels}")
+    if max(size) > policy.max_aspect * min(size):
+        raise MediaTooLarge(f"{width}×{height} pixels: one side is over {policy.max_aspect:g} times the other")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Undo the camera's rotation. A broken EXIF block is no reason to refuse a good picture."""
+    try:
+        orientation = image.getexif().get(Base.Orientation)
+    except DECODE_ERRORS:
+        return image
+    transpose = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _DEEP_GREY_MODES:
+        return _scaled_grey(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise MediaUnsupported(f"pixels of 32 bits (mode {image.mode}) have no defined range")
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, _WHITE)
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque.convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """Map 0…65535 to 0…255; Pillow's own conversion would clip at 255."""
+    wide = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's own words where it has some; they name sizes and chunks, not places."""
+    text = str(error) if isinstance(error, (OSError, SyntaxError, ValueError)) else ""
+    return text[:200] or type(error).__name__

@@ -1,0 +1,33 @@
+"""What media a worker accepts: the buckets it may read and the sizes it is willing to decode.
+
+Every limit is checked before the work it bounds: bytes before the download, pixels and seconds before decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEBIBYTE = 1024 * 1024
+MEGAPIXEL = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPolicy:
+    """Limits of one image and of one clip.
+
+    buckets: the only buckets that are ever asked for an object.
+    max_image_pixels, max_frame_pixels: width × height of a still and of a clip's frame (default: 8K video).
+    max_clip_pixels: width × height × sampled frames of one clip; 3 bytes of memory each.
+    max_video_frames: frames a clip may hold, sampled or not; bounds the time spent indexing it.
+    max_aspect: longer side over shorter side; processors resize by side, so extreme strips explode.
+    """
+
+    buckets: frozenset[str]
+    max_image_bytes: int = 32 * MEBIBYTE
+    max_image_pixels: int = 50 * MEGAPIXEL
+    max_video_bytes: int = 512 * MEBIBYTE
+    max_video_seconds: float = 3_600.0
+    max_video_frames: int = 3_600 * 60
+    max_frame_pixels: int = 7_680 * 4_320
+    max_clip_pixels: int = 256 * MEGAPIXEL
+    max_aspect: float = 200.0
