@@ -247,16 +247,24 @@ def parse_job(fields: Mapping[str, object] | str | bytes, task: TaskName | None 
 
     `task` is the Celery task's name when the fields do not carry it. Raises InvalidJob.
     """
-    if isinstance(fields, (str, bytes)):
-        raw = fields.encode() if isinstance(fields, str) else fields
-    else:
-        raw = _json(dict(fields) | ({"task": str(task)} if task is not None else {}))
+    raw = _raw(fields, task)
     if len(raw) > MAX_JOB_BYTES:
         raise InvalidJob(f"job: {len(raw)} bytes of JSON, the limit is {MAX_JOB_BYTES}")
     try:
         return _JOB.validate_json(raw)
     except ValidationError as error:
         raise InvalidJob(explain(error, tags=_TAGS)) from error
+
+
+def _raw(fields: Mapping[str, object] | str | bytes, task: TaskName | None) -> bytes:
+    try:
+        if isinstance(fields, bytes):
+            return fields
+        if isinstance(fields, str):
+            return fields.encode()
+        return _json(dict(fields) | ({"task": str(task)} if task is not None else {}))
+    except ValueError as error:  # half a surrogate pair, or a value that JSON has no form for
+        raise InvalidJob(f"job: cannot be written as JSON: {error}") from error
 
 
 def digest(job: Job) -> str:

@@ -12,4 +12,4 @@ class WireModel(BaseModel):
 
     def to_json(self) -> str:
         """Return the canonical JSON of this value."""
-        return self.model_dump_json(exclude_none=True)
+        return self.model_dump_json(exclude_none=True, by_alias=True)

@@ -1,0 +1,103 @@
+"""What a job may say, and what a producer is told about a job that says it wrongly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from api_stub.contract.error import InvalidJob
+from api_stub.contract.event import JobCompleted, OutputDelta, body_fragment, parse_event
+from api_stub.contract.job import MAX_JOB_BYTES, CaptionJob, TaskName, VqaJob, digest, parse_job
+from api_stub.contract.media import S3Object
+from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
+from tests.golden.samples import EVENTS, JOB_ID
+
+REFUSED = {
+    "question: required": {"task": "visionq.vqa"},
+    "media: a caption needs at least 1 image, got 0": {"task": "visionq.caption"},
+    "media: a video question needs at least 1 video, got 0": {"task": "visionq.video_qa", "question": "Why?"},
+    "colour": {"task": "visionq.vqa", "question": "Why?", "colour": "red"},
+    "'http://host/a.png'": {"task": "visionq.vqa", "question": "Why?", "media": ["http://host/a.png"]},
+    "priority": {"task": "visionq.vqa", "question": "Why?", "priority": 10},
+    "metadata: 5008 bytes of JSON, the limit is 4096": {
+        "task": "visionq.vqa", "question": "Why?", "metadata": {"a": "x" * 5000}
+    },
+    "question: not beside messages": {
+        "task": "visionq.vqa", "question": "Why?",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}],
+    },
+    "messages: at least one user turn": {
+        "task": "visionq.vqa", "messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}]
+    },
+    "sampling.min_new_tokens: above max_new_tokens": {
+        "task": "visionq.vqa", "question": "Why?", "sampling": {"max_new_tokens": 2, "min_new_tokens": 3}
+    },
+    "half a surrogate pair": {"task": "visionq.vqa", "question": "\ud83d"},
+    "no JSON form": {"task": "visionq.vqa", "question": "Why?", "metadata": {"a": object()}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_wrong_job_is_refused_with_the_field_and_the_limit(words: str) -> None:
+    with pytest.raises(InvalidJob) as refusal:
+        parse_job(REFUSED[words])
+    expected = {"half a surrogate pair": "cannot be written as JSON", "no JSON form": "cannot be written as JSON"}
+    assert expected.get(words, words) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff", "{", "[]", "null", '"text"', "\ud83d", '{"task":"visionq.vqa","question":"\\ud83d"}']
+)
+def test_what_is_no_json_object_is_no_job(raw: str | bytes) -> None:
+    with pytest.raises(InvalidJob):
+        parse_job(raw)
+
+
+def test_a_job_of_the_limit_is_read_and_one_byte_more_is_not() -> None:
+    empty = len(json.dumps({"task": "visionq.vqa", "question": ""}, separators=(",", ":")))
+    fits = {"task": "visionq.vqa", "question": "x" * (MAX_JOB_BYTES - empty)}
+    assert isinstance(parse_job(fits), VqaJob)
+    with pytest.raises(InvalidJob, match=rf"{MAX_JOB_BYTES + 1} bytes of JSON, the limit is {MAX_JOB_BYTES}"):
+        parse_job(fits | {"question": fits["question"] + "x"})
+
+
+def test_the_task_of_a_celery_message_completes_its_fields() -> None:
+    assert isinstance(parse_job({"media": ["s3://media/a.png"]}, TaskName.CAPTION), CaptionJob)
+
+
+def test_resolving_fills_in_the_same_seed_for_the_same_id_only() -> None:
+    job = VqaJob(question="Why?")
+    assert job.resolved(JOB_ID) == job.resolved(JOB_ID)
+    assert job.resolved(JOB_ID).sampling.seed != job.resolved("another").sampling.seed
+    assert job.resolved(JOB_ID).sampling.max_new_tokens == 256
+    assert CaptionJob(media=("s3://media/a.png",)).resolved(JOB_ID).sampling.max_new_tokens == 64
+
+
+def test_spelling_of_a_media_uri_does_not_change_the_digest() -> None:
+    spellings = ("s3://media/a b.png", "s3://media/a%20b.png")
+    jobs = {digest(parse_job({"task": "visionq.caption", "media": [uri]})) for uri in spellings}
+    assert len(jobs) == 1
+
+
+@pytest.mark.parametrize("key", ["a b/ü%?#&=+.png", "..", "a//b", "\u2028", "%41"])
+def test_a_key_survives_the_trip_through_its_uri(key: str) -> None:
+    assert S3Object.parse(S3Object("media", key, "v 1").uri) == S3Object("media", key, "v 1")
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_a_body_is_its_event_without_the_envelope(name: str) -> None:
+    event = EVENTS[name]
+    if not isinstance(event, OutputDelta | JobCompleted):
+        return
+    body_type = type(event).__mro__[1]
+    body = body_type(**{field: getattr(event, field) for field in body_type.model_fields})
+    envelope = {"v": 1, "job_id": event.job_id, "seq": event.seq, "attempt": event.attempt, "ts": event.ts}
+    stamped = json.dumps(envelope)[:-1] + "," + body_fragment(body) + "}"
+    assert parse_event(stamped) == event
+
+
+def test_final_states_have_no_way_out_and_a_celery_state() -> None:
+    final = {status for status in JobStatus if status.is_final}
+    assert final == set(CELERY_STATES) == {s for s, targets in TRANSITIONS.items() if not targets}
+    assert set(TRANSITIONS) == set(JobStatus)
