@@ -1,13 +1,16 @@
 """What a producer may catch.
 
     VisionqError
+    ├── InvalidSettings     an environment variable has a bad value
     ├── InvalidRequest      the job breaks the contract; nothing was enqueued
     ├── QueueFull           the model's admission limit is reached; try again later
     ├── UnknownJob          no such job (never submitted, not adopted yet, or its record has expired)
     ├── StoreUnavailable    Redis or S3 did not answer in time; the same call may be repeated
+    ├── StorageRefused      S3 answered no: bucket, credentials or permission are wrong
     ├── StreamRestarted     a new attempt's text differs from what was already yielded
     └── JobFailed           the job ended without a result
 
+Each has a stable `code`. Waiting too long is Python's own TimeoutError.
 Celery consumers find JobFailed here too: failed results are stored as this module's exception.
 """
 
@@ -17,25 +20,49 @@ from __future__ import annotations
 class VisionqError(Exception):
     """Root of everything this package raises on purpose."""
 
+    code: str = "error"
+
+
+class InvalidSettings(VisionqError):
+    """Raised when a setting has a bad value. `str()` names the variable."""
+
+    code = "invalid_settings"
+
 
 class InvalidRequest(VisionqError):
     """Raised when a job breaks the contract, or its id already belongs to another body."""
+
+    code = "invalid_request"
 
 
 class QueueFull(VisionqError):
     """Raised when the admission limit of the job's model is reached. Nothing was enqueued."""
 
+    code = "queue_full"
+
 
 class UnknownJob(VisionqError):
     """Raised when the ledger has no such job."""
+
+    code = "unknown_job"
 
 
 class StoreUnavailable(VisionqError):
     """Raised when Redis or S3 did not answer. A submit may be repeated with the same job id."""
 
+    code = "store_unavailable"
+
+
+class StorageRefused(VisionqError):
+    """Raised when S3 answers that the bucket, the credentials or the permission are wrong."""
+
+    code = "storage_refused"
+
 
 class StreamRestarted(VisionqError):
     """Raised by `stream()` when a new attempt's text differs from the text already yielded."""
+
+    code = "stream_restarted"
 
 
 class JobFailed(VisionqError):

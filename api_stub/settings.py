@@ -1,0 +1,115 @@
+"""The producer side's settings: one frozen object, read from the environment once and passed down.
+
+S3 credentials are not here: boto3 finds them itself (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, a profile, a role).
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from api_stub.errors import InvalidSettings
+from api_stub.ledger.config import LedgerConfig
+
+ENV_PREFIX = "VISIONQ_"
+
+
+class ClientSettings(BaseSettings):
+    """Everything a producer can be told from outside. Durations are seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,
+    )
+
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
+    )
+    media_bucket: str = Field(default="media", min_length=3, max_length=63, description="Bucket of the uploads")
+    s3_endpoint_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("s3_endpoint_url", "AWS_ENDPOINT_URL_S3"),
+        description="S3 endpoint; empty: AWS",
+    )
+    s3_region: str = Field(
+        default="us-east-1", validation_alias=AliasChoices("s3_region", "AWS_REGION"), description="S3 region"
+    )
+    s3_public_url: str | None = Field(
+        default=None, description="S3 endpoint that presigned URLs name; empty: the S3 endpoint itself"
+    )
+    max_queued: int = Field(
+        default=0, ge=0, description="Queued and running jobs per model that a submit admits; 0: no limit"
+    )
+    lease_s: float = Field(default=15.0, gt=0, description="A job whose worker is silent this long goes to another")
+    grace_s: float = Field(default=15.0, gt=0, description="Time before a queued job is checked for a lost doorbell")
+    max_attempts: int = Field(
+        default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
+    )
+    result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
+    events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        if not _names_a_redis(value.get_secret_value()):
+            # The value may hold a password: it is not repeated.
+            raise ValueError("must be redis://[user:password@]host[:port][/db] or rediss://…")
+        return value
+
+    @field_validator("s3_endpoint_url", "s3_public_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in {"http", "https"}:
+            raise ValueError("must be an http:// or https:// URL")
+        return value
+
+    @classmethod
+    def load(cls, redis_url: str | None = None) -> ClientSettings:
+        """Read the environment; `redis_url` wins over it. Raises InvalidSettings that names the variable."""
+        try:
+            return cls() if redis_url is None else cls(redis_url=SecretStr(redis_url))
+        except ValidationError as error:
+            raise InvalidSettings(_name_variables(error)) from error
+
+    @property
+    def ledger(self) -> LedgerConfig:
+        """The ledger's share of the settings."""
+        return LedgerConfig(
+            lease_s=self.lease_s,
+            grace_s=self.grace_s,
+            max_attempts=self.max_attempts,
+            max_queued=self.max_queued,
+            result_ttl_s=self.result_ttl_s,
+            events_ttl_s=self.events_ttl_s,
+        )
+
+
+def _names_a_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def variable_of(field: str) -> str:
+    """Return the environment variable that sets a field of ClientSettings."""
+    alias = ClientSettings.model_fields[field].validation_alias
+    return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"{ENV_PREFIX}{field.upper()}"
+
+
+def _name_variables(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors(include_url=False):
+        place = str(problem["loc"][0]) if problem["loc"] else ""
+        variable = variable_of(place) if place in ClientSettings.model_fields else place
+        is_ours = problem["type"] == "value_error"
+        reason = str(problem["ctx"]["error"]) if is_ours else f"{problem['msg']} (got {problem['input']!r})"
+        problems.append(f"{variable}: {reason}")
+    return "; ".join(problems)
