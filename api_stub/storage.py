@@ -118,7 +118,9 @@ def _connect(endpoint_url: str | None, region: str) -> S3Client:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    client: S3Client = boto3.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
+    # Its own session: boto3's default one is shared by the whole process and unsafe to start from two threads.
+    session = boto3.session.Session(region_name=region)
+    client: S3Client = session.client("s3", endpoint_url=endpoint_url, config=config)
     return client
 
 
