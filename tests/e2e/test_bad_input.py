@@ -69,7 +69,7 @@ OBJECTS = {
     "empty.jpg": (b"", "media_corrupt", ["0 bytes"]),
     "truncated.jpg": (picture()[:300], "media_corrupt", ["truncated.jpg"]),
     "text.png": (b"this is no picture, whatever its name says\n", "media_unsupported", ["text.png"]),
-    "bomb.png": (header_bomb(20_000), "media_too_large", ["400000000", "50000000"]),
+    "bomb.png": (header_bomb(20_000), "media_too_large", ["20000", "50000000"]),
 }
 
 
@@ -84,10 +84,7 @@ def test_a_bad_object_fails_its_job_and_the_next_one_is_served(
         client.caption(f"s3://media/{name}").result(timeout=60)
     assert failure.value.code == code
     for words in said:
-        assert (
-            words in failure.value.message.replace(" ", "").replace(",", "").replace("_", "")
-            or words in failure.value.message
-        )
+        assert words in failure.value.message
     assert client.caption("s3://media/good.jpg").result(timeout=60).text
 
 

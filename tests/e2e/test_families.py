@@ -25,24 +25,7 @@ if TYPE_CHECKING:
 
 NUM_JOBS = 24
 NUM_FRAMES = 6
-WORDS = [
-    "describe",
-    "the",
-    "cat",
-    "dog",
-    "car",
-    "flower",
-    "picture",
-    "please",
-    "how",
-    "many",
-    "people",
-    "are",
-    "there",
-    "in",
-    "this",
-    "image",
-]
+WORDS = ("describe", "the", "cat", "flower", "picture", "please", "how", "many", "people", "are", "there")
 
 
 @dataclass(frozen=True)
