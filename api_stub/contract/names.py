@@ -23,7 +23,8 @@ PRIORITY_SEPARATOR: Final = "\x06\x16"
 DUE_KEY: Final = PREFIX + "due"  # ZSET job id -> Redis time at which a reaper must look at the job
 DEAD_KEY: Final = PREFIX + "dead"  # LIST of ids of jobs that were given up because their workers kept dying
 FENCE_KEY: Final = PREFIX + "fence"  # counter: one number per claim, never reused
-SUBMITTED_KEY: Final = PREFIX + "submitted"  # counter: order of submission, for the lost-doorbell watermark
+SUBMITTED_KEY: Final = PREFIX + "submitted"  # counter: one number per doorbell, for the lost-doorbell watermark
+LISTS_KEY: Final = PREFIX + "lists"  # SET of `<model>:<priority step>` whose waiting jobs reapers watch
 COUNTS_KEY: Final = PREFIX + "counts"  # HASH of ledger counters (claims, reaped leases, rung bells, ...)
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
 
@@ -74,13 +75,23 @@ def depth_key(model: str) -> str:
 
 
 def workers_key(model: str) -> str:
-    """ZSET worker name -> Redis time of its last beat."""
+    """ZSET worker name -> Redis time until which it counts as alive."""
     return f"{PREFIX}workers:{model}"
 
 
-def watermark_key(model: str, step: int) -> str:
+def list_id(model: str, step: int) -> str:
+    """Return how the ledger names one priority list of a model's queue."""
+    return f"{model}:{step}"
+
+
+def waiting_key(list_id: str) -> str:
+    """ZSET job id -> number of its doorbell: the queued jobs whose doorbell should be in the list."""
+    return f"{PREFIX}waiting:{list_id}"
+
+
+def watermark_key(list_id: str) -> str:
     """Highest submission number claimed so far from one priority list of a queue."""
-    return f"{PREFIX}watermark:{model}:{step}"
+    return f"{PREFIX}watermark:{list_id}"
 
 
 def result_key(job_id: str) -> str:

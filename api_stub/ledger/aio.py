@@ -1,0 +1,108 @@
+"""The ledger for asyncio: the same calls as `Ledger`, awaited. One event loop per instance."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import TypeVar
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from api_stub.contract.event import FinalBody, RetryReason
+from api_stub.contract.job import Job, TaskName
+from api_stub.contract.view import JobView
+from api_stub.ledger import calls
+from api_stub.ledger.calls import Call
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import HEALTH_CHECK_S, MAX_BATCHES
+from api_stub.ledger.lua import Transition, script
+from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
+
+T = TypeVar("T")
+
+
+class AsyncLedger:
+    """See `Ledger`: same methods, same meanings, same errors."""
+
+    def __init__(self, client: redis.asyncio.Redis, config: LedgerConfig) -> None:
+        if not client.connection_pool.connection_kwargs.get("decode_responses"):
+            raise ValueError("the ledger needs a client with decode_responses=True")
+        self.client = client
+        self.config = config
+        self._scripts = {step: client.register_script(script(step, config)) for step in Transition}
+
+    @classmethod
+    def connect(cls, url: str, config: LedgerConfig, *, timeout_s: float = 5.0) -> AsyncLedger:
+        """Make a ledger with its own connections, opened on first use.
+
+        A silent Redis costs about `timeout_s` per call, then redis.TimeoutError.
+        """
+        client = redis.asyncio.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            socket_keepalive=True,
+            health_check_interval=HEALTH_CHECK_S,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),  # a pooled connection may be stale
+        )
+        return cls(client, config)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.client.aclose()
+
+    async def submit(self, job_id: str, job: Job) -> Submission:
+        """See `Ledger.submit`."""
+        return await self._run(calls.submit(job_id, job))
+
+    async def adopt(self, job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int) -> Submission:
+        """See `Ledger.adopt`."""
+        return await self._run(calls.adopt(job_id, task=task, model=model, job=job, priority=priority))
+
+    async def claim(self, job_id: str, worker: str, token: str | None = None) -> Claim | Refusal:
+        """See `Ledger.claim`."""
+        return await self._run(calls.claim(job_id, worker, token or uuid.uuid4().hex))
+
+    async def beat(self, worker: str, model: str, held: Sequence[tuple[str, int]]) -> tuple[Hold, ...]:
+        """See `Ledger.beat`."""
+        return await self._run(calls.beat(worker, model, held))
+
+    async def leave(self, worker: str, model: str) -> None:
+        """See `Ledger.leave`."""
+        await self._run(calls.leave(worker, model))
+
+    async def publish(self, publications: Sequence[Publication]) -> tuple[bool, ...]:
+        """See `Ledger.publish`."""
+        return await self._run(calls.publish(publications)) if publications else ()
+
+    async def finish(self, job_id: str, fence: int, body: FinalBody) -> Finished:
+        """See `Ledger.finish`."""
+        return await self._run(calls.finish(job_id, fence, body))
+
+    async def give_back(self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0) -> bool:
+        """See `Ledger.give_back`."""
+        return await self._run(calls.give_back(job_id, fence, reason, delay_s))
+
+    async def cancel(self, job_id: str) -> Cancelled:
+        """See `Ledger.cancel`."""
+        return await self._run(calls.cancel(job_id))
+
+    async def reap(self) -> tuple[Bell, ...]:
+        """See `Ledger.reap`."""
+        bells: list[Bell] = []
+        for _ in range(MAX_BATCHES):
+            sweep = await self._run(calls.reap())
+            bells.extend(sweep.bells)
+            if sweep.is_complete:
+                break
+        return tuple(bells)
+
+    async def view(self, job_id: str) -> JobView | None:
+        """See `Ledger.view`."""
+        return await self._run(calls.view(job_id))
+
+    async def _run(self, call: Call[T]) -> T:
+        return call.parse(await self._scripts[call.transition](args=call.args))

@@ -1,0 +1,205 @@
+"""The ledger's transitions as values: which script to run, with which arguments, and how to read its reply.
+
+No I/O: `Ledger` and `AsyncLedger` execute the same calls. Every call may be repeated after a lost reply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from api_stub.contract.error import ErrorInfo
+from api_stub.contract.event import (
+    CompletedBody,
+    FinalBody,
+    FinalEvent,
+    JobCompleted,
+    RetryReason,
+    body_fragment,
+    parse_event,
+)
+from api_stub.contract.job import Job, TaskName, digest
+from api_stub.contract.names import list_id, priority_step
+from api_stub.contract.result import celery_failure
+from api_stub.contract.status import JobStatus
+from api_stub.contract.view import JobView
+from api_stub.ledger.lua import Transition
+from api_stub.ledger.rows import (
+    Bell,
+    Cancelled,
+    Claim,
+    Finished,
+    Hold,
+    JobConflict,
+    LedgerFull,
+    Publication,
+    Refusal,
+    RefusalReason,
+    Submission,
+    Sweep,
+)
+
+T = TypeVar("T")
+
+#: What a producer that was turned away is told to wait.
+RETRY_AFTER_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One script run. `parse` reads Redis' reply (text replies) and may raise what the transition raises."""
+
+    transition: Transition
+    args: tuple[str | int | float, ...]
+    parse: Callable[[Any], T]
+
+
+def submit(job_id: str, job: Job) -> Call[Submission]:
+    """Write a new job; its doorbell must follow. Raises JobConflict, LedgerFull."""
+    return _create(job_id, job.resolved(job_id), job.task, job.model, job.priority, "client")
+
+
+def adopt(job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int) -> Call[Submission]:
+    """Write the job of a plain Celery message that was just delivered. Raises JobConflict."""
+    return _create(job_id, job and job.resolved(job_id), task, model, min(max(priority, 0), 9), "broker")
+
+
+def _create(job_id: str, job: Job | None, task: TaskName, model: str, priority: int, origin: str) -> Call[Submission]:
+    def parse(reply: list[str]) -> Submission:
+        if reply[0] == "conflict":
+            raise JobConflict(f"job {job_id!r} exists with another body")
+        if reply[0] == "full":
+            raise LedgerFull(model, int(reply[1]), int(reply[2]), RETRY_AFTER_S)
+        return Submission(reply[0])
+
+    body, mark = (job.to_json(), digest(job)) if job else ("", "")
+    tenant, deadline_s = (job.tenant, job.deadline_s) if job else ("", None)
+    where = list_id(model, priority_step(priority))
+    return Call(
+        Transition.SUBMIT,
+        (job_id, mark, body, task.value, model, priority, where, tenant, deadline_s or "", origin),
+        parse,
+    )
+
+
+def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
+    """Take a queued job. `token` is new for each delivery of a doorbell; a repeated call carries the same."""
+
+    def parse(reply: list[str]) -> Claim | Refusal:
+        if reply[0] != "claimed":
+            return Refusal(RefusalReason(reply[0]))
+        _, task, model, body, attempt, fence, left_s, queued_s, created_at = reply
+        return Claim(
+            job_id=job_id,
+            task=_task(task),
+            model=model,
+            body=body,
+            attempt=int(attempt),
+            fence=int(fence),
+            deadline_left_s=float(left_s) if left_s else None,
+            queued_s=float(queued_s),
+            created_at=float(created_at),
+        )
+
+    return Call(Transition.CLAIM, (job_id, worker, token), parse)
+
+
+def beat(worker: str, model: str, held: Sequence[tuple[str, int]]) -> Call[tuple[Hold, ...]]:
+    """Prove that a worker lives and extend the leases of the (job id, fence) pairs it holds."""
+    pairs = (field for pair in held for field in pair)
+    return Call(Transition.BEAT, (worker, model, *pairs), lambda reply: tuple(Hold(answer) for answer in reply))
+
+
+def leave(worker: str, model: str) -> Call[None]:
+    """Take a worker off the list of those that serve a model."""
+    return Call(Transition.LEAVE, (worker, model), lambda reply: None)
+
+
+def publish(publications: Sequence[Publication]) -> Call[tuple[bool, ...]]:
+    """Write one step's events, in order; False for those whose job is not this fence's any more."""
+    rows = (field for p in publications for field in (p.job_id, p.fence, p.number, body_fragment(p.body)))
+    return Call(Transition.PUBLISH, tuple(rows), lambda reply: tuple(answer == 1 for answer in reply))
+
+
+def finish(job_id: str, fence: int, body: FinalBody) -> Call[Finished]:
+    """End a job: row, Celery result and final event."""
+    status = JobStatus(body.type.removeprefix("job."))
+    outcome = body.result.to_json() if isinstance(body, CompletedBody) else _failure_json(body.error)
+    return Call(Transition.FINISH, (job_id, fence, status.value, body_fragment(body), outcome), Finished)
+
+
+def give_back(job_id: str, fence: int, reason: RetryReason, delay_s: float) -> Call[bool]:
+    """Queue a held job again, to be rung after `delay_s`."""
+    return Call(Transition.GIVE_BACK, (job_id, fence, reason.value, delay_s), lambda reply: bool(reply == 1))
+
+
+def cancel(job_id: str) -> Call[Cancelled]:
+    """End a queued job, or ask a running one to stop."""
+    return Call(Transition.CANCEL, (job_id,), Cancelled)
+
+
+def reap() -> Call[Sweep]:
+    """Sweep once."""
+
+    def parse(reply: list[Any]) -> Sweep:
+        fields = [str(field) for field in reply[1:]]
+        bells = (
+            Bell(job_id, _task(task), model, int(priority))
+            for job_id, task, model, priority in zip(*[iter(fields)] * 4, strict=True)
+        )
+        return Sweep(bells=tuple(bells), is_complete=reply[0] == 0)
+
+    return Call(Transition.REAP, (), parse)
+
+
+def view(job_id: str) -> Call[JobView | None]:
+    """Read a job."""
+    return Call(Transition.VIEW, (job_id,), lambda reply: _view(job_id, reply) if reply else None)
+
+
+def _view(job_id: str, reply: list[Any]) -> JobView:
+    status, task, model, priority, tenant, attempt, created, started, finished, worker, cancel, final, num_workers = (
+        reply
+    )
+    is_running = status == JobStatus.IN_PROGRESS
+    known = JobView(
+        job_id=job_id,
+        task=_task(task),
+        model=model,
+        status=JobStatus(status),
+        cancelling=is_running and bool(cancel),
+        attempt=int(attempt),
+        priority=int(priority),
+        tenant=tenant,
+        created_at=float(created),
+        started_at=float(started) if started else None,
+        finished_at=float(finished) if finished else None,
+        num_workers=int(num_workers),
+        worker=worker or None,
+    )
+    return _with_ending(known, final_event(final)) if final else known
+
+
+def _with_ending(known: JobView, event: FinalEvent) -> JobView:
+    if isinstance(event, JobCompleted):
+        return known.model_copy(update={"result": event.result})
+    ending = {"error": event.error, "partial_text": event.partial_text, "usage": event.usage}
+    return known.model_copy(update=ending)
+
+
+def final_event(raw: str) -> FinalEvent:
+    """Read the final event that a finished job's row keeps as long as its result."""
+    event = parse_event(raw)
+    if not isinstance(event, FinalEvent):
+        raise TypeError(f"not a final event: {event.type}")
+    return event
+
+
+def _failure_json(error: ErrorInfo) -> str:
+    return json.dumps(celery_failure(error), ensure_ascii=False)
+
+
+def _task(name: str) -> TaskName | None:
+    return TaskName(name) if name else None

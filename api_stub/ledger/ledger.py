@@ -1,0 +1,136 @@
+"""The ledger for threads: each method is one atomic step on Redis, decided by Redis' clock.
+
+Safe to share between threads. redis-py's errors come out unchanged (redis.RedisError); every method may be called
+again after one, with the same arguments and without a double effect.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from api_stub.contract.event import FinalBody, RetryReason
+from api_stub.contract.job import Job, TaskName
+from api_stub.contract.view import JobView
+from api_stub.ledger import calls
+from api_stub.ledger.calls import Call
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.lua import Transition, script
+from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
+
+T = TypeVar("T")
+
+#: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
+HEALTH_CHECK_S: Final = 10
+#: Batches that one `reap` works through before it lets go of the thread.
+MAX_BATCHES: Final = 50
+
+
+class Ledger:
+    """The truth about every job.
+
+    The client must decode replies and should have socket timeouts; `connect` sees to both.
+    """
+
+    def __init__(self, client: redis.Redis, config: LedgerConfig) -> None:
+        if not client.connection_pool.connection_kwargs.get("decode_responses"):
+            raise ValueError("the ledger needs a client with decode_responses=True")
+        self.client = client
+        self.config = config
+        self._scripts = {step: client.register_script(script(step, config)) for step in Transition}
+
+    @classmethod
+    def connect(cls, url: str, config: LedgerConfig, *, timeout_s: float = 5.0) -> Ledger:
+        """Make a ledger with its own connections, opened on first use.
+
+        A silent Redis costs about `timeout_s` per call, then redis.TimeoutError.
+        """
+        client = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            socket_keepalive=True,
+            health_check_interval=HEALTH_CHECK_S,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),  # a pooled connection may be stale
+        )
+        return cls(client, config)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.close()
+
+    def submit(self, job_id: str, job: Job) -> Submission:
+        """Write a new job; the caller then rings its doorbell. The same id and body again is the same job.
+
+        Raises JobConflict for another body, LedgerFull above `max_queued`.
+        """
+        return self._run(calls.submit(job_id, job))
+
+    def adopt(self, job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int) -> Submission:
+        """Write the job of a plain Celery message at its delivery; claim it next. The deadline counts from here.
+
+        `job` is None when the body is invalid: the claim then has an empty body and the worker fails it.
+        Raises JobConflict when the id belongs to another body.
+        """
+        return self._run(calls.adopt(job_id, task=task, model=model, job=job, priority=priority))
+
+    def claim(self, job_id: str, worker: str, token: str | None = None) -> Claim | Refusal:
+        """Take a queued job for one lease: a new attempt with a new fence. Expired jobs end here instead.
+
+        To repeat the call after a redis error pass a `token`, unique per delivery of a doorbell: without one, a claim
+        whose reply was lost looks like another worker's and costs the job a lease.
+        """
+        return self._run(calls.claim(job_id, worker, token or uuid.uuid4().hex))
+
+    def beat(self, worker: str, model: str, held: Sequence[tuple[str, int]]) -> tuple[Hold, ...]:
+        """Extend the leases of all held (job id, fence) pairs and keep the worker listed; one answer per pair."""
+        return self._run(calls.beat(worker, model, held))
+
+    def leave(self, worker: str, model: str) -> None:
+        """Stop being listed as a worker of `model`."""
+        self._run(calls.leave(worker, model))
+
+    def publish(self, publications: Sequence[Publication]) -> tuple[bool, ...]:
+        """Write events to stream and channel, in order, in one round trip; False: not this fence's job any more."""
+        return self._run(calls.publish(publications)) if publications else ()
+
+    def finish(self, job_id: str, fence: int, body: FinalBody) -> Finished:
+        """End a held job, once: row, Celery result (and its channel) and final event in one step."""
+        return self._run(calls.finish(job_id, fence, body))
+
+    def give_back(self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0) -> bool:
+        """Queue a held job again; a reaper rings for it after `delay_s`. No loss is charged.
+
+        A job that was asked to stop becomes final (cancelled) instead. False: not this fence's job any more.
+        """
+        return self._run(calls.give_back(job_id, fence, reason, delay_s))
+
+    def cancel(self, job_id: str) -> Cancelled:
+        """End a queued job at once; flag a running one and tell its worker on the cancel channel."""
+        return self._run(calls.cancel(job_id))
+
+    def reap(self) -> tuple[Bell, ...]:
+        """Take jobs from lost workers, end those out of time or attempts, return the doorbells to ring now.
+
+        Bells that are never rung (this process dies) are found again, one or two graces later.
+        """
+        bells: list[Bell] = []
+        for _ in range(MAX_BATCHES):
+            sweep = self._run(calls.reap())
+            bells.extend(sweep.bells)
+            if sweep.is_complete:
+                break
+        return tuple(bells)
+
+    def view(self, job_id: str) -> JobView | None:
+        """Read a job; None when it is unknown."""
+        return self._run(calls.view(job_id))
+
+    def _run(self, call: Call[T]) -> T:
+        return call.parse(self._scripts[call.transition](args=call.args))

@@ -1,0 +1,83 @@
+"""The scripts' text: one Lua file per transition, behind the shared functions and the contract's names.
+
+Names, error codes and limits are rendered into the text from the contract and the config, so that they exist once.
+Keys are computed inside the scripts: the ledger lives in one Redis database, never in a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from importlib.resources import files
+
+from api_stub.contract import names
+from api_stub.contract.error import RETRYABLE_CODES
+from api_stub.contract.event import VERSION
+from api_stub.contract.result import FAILURE_CLASS, FAILURE_MODULE
+from api_stub.contract.status import CELERY_STATES
+from api_stub.ledger.config import LedgerConfig
+
+
+class Transition(StrEnum):
+    """The scripts. The value is the file's name."""
+
+    SUBMIT = "submit"
+    CLAIM = "claim"
+    BEAT = "beat"
+    LEAVE = "leave"
+    PUBLISH = "publish"
+    FINISH = "finish"
+    GIVE_BACK = "give_back"
+    CANCEL = "cancel"
+    REAP = "reap"
+    VIEW = "view"
+
+
+def script(transition: Transition, config: LedgerConfig) -> str:
+    """Return the complete text of a transition's script."""
+    return "\n".join((_constants(config), _read("_common"), _read(transition)))
+
+
+def _read(name: str) -> str:
+    return files(__package__).joinpath("scripts", f"{name}.lua").read_text("utf-8")
+
+
+def _constants(config: LedgerConfig) -> str:
+    keys = {
+        "job": names.job_key(""),
+        "events": names.events_key(""),
+        "result": names.result_key(""),
+        "depth": names.depth_key(""),
+        "workers": names.workers_key(""),
+        "waiting": names.waiting_key(""),
+        "watermark": names.watermark_key(""),
+        "queue": names.queue(""),
+        "separator": names.PRIORITY_SEPARATOR,
+        "due": names.DUE_KEY,
+        "dead": names.DEAD_KEY,
+        "fence": names.FENCE_KEY,
+        "submitted": names.SUBMITTED_KEY,
+        "lists": names.LISTS_KEY,
+        "counts": names.COUNTS_KEY,
+        "cancel": names.CANCEL_CHANNEL,
+    }
+    tables = {
+        "KEY": keys,
+        "CONFIG": asdict(config),
+        "CELERY_STATE": {status.value: state.value for status, state in CELERY_STATES.items()},
+        "RETRYABLE": {code.value: "true" for code in sorted(RETRYABLE_CODES)},
+        "EVENT": {"version": VERSION},
+        "FAILURE": {"class": FAILURE_CLASS, "module": FAILURE_MODULE},
+    }
+    return "\n".join(f"local {name} = {_table(members)}" for name, members in tables.items())
+
+
+def _table(members: Mapping[str, object]) -> str:
+    return "{" + ", ".join(f"[{_literal(name)}] = {_literal(value)}" for name, value in members.items()) + "}"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, str):
+        return '"' + "".join(c if c.isalnum() or c in ":._-" else f"\\{ord(c):03d}" for c in value) + '"'
+    return repr(value)

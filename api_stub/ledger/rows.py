@@ -1,0 +1,128 @@
+"""What goes into the ledger and what comes out of it: plain frozen values, no I/O.
+
+A job's row is written by the Lua scripts only; Python sees these values and never the row itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from api_stub.contract.event import RunningBody
+from api_stub.contract.job import TaskName
+
+
+class JobConflict(Exception):
+    """Raised when a job id already belongs to another body."""
+
+
+class LedgerFull(Exception):
+    """Raised when the admission limit of a model is reached. Nothing was written.
+
+    `retry_after_s` is a suggestion: how soon it makes sense to ask again.
+    """
+
+    def __init__(self, model: str, limit: int, depth: int, retry_after_s: float) -> None:
+        super().__init__(f"model {model!r}: {depth} jobs are queued or running, the limit is {limit}")
+        self.model, self.limit, self.depth, self.retry_after_s = model, limit, depth, retry_after_s
+
+
+class Submission(StrEnum):
+    """What `submit` and `adopt` did."""
+
+    CREATED = "created"
+    SAME = "same"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that now belongs to one worker, until its lease ends.
+
+    `body` is the job's JSON, empty when the job was adopted without a valid one. `fence` is greater than that of every
+    earlier claim of any job. `deadline_left_s` is None for a job without a deadline. `queued_s` counts from the moment
+    the job was last queued. `created_at` is Redis' time in seconds since 1970.
+    """
+
+    job_id: str
+    task: TaskName | None
+    model: str
+    body: str
+    attempt: int
+    fence: int
+    deadline_left_s: float | None
+    queued_s: float
+    created_at: float
+
+
+class RefusalReason(StrEnum):
+    """Why a doorbell rang for nothing."""
+
+    UNKNOWN = "unknown"  # no such job: never submitted, or its row has expired
+    BUSY = "busy"  # another claim holds it, or it was given back and its delay is not over
+    FINAL = "final"  # completed or failed
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"  # the deadline passed in the queue, perhaps just now
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The answer to a claim that gave no job."""
+
+    reason: RefusalReason
+
+
+class Hold(StrEnum):
+    """What a beat says about one held job."""
+
+    HELD = "held"  # the lease is extended
+    LOST = "lost"  # it is not this fence's job any more: stop, publish nothing
+    CANCEL = "cancel"  # still held, but asked to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One event of a running attempt.
+
+    `number` starts at 1 and grows within the attempt; a number that was already written is skipped, so that a call
+    whose reply was lost can be repeated.
+    """
+
+    job_id: str
+    fence: int
+    number: int
+    body: RunningBody
+
+
+class Finished(StrEnum):
+    """What `finish` did."""
+
+    DONE = "done"
+    ALREADY = "already"  # this fence had finished the job before: its first reply was lost
+    LOST = "lost"  # the job is not this fence's any more; nothing was written
+
+
+class Cancelled(StrEnum):
+    """What `cancel` did."""
+
+    UNKNOWN = "unknown"
+    CANCELLED = "cancelled"  # it was queued and is final now
+    CANCELLING = "cancelling"  # it is running and its worker was asked to stop
+    FINAL = "final"  # it had ended before
+
+
+@dataclass(frozen=True, slots=True)
+class Bell:
+    """A doorbell that must be rung: the job is queued and no message announces it."""
+
+    job_id: str
+    task: TaskName | None
+    model: str
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One pass of a reaper. `is_complete` is False when more was due than one pass looks at."""
+
+    bells: tuple[Bell, ...]
+    is_complete: bool

@@ -1,0 +1,14 @@
+-- A queued job ends at once; a running one is flagged and its worker told, by channel now and by its next beat.
+local id = unpack(ARGV)
+local row = read(id, 'status', 'model', 'list', 'attempt', 'started_seq')
+if not row.status then
+  return 'unknown'
+elseif row.status == 'queued' then
+  unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was queued')
+  return 'cancelled'
+elseif row.status == 'in_progress' then
+  redis.call('HSET', KEY.job .. id, 'cancel', 1)
+  redis.call('PUBLISH', KEY.cancel, id)
+  return 'cancelling'
+end
+return 'final'

@@ -1,0 +1,40 @@
+-- queued -> in_progress for one worker. `token` names this call: asked again with it, the same claim is answered again.
+local id, worker, token = unpack(ARGV)
+local row = read(id, 'status', 'task', 'model', 'list', 'body', 'created', 'queued_at', 'deadline', 'attempt', 'fence', 'token',
+  'started', 'started_seq', 'order', 'not_before')
+
+local function claimed()
+  return {'claimed', row.task, row.model, row.body, row.attempt, row.fence,
+    row.deadline and moment(tonumber(row.deadline) - now) or '',
+    moment(tonumber(row.started) - tonumber(row.queued_at)), row.created}
+end
+
+if not row.status then
+  return {'unknown'}
+elseif row.status == 'in_progress' then
+  return row.token == token and claimed() or {'busy'}
+elseif row.status ~= 'queued' then
+  return {(row.status == 'cancelled' or row.status == 'expired') and row.status or 'final'}
+elseif row.deadline and now >= tonumber(row.deadline) then
+  expire(id, row)
+  return {'expired'}
+elseif row.not_before and now < tonumber(row.not_before) then
+  return {'busy'}
+end
+
+row.fence = string.format('%.0f', redis.call('INCR', KEY.fence))
+row.attempt = tonumber(row.attempt) + 1
+row.started = stamp
+local _, seq = emit(id, row.attempt, '"type":"job.started","worker":' .. quote(worker) .. ',"model":' .. quote(row.model))
+redis.call('HSET', KEY.job .. id, 'status', 'in_progress', 'attempt', row.attempt, 'fence', row.fence, 'worker', worker,
+  'token', token, 'number', 0, 'started', stamp, 'started_seq', seq)
+redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
+redis.call('ZREM', KEY.waiting .. row.list, id)
+redis.call('ZADD', KEY.due, moment(now + CONFIG.lease_s), id)
+-- Doorbells of one list arrive in order: whoever was submitted before this job and still waits has lost its own.
+if tonumber(row.order) > tonumber(redis.call('GET', KEY.watermark .. row.list) or '0') then
+  redis.call('SET', KEY.watermark .. row.list, row.order)
+end
+count('claimed')
+row.attempt = tostring(row.attempt)
+return claimed()

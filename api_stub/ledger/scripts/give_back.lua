@@ -1,0 +1,14 @@
+-- in_progress -> queued by the worker that holds the job. Costs the job none of its attempts. A job that was asked to stop ends here.
+local id, fence, reason, delay_s = unpack(ARGV)
+local row = read(id, 'status', 'fence', 'model', 'list', 'attempt', 'started_seq', 'deadline', 'cancel')
+if row.status ~= 'in_progress' or row.fence ~= fence then
+  return 0
+end
+redis.call('ZREM', KEY.due, id) -- first: see `final` about full memory
+if row.cancel then
+  unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was running')
+else
+  requeue(id, row, reason, tonumber(delay_s))
+  count('given_back')
+end
+return 1

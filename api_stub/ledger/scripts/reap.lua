@@ -1,0 +1,95 @@
+-- One sweep: ended leases, passed deadlines, retries that are due, lost doorbells. Any number of reapers may sweep at the same time.
+-- Answers whether more is due, then id, task, model and priority of every job whose doorbell must be rung.
+local BATCH = 200
+local MAX_DEAD = 10000
+local reply = {0}
+
+local function ring(id, row)
+  await_doorbell(id, row, redis.call('INCR', KEY.submitted))
+  count('rung')
+  for _, field in ipairs({id, row.task or '', row.model, row.priority}) do
+    reply[#reply + 1] = field
+  end
+end
+
+local function has_passed(time)
+  return time and now >= tonumber(time)
+end
+
+local function list_is_empty(list)
+  local model, step = string.match(list, '^(.*):(%d+)$')
+  return redis.call('LLEN', KEY.queue .. model .. (step == '0' and '' or KEY.separator .. step)) == 0
+end
+
+local function watermark(list)
+  return redis.call('GET', KEY.watermark .. list) or '0'
+end
+
+local function take_from_lost_worker(id, row)
+  local losses = redis.call('HINCRBY', KEY.job .. id, 'losses', 1)
+  count('lost')
+  if row.cancel then
+    unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was running; its worker was lost')
+  elseif has_passed(row.deadline) then
+    unanswered(id, row, 'failed', 'deadline_exceeded', string.format(
+      'deadline_s: %.6g s passed while the job was running; its worker was lost', tonumber(row.deadline) - tonumber(row.created)))
+  elseif losses >= CONFIG.max_attempts then
+    redis.call('LPUSH', KEY.dead, id)
+    redis.call('LTRIM', KEY.dead, 0, MAX_DEAD - 1)
+    unanswered(id, row, 'failed', 'poison_job', string.format(
+      'given up after %d workers were lost while they held it, the limit is %d', losses, CONFIG.max_attempts))
+  else
+    requeue(id, row, 'lost', 0)
+    ring(id, row)
+  end
+end
+
+local function look_at_queued(id, row)
+  if has_passed(row.deadline) then
+    expire(id, row)
+  elseif not has_passed(row.alarm) then
+    schedule(id, tonumber(row.alarm), tonumber(row.deadline))
+  elseif row.bell == '0' or list_is_empty(row.list) or tonumber(row.bell) < tonumber(watermark(row.list)) then
+    ring(id, row)
+  else
+    await_doorbell(id, row, row.bell) -- it had only been late
+  end
+end
+
+local due = redis.call('ZRANGEBYSCORE', KEY.due, '-inf', stamp, 'LIMIT', 0, BATCH)
+for _, id in ipairs(due) do
+  redis.call('ZREM', KEY.due, id) -- first: see `final` about full memory
+  local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'created', 'deadline', 'attempt', 'started_seq', 'cancel',
+    'bell', 'alarm')
+  if row.status == 'in_progress' then
+    take_from_lost_worker(id, row)
+  elseif row.status == 'queued' then
+    look_at_queued(id, row)
+  end
+end
+
+-- A waiting job whose list is empty, or whose list has served later doorbells, has probably lost its own. It may also be between
+-- list and claim just now, so it is looked at once more after a grace. Jobs that merely wait for their turn cost nothing here.
+local function find_suspects(list)
+  local limit = list_is_empty(list) and '+inf' or '(' .. watermark(list)
+  local suspects = redis.call('ZRANGEBYSCORE', KEY.waiting .. list, '-inf', limit, 'LIMIT', 0, BATCH)
+  for _, id in ipairs(suspects) do
+    redis.call('ZREM', KEY.waiting .. list, id)
+    redis.call('HSET', KEY.job .. id, 'alarm', moment(now + CONFIG.grace_s))
+    schedule(id, now + CONFIG.grace_s, tonumber(redis.call('HGET', KEY.job .. id, 'deadline') or nil))
+  end
+  return #suspects
+end
+
+local is_more = #due == BATCH
+for _, list in ipairs(redis.call('SMEMBERS', KEY.lists)) do
+  local num_suspects = find_suspects(list)
+  is_more = is_more or num_suspects == BATCH
+  local depth = redis.call('GET', KEY.depth .. string.match(list, '^(.*):%d+$'))
+  if num_suspects == 0 and (depth or '0') == '0' then
+    redis.call('SREM', KEY.lists, list)
+    redis.call('DEL', KEY.watermark .. list)
+  end
+end
+reply[1] = is_more and 1 or 0
+return reply
