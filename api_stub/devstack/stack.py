@@ -1,0 +1,224 @@
+"""The whole service on one machine: Redis, S3 and workers as child processes in a temporary directory.
+
+`with Stack(options, signals) as stack: stack.start()` returns when every part answers; leaving the block ends every
+part in reverse order. Waits are bounded, stop for a signal, and fail at once with a child's last words when it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import redis
+
+from api_stub.contract import names
+from api_stub.devstack.child import Child, StackFailed, Watchdog
+from api_stub.devstack.servers import BUCKET, HOST, REGION, RedisServer, S3Server, free_port
+from api_stub.devstack.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+SERVER_START_S = 60.0
+WORKER_START_S = 600.0  # a real checkpoint may have to be downloaded first
+PORT_ATTEMPTS = 3
+DRAIN_S = 5.0
+STOP_GRACE_S = 10.0
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 300.0
+
+
+_FOREIGN = frozenset({"VISIONQ_REDIS_URL", "VISIONQ_MEDIA_BUCKET", "VISIONQ_ALLOWED_BUCKETS", "VISIONQ_S3_PUBLIC_URL"})
+
+
+class _Server(Protocol):
+    def command(self) -> list[str]: ...
+    def answers(self) -> bool: ...
+
+
+ServerType = TypeVar("ServerType", bound=_Server)
+
+
+@dataclass(frozen=True, slots=True)
+class StackOptions:
+    """What to start. None leaves a choice to the environment and the worker's defaults.
+
+    `model` is a checkpoint (VISIONQ_MODEL), `concurrency` the jobs a worker generates at once (VISIONQ_MAX_NUM_SEQS).
+    """
+
+    num_workers: int = 1
+    model: str | None = None
+    concurrency: int | None = None
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the workers serve."""
+        return self.environment.get("VISIONQ_MODEL_NAME") or names.DEFAULT_MODEL_NAME
+
+
+class Stack:
+    """A context manager for the main thread. `endpoints` are complete once `start()` has returned."""
+
+    def __init__(self, options: StackOptions, signals: StopSignals) -> None:
+        self.options = options
+        self.endpoints: dict[str, str] = {}
+        self._signals = signals
+        self._servers: list[Child] = []
+        self._workers: list[Child] = []
+        self._restarts: list[float] = []
+
+    def __enter__(self) -> Stack:
+        with ExitStack() as cleanup:
+            self.watchdog = Watchdog()
+            cleanup.callback(self.watchdog.close)
+            self.directory = Path(tempfile.mkdtemp(prefix="visionq-"))
+            cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            self.watchdog.tell("remove", str(self.directory))
+            (self.directory / "tmp").mkdir()
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # All workers drain at the same time; the servers they need for it end after them.
+        for worker in self._workers:
+            worker.ask_to_stop()
+        deadline = time.monotonic() + STOP_GRACE_S
+        for worker in self._workers:
+            worker.stop(max(0.0, deadline - time.monotonic()))
+        self._cleanup.close()
+
+    def start(self) -> None:
+        """Start everything and wait until it serves. Raises StackFailed and Interrupted."""
+        self.start_servers()
+        self.start_workers()
+        self.wait_for_workers()
+
+    def start_servers(self) -> None:
+        """Start Redis and S3 and wait until both answer; afterwards `endpoints` are complete."""
+        redis_server = self._serve("redis", lambda: RedisServer(self.directory, free_port()))
+        s3_server = self._serve("s3", lambda: S3Server(free_port()))
+        s3_server.make_bucket()
+        self.endpoints = {
+            "VISIONQ_REDIS_URL": redis_server.url,
+            "AWS_ENDPOINT_URL_S3": s3_server.url,
+            "AWS_ACCESS_KEY_ID": s3_server.access_key,
+            "AWS_SECRET_ACCESS_KEY": s3_server.secret_key,
+            "AWS_REGION": REGION,
+            "VISIONQ_MEDIA_BUCKET": BUCKET,
+        }
+
+    def start_workers(self) -> None:
+        """Start the workers; they load their models while the caller does something else."""
+        for number in range(1, self.options.num_workers + 1):
+            self._workers.append(self._start_worker(f"worker-{number}"))
+
+    def wait_for_workers(self) -> None:
+        """Wait until every worker consumes: a worker enters the ledger's registry when it does."""
+        registry = names.workers_key(self.options.model_name)
+        with redis.Redis.from_url(self.endpoints["VISIONQ_REDIS_URL"], socket_timeout=5) as ledger:
+
+            def all_consume() -> bool:
+                self._require_alive()
+                return int(ledger.zcard(registry)) >= self.options.num_workers
+
+            self._wait_for(all_consume, WORKER_START_S, "the workers to consume")
+
+    def supervise(self) -> None:
+        """Look after the children once: a dead worker is replaced, a dead server ends the stack (StackFailed)."""
+        for server in self._servers:
+            server.require_alive()
+        for index, worker in enumerate(self._workers):
+            if worker.exit_status() is not None:
+                self._workers[index] = self._replace(worker)
+
+    def run_child(self, name: str, command: Sequence[str], timeout_s: float) -> str:
+        """Run a program to its end and return its output. Raises StackFailed when it fails or takes too long."""
+        child = self._spawn(name, command)
+        try:
+            self._wait_for(lambda: child.exit_status() is not None, timeout_s, f"{name} to end")
+            if child.exit_status() != 0:
+                raise child.failure()
+            return child.output.read_text()
+        finally:
+            child.stop(0)
+
+    def _serve(self, name: str, make: Callable[[], ServerType]) -> ServerType:
+        # Another program may take a port between the moment it was found free and the server's start.
+        for _ in range(PORT_ATTEMPTS):
+            server = make()
+            child = self._spawn(name, server.command())
+            self._cleanup.callback(child.stop, STOP_GRACE_S)
+            if self._comes_up(child, server):
+                self._servers.append(child)
+                return server
+        raise child.failure()
+
+    def _comes_up(self, child: Child, server: _Server) -> bool:
+        self._wait_for(
+            lambda: child.exit_status() is not None or server.answers(), SERVER_START_S, f"{child.name} to answer"
+        )
+        return child.exit_status() is None
+
+    def _start_worker(self, name: str) -> Child:
+        return self._spawn(name, [sys.executable, "-P", "-m", "worker.cli", "start"])
+
+    def _replace(self, worker: Child) -> Child:
+        now = time.monotonic()
+        self._restarts = [at for at in self._restarts if now - at < RESTART_WINDOW_S]
+        if len(self._restarts) >= MAX_RESTARTS:
+            raise worker.failure()
+        self._restarts.append(now)
+        logger.warning(
+            "%s ended with exit status %s; starting it again (%d of %d restarts within %g s)",
+            worker.name, worker.exit_status(), len(self._restarts), MAX_RESTARTS, RESTART_WINDOW_S,
+        )  # fmt: skip
+        worker.stop(0)
+        return self._start_worker(worker.name)
+
+    def _spawn(self, name: str, command: Sequence[str]) -> Child:
+        return Child(name, command, self._child_environment(), self.directory, self.watchdog)
+
+    def _child_environment(self) -> dict[str, str]:
+        options = self.options
+        # Settings for another Redis, bucket or AWS account must not lead a worker away from this stack.
+        kept = {name: value for name, value in options.environment.items() if not _points_elsewhere(name)}
+        kept.setdefault("VISIONQ_DRAIN_S", str(DRAIN_S))
+        if options.num_workers > 1:
+            kept.setdefault("VISIONQ_TORCH_THREADS", str(max(1, (os.cpu_count() or 1) // options.num_workers)))
+        if options.model is not None:
+            kept["VISIONQ_MODEL"] = options.model
+        if options.concurrency is not None:
+            kept["VISIONQ_MAX_NUM_SEQS"] = str(options.concurrency)
+        no_proxy = without_proxy(kept)
+        return kept | no_proxy | self.endpoints | {"TMPDIR": str(self.directory / "tmp")}
+
+    def _require_alive(self) -> None:
+        for child in (*self._servers, *self._workers):
+            child.require_alive()
+
+    def _wait_for(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        if not self._signals.wait_for(condition, timeout_s):
+            raise StackFailed(f"waited {timeout_s:g} s in vain for {what}; logs lay in {self.directory}")
+
+
+def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep a machine's HTTP proxy away from the stack's loopback addresses."""
+    listed = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    value = ",".join(filter(None, (listed, HOST, "localhost")))
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+def _points_elsewhere(name: str) -> bool:
+    return name in _FOREIGN or (name.startswith("AWS_") and name != "AWS_CA_BUNDLE")

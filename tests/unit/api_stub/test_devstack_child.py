@@ -1,0 +1,128 @@
+"""Children end when they are told to, when they do not want to, and when their parent is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from api_stub.devstack.child import Child, StackFailed, Watchdog
+from tests.servers import eventually
+
+ENVIRONMENT = dict(os.environ)
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def watchdog() -> Iterator[Watchdog]:
+    watchdog = Watchdog()
+    yield watchdog
+    watchdog.close()
+
+
+def start(code: str, directory: Path, watchdog: Watchdog) -> Child:
+    child = Child("child", [sys.executable, "-c", code], ENVIRONMENT, directory, watchdog)
+    eventually(lambda: child.output.read_text() or child.exit_status() is not None, what="the child wrote a line")
+    return child
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process exists and is no zombie (whoever adopted an orphan may be slow to reap it)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_ended_child_is_reported_with_its_last_words(tmp_path: Path, watchdog: Watchdog) -> None:
+    child = start("import sys; print('loading'); sys.exit('no such model')", tmp_path, watchdog)
+    eventually(lambda: child.exit_status() is not None, what="the child ended")
+
+    with pytest.raises(StackFailed) as caught:
+        child.require_alive()
+
+    assert "child ended with exit status 1" in str(caught.value)
+    assert "no such model" in str(caught.value)
+    child.stop(0)
+
+
+def test_a_program_that_does_not_exist_is_a_stack_failure(tmp_path: Path, watchdog: Watchdog) -> None:
+    with pytest.raises(StackFailed, match="child cannot be started"):
+        Child("child", [str(tmp_path / "nothing")], ENVIRONMENT, tmp_path, watchdog)
+
+
+def test_a_child_may_end_in_its_own_way(tmp_path: Path, watchdog: Watchdog) -> None:
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(600)"
+    )
+    child = start(code, tmp_path, watchdog)
+    child.stop(20)
+    assert child.exit_status() == 7
+
+
+def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path, watchdog: Watchdog) -> None:
+    child = start(STUBBORN, tmp_path, watchdog)
+    grandchild = int(child.output.read_text())
+
+    child.stop(0.2)
+
+    assert child.exit_status() == -signal.SIGKILL
+    eventually(lambda: not is_running(grandchild), what="the grandchild is gone")
+
+
+def test_ctrl_c_on_the_terminal_does_not_reach_a_child(tmp_path: Path, watchdog: Watchdog) -> None:
+    child = start(SLEEP, tmp_path, watchdog)
+    assert os.getsid(child.pid) == child.pid != os.getsid(0)
+    child.stop(5)
+
+
+def test_a_watchdog_leaves_forgotten_groups_alone(tmp_path: Path) -> None:
+    watchdog = Watchdog()
+    child = start(SLEEP, tmp_path, watchdog)
+    watchdog.tell("forget", child.pid)
+    watchdog.close()
+    assert child.exit_status() is None
+    child.ask_to_stop()
+    eventually(lambda: child.exit_status() is not None, what="the child ended")
+
+
+def test_children_and_files_go_when_the_parent_is_killed(tmp_path: Path) -> None:
+    directory, env_file = tmp_path / "stack", tmp_path / "stack.env"
+    directory.mkdir()
+    env_file.touch()
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(directory), str(env_file)], stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_running(pid)
+        parent.kill()
+        parent.wait(20)
+        eventually(lambda: not is_running(pid), what="the child is gone")
+        eventually(lambda: not directory.exists() and not env_file.exists(), what="the files are gone")
+    finally:
+        parent.stdout.close()
+        parent.kill()
+
+
+PARENT = f"""
+import os, sys, time
+from pathlib import Path
+from api_stub.devstack.child import Child, Watchdog
+directory, env_file = sys.argv[1:]
+watchdog = Watchdog()
+watchdog.tell("remove", directory)
+watchdog.tell("remove", env_file)
+print(Child("child", [sys.executable, "-c", {SLEEP!r}], dict(os.environ), Path(directory), watchdog).pid, flush=True)
+time.sleep(600)
+"""
