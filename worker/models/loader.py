@@ -1,0 +1,234 @@
+"""Loads the one checkpoint a worker serves: model, processor, and what they can do.
+
+In: settings. Out: a `LoadedModel` in eval mode on its device. Everything that can be wrong with the settings or the
+checkpoint ends as CannotStart with the variable's name. A folder is loaded without any network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    QuantoConfig,
+)
+
+from worker.errors import CannotStart
+from worker.models.capabilities import Capabilities, probe
+from worker.settings import Attention, Dtype, Quantization, Switch, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model" / "checkpoint"
+
+#: Package to import and distribution to install, per kind of quantised weights.
+_QUANTIZATION_PACKAGES = {
+    Quantization.INT8: ("optimum.quanto", "optimum-quanto"),
+    Quantization.NF4: ("bitsandbytes", "bitsandbytes"),
+}
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A warm checkpoint. Shared by all threads; nobody changes it.
+
+    attention: the attention code in use, as transformers names it.
+    max_context: tokens of prompt and answer that the text model's positions allow.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    tokenizer: PreTrainedTokenizerBase
+    capabilities: Capabilities
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    max_context: int
+
+
+def load(settings: WorkerSettings) -> LoadedModel:
+    """Load the checkpoint that the settings name. Raises CannotStart."""
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    source = _source(settings.model)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    processor = _load_processor(settings, source)
+    model = _load_model(settings, source, device, dtype)
+    return LoadedModel(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        capabilities=probe(processor, model.config),
+        device=device,
+        dtype=dtype,
+        attention=str(model.config._attn_implementation),
+        max_context=_max_context(settings, model),
+    )
+
+
+def _source(value: str) -> str | Path:
+    """Return a folder that holds a checkpoint, or a hub id as it stands."""
+    if value.startswith("s3://"):
+        raise CannotStart(f"VISIONQ_MODEL={value}: checkpoints in S3 cannot be loaded by this version; use a folder")
+    folder = DEMO_CHECKPOINT if value == "demo" else Path(value).expanduser()
+    is_folder_name = value == "demo" or value.startswith(("/", ".", "~"))
+    if not folder.is_dir():
+        if is_folder_name:
+            raise CannotStart(f"VISIONQ_MODEL={value}: there is no folder {folder}")
+        return value
+    if not (folder / "config.json").is_file():
+        raise CannotStart(f"VISIONQ_MODEL={value}: no config.json in {folder}, so it is not a checkpoint")
+    return folder
+
+
+def _device(value: str) -> torch.device:
+    if value == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise CannotStart(f"VISIONQ_DEVICE={value}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CannotStart(f"VISIONQ_DEVICE={value}: not supported; use auto, cpu, cuda or cuda:N")
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise CannotStart(f"VISIONQ_DEVICE={value}: no such CUDA device; torch sees {num_gpus}")
+    return device
+
+
+def _dtype(value: Dtype, device: torch.device) -> torch.dtype:
+    """Half-precision files are loaded as float32 on a CPU too: its half-precision kernels are slower."""
+    if value is Dtype.AUTO:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    named: dict[Dtype, torch.dtype] = {
+        Dtype.FLOAT32: torch.float32,
+        Dtype.FLOAT16: torch.float16,
+        Dtype.BFLOAT16: torch.bfloat16,
+    }
+    return named[value]
+
+
+def _load_processor(settings: WorkerSettings, source: str | Path) -> ProcessorMixin:
+    with _refusing(settings, "its processor cannot be loaded (some families need the `vision` extra: torchvision)"):
+        processor = AutoProcessor.from_pretrained(source, local_files_only=isinstance(source, Path))
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise CannotStart(
+            f"VISIONQ_MODEL={settings.model}: {type(processor).__name__} takes no images; "
+            "this worker serves vision-language checkpoints"
+        )
+    if settings.image_splitting is not Switch.AUTO:
+        _set_image_splitting(processor, settings.image_splitting)
+    return processor
+
+
+def _set_image_splitting(processor: ProcessorMixin, switch: Switch) -> None:
+    """Idefics processors read the switch from the image processor in both places: pixels and placeholder text."""
+    if hasattr(processor.image_processor, "do_image_splitting"):
+        processor.image_processor.do_image_splitting = switch is Switch.ON
+    elif switch is Switch.ON:
+        raise CannotStart(
+            f"VISIONQ_IMAGE_SPLITTING={switch}: {type(processor).__name__} has no image splitting; use auto or off"
+        )
+
+
+def _load_model(
+    settings: WorkerSettings, source: str | Path, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    attention = _attention(settings, device, dtype)
+    quantization = _quantization(settings.quantization)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": isinstance(source, Path),
+        "output_loading_info": True,
+        # Straight onto the GPU: no second copy of the weights in host memory.
+        **({"device_map": {"": device}} if device.type == "cuda" or quantization else {}),
+        **({"quantization_config": quantization} if quantization else {}),
+        **({"attn_implementation": attention} if attention else {}),
+    }
+    with _refusing(settings, "its weights cannot be loaded"):
+        model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
+    _check_weights(settings, model, report)
+    model.eval()
+    return model
+
+
+def _attention(settings: WorkerSettings, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return the name for transformers; None leaves it the choice between SDPA and eager (GIT has no SDPA)."""
+    is_usable = device.type == "cuda" and dtype in _HALF_PRECISION and find_spec("flash_attn") is not None
+    if settings.attention is Attention.FLASH and not is_usable:
+        raise CannotStart(
+            f"VISIONQ_ATTENTION={settings.attention}: needs a CUDA device, half precision and the flash-attn package; "
+            f"this worker has {device.type}, {dtype} and {'the' if find_spec('flash_attn') else 'no'} package"
+        )
+    if settings.attention is Attention.AUTO:
+        return Attention.FLASH.value if is_usable else None
+    return settings.attention.value
+
+
+def _quantization(kind: Quantization) -> QuantoConfig | BitsAndBytesConfig | None:
+    if kind is Quantization.NONE:
+        return None
+    module, distribution = _QUANTIZATION_PACKAGES[kind]
+    if not _can_import(module):
+        raise CannotStart(f"VISIONQ_QUANTIZATION={kind}: needs {distribution}; install the `quantization` extra")
+    if kind is Quantization.INT8:
+        return QuantoConfig(weights="int8")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+
+
+def _can_import(module: str) -> bool:
+    parent, _, child = module.partition(".")
+    return find_spec(parent) is not None and (not child or find_spec(module) is not None)
+
+
+def _check_weights(settings: WorkerSettings, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a file that is not this model's; transformers itself would go on with random weights."""
+    missing = sorted(report["missing_keys"])
+    misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
+    num_weights = len(model.state_dict())
+    if misshapen or len(missing) * 2 > num_weights:
+        raise CannotStart(
+            f"VISIONQ_MODEL={settings.model}: the weights do not belong to the config: "
+            f"{len(missing)} of {num_weights} are missing, {len(misshapen)} have another shape "
+            f"(first: {(misshapen or missing)[0]})"
+        )
+    if missing:
+        logger.warning("Weights missing, initialised at random", extra={"action": "load", "weights": missing})
+
+
+def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:
+    max_context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(max_context, int):
+        raise CannotStart(
+            f"VISIONQ_MODEL={settings.model}: the text config of {type(model).__name__} has no max_position_embeddings"
+        )
+    return max_context
+
+
+@contextmanager
+def _refusing(settings: WorkerSettings, problem: str) -> Iterator[None]:
+    """Turn whatever transformers raises for an unusable checkpoint into CannotStart with its first line."""
+    try:
+        yield
+    except Exception as error:  # transformers and tokenizers document no closed set; tokenizers raises bare Exception
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: {problem}: {reason}") from error
