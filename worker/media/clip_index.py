@@ -1,0 +1,123 @@
+"""Where a clip's frames are, read without decoding any of them.
+
+In: a clip file. Out: the time of every frame it really holds and which of them are key frames. A container's own frame
+count is not believed: it is missing, rounded or wrong in too many files.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import cv2
+
+from worker.errors import MediaTooLarge
+from worker.media.policy import MediaPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Frames between two looks at `should_stop`.
+STOP_CHECK_FRAMES: Final = 32
+_RAW: Final = (cv2.CAP_PROP_FORMAT, -1)
+# One thread per capture: many jobs decode at once, and FFmpeg would start a thread per core for each of them.
+_THREADS: Final = (cv2.CAP_PROP_N_THREADS, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipIndex:
+    """Frames in the order in which they are shown.
+
+    times_s: time of each frame from the first one, growing; all 0 when the container gives no usable times.
+    start_s: the container's time of the first frame.
+    key_frames: positions from which decoding can start, growing; empty when seeking is not safe.
+    frame_rate: frames per second on the average; 0 when unknown.
+    """
+
+    times_s: tuple[float, ...]
+    start_s: float
+    key_frames: tuple[int, ...]
+    frame_rate: float
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that the file holds."""
+        return len(self.times_s)
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the clip, the last frame's own time included; 0 when unknown."""
+        return self.num_frames / self.frame_rate if self.frame_rate else 0.0
+
+    @property
+    def has_times(self) -> bool:
+        """Whether frames can be told apart by their times."""
+        return self.num_frames < 2 or self.times_s[-1] > 0
+
+    def first(self, num_frames: int) -> ClipIndex:
+        """Return the index of a clip that ends after `num_frames` frames."""
+        key_frames = tuple(position for position in self.key_frames if position < num_frames)
+        return replace(self, times_s=self.times_s[:num_frames], key_frames=key_frames)
+
+    def key_frame_before(self, position: int) -> int | None:
+        """Return the last key frame at or before `position`, if seeking is safe and there is one."""
+        found = bisect_left(self.key_frames, position + 1)
+        return self.key_frames[found - 1] if found else None
+
+
+def open_capture(path: Path, *, is_raw: bool = False) -> cv2.VideoCapture:
+    """Open a clip with FFmpeg only; `is_raw` hands out packets instead of pictures. The caller releases it.
+
+    OpenCV's other back ends are never tried: one of them reads numbered picture files by a pattern in the name.
+    """
+    return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [*_THREADS, *(_RAW if is_raw else ())])
+
+
+def read_index(path: Path, policy: MediaPolicy, *, should_stop: Callable[[], None]) -> ClipIndex:
+    """Index the clip at `path` in one pass over its packets, which costs its reading and no decoding.
+
+    Returns an index of no frames for a file without a readable picture stream.
+    Raises MediaTooLarge as soon as frames or seconds exceed the policy, and whatever `should_stop` raises.
+    """
+    capture = open_capture(path, is_raw=True)
+    times_ms: list[float] = []
+    key_times_ms: list[float] = []
+    try:
+        frame_rate = capture.get(cv2.CAP_PROP_FPS)
+        while capture.grab():
+            if len(times_ms) % STOP_CHECK_FRAMES == 0:
+                should_stop()
+            time_ms = capture.get(cv2.CAP_PROP_POS_MSEC)
+            times_ms.append(time_ms)
+            if capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME):
+                key_times_ms.append(time_ms)
+            _check_length(len(times_ms), (time_ms - times_ms[0]) / 1000, policy)
+    finally:
+        capture.release()
+    return _build(times_ms, key_times_ms, frame_rate)
+
+
+def _check_length(num_frames: int, seconds: float, policy: MediaPolicy) -> None:
+    if num_frames > policy.max_video_frames:
+        raise MediaTooLarge(f"the video has over {policy.max_video_frames} frames, which is the limit")
+    if seconds > policy.max_video_seconds:
+        raise MediaTooLarge(f"the video lasts over {seconds:.1f} s, the limit is {policy.max_video_seconds:g} s")
+
+
+def _build(times_ms: Sequence[float], key_times_ms: Sequence[float], claimed_rate: float) -> ClipIndex:
+    """Bring packets, which come in decoding order, into the order of showing."""
+    shown_ms = sorted(times_ms)
+    num_frames = len(shown_ms)
+    if any(later <= earlier for earlier, later in pairwise(shown_ms)):
+        rate = claimed_rate if math.isfinite(claimed_rate) and claimed_rate > 0 else 0.0
+        return ClipIndex((0.0,) * num_frames, 0.0, (), rate)
+    start_s = shown_ms[0] / 1000 if shown_ms else 0.0
+    times_s = tuple((time_ms - shown_ms[0]) / 1000 for time_ms in shown_ms)
+    key_frames = tuple(sorted(bisect_left(shown_ms, time_ms) for time_ms in key_times_ms))
+    rate = (num_frames - 1) / times_s[-1] if num_frames > 1 else claimed_rate
+    return ClipIndex(times_s, start_s, key_frames, rate if math.isfinite(rate) and rate > 0 else 0.0)

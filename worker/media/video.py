@@ -1,0 +1,98 @@
+"""Sample frames of a clip uniformly, decoding as little as that takes.
+
+In: a clip file and a number of frames. Out: upright RGB pictures with their times. Which frames exist and where
+decoding may start comes from the index; what FFmpeg cannot decode shortens the clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import cv2
+from PIL import Image
+
+from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
+from worker.media.clip_index import ClipIndex, read_index
+from worker.media.clip_reader import ClipReader, EndOfClip
+from worker.media.image import check_size
+from worker.media.policy import MediaPolicy
+from worker.media.sniff import HEAD_BYTES, MediaKind, sniff
+from worker.media.types import DecodedClip
+
+#: Passes through one clip: with seeks, without, and twice over what turned out to be decodable.
+MAX_PASSES: Final = 4
+
+
+def sample_clip(path: Path, num_frames: int, policy: MediaPolicy, *, should_stop: Callable[[], None]) -> DecodedClip:
+    """Decode `num_frames` frames of the clip at `path`, spread evenly from its first to its last.
+
+    Frame j of N is frame round(j·(n-1)/(N-1)) of the clip's n, the rule of `numpy.linspace`; a single frame is the
+    middle one. A clip of fewer frames gives each of them once: fewer frames than asked, never one twice.
+    Frames that cannot be decoded at the end of a damaged clip do not count as frames. Rotation is applied.
+
+    `should_stop` raises to give the job up; it is called every few dozen frames. Touches nothing but the file; any
+    thread.
+
+    Raises MediaUnsupported (not a clip), MediaTooLarge (frames, seconds, pixels of a frame or of all sampled frames,
+    before they are decoded), MediaCorrupt (no frame can be read).
+    """
+    _check_kind(path)
+    try:
+        index = read_index(path, policy, should_stop=should_stop)
+        may_seek = True
+        for _ in range(MAX_PASSES):
+            if index.num_frames == 0:
+                break
+            try:
+                with ClipReader(path, index, may_seek=may_seek, should_stop=should_stop) as reader:
+                    return _sample(reader, index, num_frames, policy)
+            except EndOfClip as end:
+                if not may_seek or not reader.may_seek:
+                    index = index.first(end.num_frames)
+                may_seek = False
+    except cv2.error as error:
+        raise MediaCorrupt(f"the video cannot be decoded (OpenCV error {error.code})") from error
+    raise MediaCorrupt("the video has no frames that can be decoded")
+
+
+def uniform_positions(num_available: int, num_wanted: int) -> list[int]:
+    """Return positions from 0 to `num_available` - 1, evenly spaced, each once, growing."""
+    if num_wanted >= num_available:
+        return list(range(num_available))
+    if num_wanted == 1:
+        return [(num_available - 1) // 2]
+    steps = num_wanted - 1
+    return [(2 * j * (num_available - 1) + steps) // (2 * steps) for j in range(num_wanted)]
+
+
+def _check_kind(path: Path) -> None:
+    with path.open("rb") as file:
+        found = sniff(file.read(HEAD_BYTES))
+    if found.kind is not MediaKind.VIDEO:
+        raise MediaUnsupported(f"a video is due here, the object is a {found.value} image")
+
+
+def _sample(reader: ClipReader, index: ClipIndex, num_frames: int, policy: MediaPolicy) -> DecodedClip:
+    wanted = uniform_positions(index.num_frames, num_frames)
+    _check_frames(reader.frame_size, len(wanted), policy)
+    frames: list[Image.Image] = []
+    times_s: list[float] = []
+    for position in wanted:
+        frame = reader.read(position)
+        if frames and frame.size != frames[0].size:
+            # A stream may change its size on the way; the header's promise no longer bounds it.
+            _check_frames(frame.size, len(wanted), policy)
+        frames.append(frame)
+        times_s.append(index.times_s[reader.position])
+    return DecodedClip(tuple(frames), tuple(times_s), index.duration_s, index.frame_rate)
+
+
+def _check_frames(size: tuple[int, int], num_frames: int, policy: MediaPolicy) -> None:
+    check_size(size, policy, policy.max_frame_pixels)
+    num_pixels = size[0] * size[1] * num_frames
+    if num_pixels > policy.max_clip_pixels:
+        raise MediaTooLarge(
+            f"{num_frames} frames of {size[0]}×{size[1]} = {num_pixels} pixels, the limit is {policy.max_clip_pixels}"
+        )
