@@ -90,8 +90,7 @@ class Runtime:
 
 def build(settings: WorkerSettings) -> Runtime:
     """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
-    client = connect(settings)
-    ledger = Ledger(client, settings.ledger)
+    ledger = connect(settings)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
     attempts, answers = Attempts(), Answers()
@@ -111,6 +110,7 @@ def build(settings: WorkerSettings) -> Runtime:
         publisher=publisher,
         pipeline=Pipeline(
             model=settings.model_name,
+            caption_prompt=loaded.capabilities.default_caption_prompt,
             ledger=ledger,
             attempts=attempts,
             answers=answers,
@@ -124,7 +124,7 @@ def build(settings: WorkerSettings) -> Runtime:
         drain=Drain(attempts, settings.drain_s),
         heartbeat=Heartbeat(
             ledger,
-            client,
+            ledger.client,
             attempts,
             worker=worker_name,
             model=settings.model_name,
@@ -145,16 +145,16 @@ def warm_up(pipeline: Pipeline) -> None:
         raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
 
 
-def connect(settings: WorkerSettings) -> redis.Redis:
-    """Return a client for the settings' Redis. Raises CannotStart when it does not answer."""
+def connect(settings: WorkerSettings) -> Ledger:
+    """Return the ledger in the settings' Redis. Raises CannotStart when it does not answer."""
     url = settings.redis_url.get_secret_value()
     try:
-        client = Ledger.client(url, timeout_s=REDIS_TIMEOUT_S)
-        client.ping()
+        ledger = Ledger.connect(url, settings.ledger, timeout_s=REDIS_TIMEOUT_S)
+        ledger.client.ping()
     except (redis.RedisError, ValueError) as error:
         where = url.rsplit("@", 1)[-1]
         raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {where}: {error}") from error
-    return client
+    return ledger
 
 
 def die(runtime: Runtime) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -63,7 +64,8 @@ class Intake:
             job, problem = self._read(knock, knock.fields)
             if not self._adopt(knock, job):
                 return None
-        claim = self._again(lambda: self._ledger.claim(knock.job_id, self._worker))
+        token = uuid.uuid4().hex  # a claim whose reply was lost is the same claim when it is repeated
+        claim = self._again(lambda: self._ledger.claim(knock.job_id, self._worker, token))
         if isinstance(claim, Refusal):
             logger.info("no claim", extra={"action": "claim", "job_id": knock.job_id, "reason": claim.reason.value})
             return None

@@ -71,6 +71,7 @@ class Pipeline:
         self,
         *,
         model: str,
+        caption_prompt: str,
         ledger: Ledger,
         attempts: Attempts,
         answers: Answers,
@@ -81,6 +82,7 @@ class Pipeline:
         on_engine_dead: Callable[[], None],
     ) -> None:
         self._model = model
+        self._caption_prompt = caption_prompt
         self._ledger = ledger
         self._attempts = attempts
         self._answers = answers
@@ -163,7 +165,7 @@ class Pipeline:
         return job
 
     def _prepare(self, attempt: Attempt, job: Job, watch: Stopwatch) -> ModelInputs:
-        turns = job.turns(self._prompts.default_caption_prompt)
+        turns = job.turns(self._caption_prompt)
         parts = media_parts(turns)
         num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
         with tempfile.TemporaryDirectory(prefix="visionq-") as directory:
@@ -172,7 +174,7 @@ class Pipeline:
                     parts,
                     Path(directory),
                     should_stop=attempt.check,
-                    on_progress=lambda done, total: total and self._progress(attempt, Stage.FETCHING, done, total),
+                    on_progress=lambda done, total: self._progress(attempt, Stage.FETCHING, done, total),
                 )
             self._progress(attempt, Stage.PREPARING, 0, len(parts))
             with watch.prepare:

@@ -105,7 +105,7 @@ class Heartbeat:
 
     def _listen_and_beat(self) -> None:
         """Beat on time; in between wait on the cancel channel. Leaves by RedisError or when stopping."""
-        with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
             pubsub.subscribe(names.CANCEL_CHANNEL)
             while not self._stopping.is_set():
                 self.beat()

@@ -37,14 +37,15 @@ class MediaCollector:
     ) -> dict[str, FetchedMedia]:
         """Bring every distinct object of `parts` into `directory`.
 
-        `on_progress(done, total)` is called before each and at the end.
+        `on_progress(done, total)` is called before each and at the end; not at all without media.
         """
         uris = list(dict.fromkeys(part.uri for part in parts))
         fetched: dict[str, FetchedMedia] = {}
         for done, uri in enumerate(uris):
             on_progress(done, len(uris))
             fetched[uri] = self._fetcher.fetch(uri, directory, should_stop=should_stop)
-        on_progress(len(uris), len(uris))
+        if uris:
+            on_progress(len(uris), len(uris))
         return fetched
 
     def decode(

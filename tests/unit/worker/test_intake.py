@@ -1,0 +1,82 @@
+"""From a message to a claim, against a real ledger."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from api_stub.contract.job import TaskName, VqaJob, parse_job
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from worker.intake import Intake, Knock
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Ledger:
+    return Ledger.connect(redis_url, LedgerConfig())
+
+
+@pytest.fixture
+def intake(ledger: Ledger) -> Intake:
+    return Intake(ledger, worker="worker-1", model="default")
+
+
+def knock(fields: dict[str, object] | None, job_id: str | None = None, num_args: int = 0) -> Knock:
+    return Knock(job_id or str(uuid.uuid4()), TaskName.VQA, priority=3, fields=fields, num_args=num_args)
+
+
+def test_a_doorbell_claims_the_job_that_the_ledger_has(intake: Intake, ledger: Ledger) -> None:
+    job_id = str(uuid.uuid4())
+    ledger.submit(job_id, VqaJob(question="hello").resolved(job_id))
+    accepted = intake.accept(knock(None, job_id))
+    assert accepted is not None
+    assert accepted.problem is None
+    assert parse_job(accepted.claim.body).question == "hello"
+    assert intake.accept(knock(None, job_id)) is None, "a second doorbell finds the job taken"
+
+
+def test_a_doorbell_for_an_unknown_id_is_dropped(intake: Intake) -> None:
+    assert intake.accept(knock(None)) is None
+
+
+def test_a_plain_message_is_adopted_with_the_queue_s_model_and_the_message_s_priority(
+    intake: Intake, ledger: Ledger
+) -> None:
+    accepted = intake.accept(knock({"question": "hello"}))
+    assert accepted is not None
+    job = parse_job(accepted.claim.body)
+    assert (job.model, job.priority, job.sampling.max_new_tokens) == ("default", 3, 256)
+    assert job.sampling.seed is not None
+    view = ledger.view(accepted.claim.job_id)
+    assert view is not None
+    assert view.status == "in_progress"
+
+
+def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(intake: Intake, ledger: Ledger) -> None:
+    first = intake.accept(knock({"question": "hello"}))
+    assert first is not None
+    job_id = first.claim.job_id
+    assert intake.accept(knock({"question": "hello"}, job_id)) is None
+    assert intake.accept(knock({"question": "other"}, job_id)) is None
+    view = ledger.view(job_id)
+    assert view is not None
+    assert view.attempt == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_args", "said"),
+    [
+        ({"question": "hello", "colour": "red"}, 0, "colour"),
+        ({}, 1, "keyword"),
+        ({"question": "x" * 300_000}, 0, "262144"),
+    ],
+)
+def test_a_plain_message_that_is_no_job_is_claimed_with_its_problem(
+    fields: dict[str, object], num_args: int, said: str, intake: Intake
+) -> None:
+    accepted = intake.accept(knock(fields, num_args=num_args))
+    assert accepted is not None
+    assert accepted.claim.body == ""
+    assert accepted.problem is not None
+    assert said in accepted.problem

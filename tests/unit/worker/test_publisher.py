@@ -1,0 +1,169 @@
+"""The publisher between the engine and a real Redis."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.event import DeltaBody, ProgressBody, Stage
+from api_stub.contract.job import VqaJob
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Claim
+from tests.servers import RedisServer, eventually
+from worker.streaming.outgoing import AttemptStream, Outgoing, merge
+from worker.streaming.publisher import Publisher
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of this test's own: it is stopped and killed here."""
+    server = RedisServer(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def ledger(server: RedisServer) -> Iterator[Ledger]:
+    ledger = Ledger.connect(server.url, LedgerConfig(), timeout_s=1.0)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def publisher(ledger: Ledger) -> Iterator[Publisher[list[Outgoing]]]:
+    publisher: Publisher[list[Outgoing]] = Publisher(ledger, lambda step: step)
+    publisher.start()
+    yield publisher
+    publisher.stop(10)
+    assert not publisher.is_alive
+
+
+def claimed(ledger: Ledger) -> AttemptStream:
+    job_id = str(uuid.uuid4())
+    ledger.submit(job_id, VqaJob(question="hello").resolved(job_id))
+    claim = ledger.claim(job_id, "worker-1")
+    assert isinstance(claim, Claim)
+    return AttemptStream(job_id, claim.fence)
+
+
+def delta(stream: AttemptStream, text: str, offset: int) -> Outgoing:
+    return Outgoing(stream, DeltaBody(text=text, offset=offset, num_tokens=1))
+
+
+def events(client: redis.Redis, stream: AttemptStream) -> list[dict[str, object]]:
+    return [json.loads(fields["event"]) for _, fields in client.xrange(names.events_key(stream.job_id))]
+
+
+def flush(publisher: Publisher[list[Outgoing]], stream: AttemptStream) -> None:
+    sent = threading.Event()
+    publisher.put(Outgoing(stream, None, on_sent=sent.set))
+    assert sent.wait(30)
+
+
+def test_all_rows_of_a_step_arrive_in_stream_and_channel(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    streams = [claimed(ledger) for _ in range(8)]
+    with server.client() as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe(*[names.events_key(stream.job_id) for stream in streams])
+        pubsub.get_message(timeout=1)
+        publisher.put_step([delta(stream, f"text {index}", 0) for index, stream in enumerate(streams)])
+        for stream in streams:
+            flush(publisher, stream)
+        for index, stream in enumerate(streams):
+            written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+            assert [event["text"] for event in written] == [f"text {index}"]
+        heard: list[object] = []
+        eventually(lambda: _hear(pubsub, heard) or len(heard) >= len(streams), 10, "every channel heard its delta")
+
+
+def _hear(pubsub: redis.client.PubSub, heard: list[object]) -> None:
+    message = pubsub.get_message(timeout=0.1)
+    if message is not None and "output.delta" in message["data"]:
+        heard.append(message)
+
+
+def test_a_stopped_redis_does_not_stop_the_engine_and_loses_nothing(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        # Every one of these returns while Redis answers nobody: the engine's thread is never held up.
+        for offset in range(5_000):
+            publisher.put_step([delta(stream, "x", offset)])
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    flush(publisher, stream)
+    with server.client() as client:
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+        assert "".join(str(event["text"]) for event in written) == "x" * 5_000
+        assert sum(int(str(event["num_tokens"])) for event in written) == 5_000
+        assert len(written) < 1_000, "waiting deltas are joined"
+        offset = 0
+        for event in written:
+            assert event["offset"] == offset
+            offset += len(str(event["text"]))
+
+
+def test_a_killed_redis_gets_each_delta_once_after_its_restart(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    publisher.put(delta(stream, "before ", 0))
+    flush(publisher, stream)
+    server.kill()
+    publisher.put(delta(stream, "during ", 7))
+    server.start()
+    publisher.put(delta(stream, "after", 14))
+    flush(publisher, stream)
+    with server.client() as client:
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+        assert "".join(str(event["text"]) for event in written) == "before during after"
+
+
+def test_an_attempt_that_lost_its_job_publishes_nothing(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stale = claimed(ledger)
+    stale.fence += 1_000
+    publisher.put(delta(stale, "not mine", 0))
+    flush(publisher, stale)
+    assert stale.is_lost
+    with server.client() as client:
+        assert [event["type"] for event in events(client, stale)] == ["job.queued", "job.started"]
+
+
+def test_a_step_that_cannot_be_translated_does_not_end_the_publisher(ledger: Ledger) -> None:
+    def broken(step: str) -> list[Outgoing]:
+        raise ValueError(step)
+
+    publisher: Publisher[str] = Publisher(ledger, broken)
+    publisher.start()
+    publisher.put_step("nonsense")
+    sent = threading.Event()
+    publisher.put(Outgoing(AttemptStream("nobody", 1), None, on_sent=sent.set))
+    assert sent.wait(10)
+    publisher.stop(10)
+    assert not publisher.is_alive
+
+
+def test_only_neighbours_that_say_the_same_are_joined() -> None:
+    first, second = DeltaBody(text="a", offset=0, num_tokens=1), DeltaBody(text="bc", offset=1, num_tokens=2)
+    assert merge(first, second) == DeltaBody(text="abc", offset=0, num_tokens=3)
+    fetching = ProgressBody(stage=Stage.FETCHING, done=0, total=2)
+    assert merge(fetching, ProgressBody(stage=Stage.FETCHING, done=1, total=2)) == ProgressBody(
+        stage=Stage.FETCHING, done=1, total=2
+    )
+    assert merge(fetching, ProgressBody(stage=Stage.PREFILL, done=0, total=9)) is None
+    assert merge(fetching, first) is None

@@ -1,0 +1,63 @@
+"""Settings of the worker: what the environment says, and what it may not say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from worker.settings import WorkerSettings
+
+
+def test_defaults_serve_the_shipped_model_from_the_media_bucket() -> None:
+    settings = WorkerSettings()
+    assert (settings.model, settings.model_name) == ("demo", "default")
+    assert settings.readable_buckets == {"media"}
+    assert settings.concurrency == settings.max_num_seqs + settings.prepare_ahead
+
+
+def test_the_environment_is_read_with_its_prefix_and_aws_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONQ_ALLOWED_BUCKETS", "media, archive")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1234")
+    settings = WorkerSettings()
+    assert settings.readable_buckets == {"media", "archive"}
+    assert settings.s3_endpoint_url == "http://127.0.0.1:1234"
+
+
+def test_the_redis_password_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONQ_REDIS_URL", "redis://:hunter2@127.0.0.1:6379/0")
+    assert "hunter2" not in repr(WorkerSettings())
+
+
+def test_a_beat_longer_than_a_third_of_the_lease_is_refused() -> None:
+    with pytest.raises(ValidationError, match="third of the lease"):
+        WorkerSettings(lease_s=6, beat_s=3)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("VISIONQ_MAX_NUM_SEQS", "many"), ("VISIONQ_DTYPE", "float7"), ("VISIONQ_MODEL_NAME", "Not A Name")],
+)
+def test_a_bad_value_refuses_to_start_and_names_the_variable(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    finished = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "start"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert finished.returncode == 78
+    assert variable in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_model_that_is_not_there_refuses_to_start(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONQ_REDIS_URL", redis_url)
+    monkeypatch.setenv("VISIONQ_MODEL", "/no/such/folder")
+    finished = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "start"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 78
+    assert "VISIONQ_MODEL" in finished.stderr
+    assert "/no/such/folder" in finished.stderr
