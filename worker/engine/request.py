@@ -1,13 +1,17 @@
 """One generation request inside the engine, and what the engine says about it.
 
 Going in: `GenerationRequest`. Coming out: `RequestOutput`, one per request and step that has something to say;
-the last one has `finish` set. `Request` (scheduler's own state) is in this file too because both name it.
+the last one has `finish` set. `Request` is the engine's own moving state; it never leaves the engine thread.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
+
+from torch import Tensor
 
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import FinishReason
@@ -33,7 +37,12 @@ class Ended(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How a request ended. `error` is set for Ended.FAILED only. Counts are tokens."""
+    """How a request ended. `error` is set for Ended.FAILED only.
+
+    num_completion_tokens: tokens generated, the model's end token and those of a stop string included.
+    first_token_s: seconds from `submit` to the first token; 0 when there was none.
+    generate_s: seconds from the first token to the end.
+    """
 
     reason: FinishReason | Ended
     num_prompt_tokens: int
@@ -49,7 +58,7 @@ class RequestOutput:
 
     text: new text, possibly empty; never half a character, never part of a stop string.
     offset: code points of the answer before `text`.
-    num_tokens: generated tokens that `text` stands for.
+    num_tokens: generated tokens that `text` stands for; over a request they sum up to `num_completion_tokens`.
     is_first: prefill has ended with this step.
     """
 
@@ -59,3 +68,78 @@ class RequestOutput:
     num_tokens: int
     is_first: bool = False
     finish: Finish | None = None
+
+
+class RequestState(StrEnum):
+    """Where a request is. Transitions are in `NEXT_STATES`."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+NEXT_STATES: Final[Mapping[RequestState, frozenset[RequestState]]] = {
+    RequestState.WAITING: frozenset({RequestState.RUNNING, RequestState.ENDED}),
+    RequestState.RUNNING: frozenset({RequestState.ENDED}),
+    RequestState.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request as scheduler, runner and sampler see it. Compared by identity.
+
+    output_ids: generated tokens, the end token included.
+    num_prompt_cached: KV entries the prompt takes, known after prefill; more than the prompt's tokens where a family
+        puts image features in front of the text.
+    first_position: position id of the first generated token, known after prefill; with multi-axis rotary positions it
+        differs from `num_prompt_cached`.
+    row: index in the batch while running.
+    """
+
+    generation: GenerationRequest
+    submitted_at: float
+    state: RequestState = RequestState.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    num_prompt_cached: int = 0
+    first_position: int = 0
+    row: int = -1
+    first_token_at: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.generation.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.generation.sampling
+
+    @property
+    def inputs(self) -> ModelInputs:
+        return self.generation.inputs
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """Prompt token ids [T]."""
+        return self.inputs.tensors["input_ids"][0]
+
+    @property
+    def max_new_tokens(self) -> int:
+        assert self.sampling.max_new_tokens is not None, "submit checks that sampling is resolved"
+        return self.sampling.max_new_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """KV entries written so far: the newest token's are written by the step that it is fed to."""
+        return self.num_prompt_cached + len(self.output_ids) - 1
+
+    @property
+    def next_position(self) -> int:
+        """Position id of the newest token, the next to be fed."""
+        return self.first_position + len(self.output_ids) - 1
+
+    def enter(self, state: RequestState) -> None:
+        """Change state; raises ValueError for a transition that `NEXT_STATES` lacks."""
+        if state not in NEXT_STATES[self.state]:
+            raise ValueError(f"request {self.request_id} cannot go from {self.state} to {state}")
+        self.state = state

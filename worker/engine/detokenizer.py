@@ -1,0 +1,220 @@
+"""Turns a request's tokens into text as they come, in time proportional to their number.
+
+Tokens go through three stages: `TextStream` (tokens → whole characters), stripping of leading white space, and
+`StopStrings` (holds back what may become a stop string). All text that came out, joined, equals
+`tokenizer.decode(ids, skip_special_tokens=True)` without its leading white space, cut at the first stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+#: An unfinished UTF-8 character is at most three bytes long; more tokens than that are not one.
+MAX_HELD_TOKENS = 4
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream(Protocol):
+    """Makes text of tokens; returns whole characters only."""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is now certain."""
+
+    def flush(self) -> str:
+        """Return what is left; half a character comes out as U+FFFD, as `decode` has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of a request.
+
+    offset: code points before `text`. num_tokens: tokens that it stands for. is_stopped: a stop string was found.
+    """
+
+    text: str
+    offset: int
+    num_tokens: int
+    is_stopped: bool
+
+
+class Detokenizer:
+    """Makes the text of one request. Give it every token in order; after `is_last` or `end` it takes no more.
+
+    offset: code points told so far.
+    """
+
+    def __init__(self, stream: TextStream, stop: tuple[str, ...], *, keeps_leading_space: bool) -> None:
+        self._stream = stream
+        self._stops = StopStrings(stop)
+        self._is_at_start = not keeps_leading_space
+        self.offset = 0
+        self._num_untold = 0
+
+    def push(self, token_id: int, *, is_last: bool = False) -> Piece | None:
+        """Add a token; return a piece when there is text to show, a stop string was found or the token is the last."""
+        text = self._stream.push(token_id)
+        return self._tell(text + self._stream.flush() if is_last else text, is_last=is_last)
+
+    def end(self) -> Piece | None:
+        """Add the model's end token, which has no text; return what was held back."""
+        return self._tell(self._stream.flush(), is_last=True)
+
+    def _tell(self, text: str, *, is_last: bool) -> Piece | None:
+        self._num_untold += 1
+        text = self._stops.push(self._stripped(text))
+        is_stopped = self._stops.is_found
+        if is_last and not is_stopped:
+            text += self._stops.flush()
+        if not (text or is_last or is_stopped):
+            return None
+        piece = Piece(text, self.offset, self._num_untold, is_stopped)
+        self.offset += len(text)
+        self._num_untold = 0
+        return piece
+
+    def _stripped(self, text: str) -> str:
+        if self._is_at_start:
+            text = text.lstrip()
+            self._is_at_start = not text
+        return text
+
+
+class StopStrings:
+    """Cuts a text at the first of some strings. Text that may still become one is held back."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.is_found = False
+
+    def push(self, text: str) -> str:
+        """Add text; return what is certain to come before any stop string."""
+        if not self._stop:
+            return text
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.is_found = True
+            self._held = ""
+            return text[: min(found)]
+        certain = len(text) - max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """Return what was held back: no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop` without being all of it."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class DetokenizerFactory:
+    """Makes detokenizers for one tokenizer, sharing its tables. Engine thread only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._table = ByteTable(tokenizer) if ByteTable.fits(tokenizer) else None
+
+    def make(self, stop: tuple[str, ...], *, keeps_leading_space: bool) -> Detokenizer:
+        """Return a detokenizer of a new request."""
+        stream = ByteStream(self._table) if self._table else WindowStream(self._tokenizer)
+        return Detokenizer(stream, stop, keeps_leading_space=keeps_leading_space)
+
+
+class ByteTable:
+    """Bytes of each token of a byte-level BPE (GPT-2's alphabet), looked up once per token id."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+        specials = self._backend.get_added_tokens_decoder().items()
+        self._bytes: dict[int, bytes] = {token_id: b"" for token_id, token in specials if token.special}
+
+    @staticmethod
+    def fits(tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Tell whether the tokenizer's tokens are plain bytes, so that text is their concatenation."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        return backend is not None and type(backend.decoder).__name__ == "ByteLevel"
+
+    def __getitem__(self, token_id: int) -> bytes:
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._look_up(token_id)
+        return known
+
+    def _look_up(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(self._byte_of[character] for character in token)
+        except KeyError:  # an added token in plain writing
+            return bytes(token, "utf-8")
+
+
+class ByteStream:
+    """Text of byte-level tokens: their bytes through an incremental UTF-8 decoder."""
+
+    def __init__(self, table: ByteTable) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._table[token_id])
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """Text of any tokenizer: decodes a short window twice, with and without the new tokens.
+
+    The window begins one piece earlier, because tokenizers decode the first token of a text differently. Text that
+    ends in U+FFFD may be half a character and waits, but not for more tokens than a character can have.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._num_told = 0
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        num_held = len(self._window) - self._num_told
+        text = self._decode(self._window)
+        if text.endswith(REPLACEMENT) and num_held < MAX_HELD_TOKENS:
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        return self._advance(self._decode(self._window))
+
+    def _advance(self, text: str) -> str:
+        told = self._decode(self._window[: self._num_told])
+        new = text[len(told) :]
+        if new:
+            self._window = self._window[self._num_told :]
+            self._num_told = len(self._window)
+        return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Return GPT-2's printable stand-in for each byte (Radford et al. 2019): itself, or the next from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}

@@ -1,0 +1,203 @@
+"""The engine: one thread that batches requests continuously. Going down is a call, coming up is a queue.
+
+A library of its own: tensors in, token outputs out; it knows no broker, no storage and no images.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from api_stub.contract.error import ErrorCode, ErrorInfo
+from worker.engine.core import EngineCore
+from worker.engine.request import Ended, GenerationRequest, RequestOutput
+from worker.engine.scheduler import SchedulerLimits
+from worker.errors import EngineDead, PromptTooLong
+
+logger = logging.getLogger(__name__)
+
+#: An idle engine shows a sign of life this often.
+IDLE_TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Bounds of one engine.
+
+    max_num_seqs: requests that decode together.
+    max_model_len: tokens of prompt and answer together; the length of a KV row.
+    max_prefill_tokens: prompt tokens read between two decode steps; a longer prompt is read alone.
+    """
+
+    max_num_seqs: int
+    max_model_len: int
+    max_prefill_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    generation: GenerationRequest
+    submitted_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: str
+
+
+class _Stop:
+    pass
+
+
+class Engine:
+    """Serves one model. `start` it once, `submit` and `cancel` from any thread, `stop` it once.
+
+    `outbox` is called on the engine thread with all outputs of one step and must return at once: decoding waits for
+    it. Every submitted request gets exactly one output with `finish`, also when it is cancelled, when the engine
+    stops and when it dies.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EngineConfig,
+        outbox: Callable[[list[RequestOutput]], None],
+    ) -> None:
+        limits = SchedulerLimits(config.max_num_seqs, config.max_prefill_tokens)
+        self._core = EngineCore(model, tokenizer, limits, config.max_model_len)
+        self._row_length = config.max_model_len
+        self._context_length: int | None = getattr(
+            model.config.get_text_config(decoder=True), "max_position_embeddings", None
+        )
+        self._outbox = outbox
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        # Guards `_is_open`: nothing may enter the inbox after its last reading.
+        self._door = threading.Lock()
+        self._is_open = True
+        self._last_step_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are decoding."""
+        return self._core.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are submitted and not yet prefilled; approximate while the engine is between two steps."""
+        return self._core.scheduler.num_waiting + self._inbox.qsize()
+
+    @property
+    def last_step_at(self) -> float:
+        """Monotonic time at which the engine last finished a step or, idle, showed a sign of life."""
+        return self._last_step_at
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._last_step_at = time.monotonic()
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after the step in progress and wait for it up to `timeout_s`.
+
+        Requests that still wait or run are reported as cancelled.
+        """
+        self._inbox.put(_Stop())
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hand a request to the engine.
+
+        Raises PromptTooLong when prompt and `max_new_tokens` do not fit, EngineDead when nobody would serve it and
+        ValueError for sampling that is not resolved.
+        """
+        if request.sampling.max_new_tokens is None or request.sampling.seed is None:
+            raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
+        self._check_length(request.inputs.num_prompt_tokens, request.sampling.max_new_tokens)
+        with self._door:
+            if not self._is_open:
+                raise EngineDead("the engine has ended")
+            self._inbox.put(_Submit(request, time.monotonic()))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request between two steps, waiting or running. An unknown or finished one is left alone."""
+        self._inbox.put(_Cancel(request_id))
+
+    def _check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        num_tokens = num_prompt_tokens + max_new_tokens
+        limits = [(self._row_length, "the engine's rows of {} tokens")]
+        if self._context_length is not None:
+            limits.append((self._context_length, "the model's context of {} tokens"))
+        limit, name = min(limits)
+        if num_tokens > limit:
+            raise PromptTooLong(
+                f"prompt of {num_prompt_tokens} tokens and max_new_tokens of {max_new_tokens} make {num_tokens}, "
+                f"more than {name.format(limit)}"
+            )
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        reason, error = Ended.CANCELLED, None
+        try:
+            while not self._core.is_dead and self._take_messages():
+                if not self._core.scheduler.is_idle:
+                    self._tell(self._core.step())
+                self._last_step_at = time.monotonic()
+        except Exception:
+            logger.exception("engine thread failed", extra={"action": "engine.run"})
+            self._core.is_dead = True
+        if self._core.is_dead:
+            reason, error = Ended.FAILED, ErrorInfo.of(ErrorCode.INTERNAL, "the engine died")
+        self._close(reason, error)
+
+    def _take_messages(self) -> bool:
+        """Read the inbox; wait for a message when there is nothing to do. Return whether to go on."""
+        try:
+            is_idle = self._core.scheduler.is_idle
+            message = self._inbox.get(timeout=IDLE_TICK_S) if is_idle else self._inbox.get_nowait()
+            while True:
+                if isinstance(message, _Stop):
+                    return False
+                self._take(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _take(self, message: _Submit | _Cancel) -> None:
+        if isinstance(message, _Submit):
+            self._core.add(message.generation, message.submitted_at)
+            return
+        request = self._core.scheduler.find(message.request_id)
+        if request is not None:
+            self._tell([self._core.end(request, Ended.CANCELLED)])
+
+    def _tell(self, outputs: list[RequestOutput]) -> None:
+        if outputs:
+            self._outbox(outputs)
+
+    def _close(self, reason: Ended, error: ErrorInfo | None) -> None:
+        """Report every request that has no end yet, those still in the inbox included."""
+        with self._door:
+            self._is_open = False
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, _Submit):
+                self._core.add(message.generation, message.submitted_at)
+        self._tell([self._core.end(request, reason, error) for request in self._core.scheduler.everything()])

@@ -1,0 +1,212 @@
+"""Chooses the next token of every row at once, without Python per row.
+
+A greedy batch is one argmax. A sampled row draws by inverse CDF with one uniform number that is a hash of (seed,
+step): what else is in the batch does not matter. The filters are those of transformers' own logits processors, in
+the same order: repetition penalty, min_new_tokens, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.engine.request import Request
+
+#: Constants of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), as signed.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sampled rows that are filtered the same way; every tensor but `rows` is a column [G, 1].
+
+    num_candidates: how many of the largest logits are looked at, sorted; None looks at all, unsorted.
+    """
+
+    rows: Tensor
+    num_candidates: int | None
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    log_min_p: Tensor
+    seeds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Penalty:
+    """Rows with a repetition penalty. `seen` [P, V] marks tokens of prompt and answer and is kept up to date."""
+
+    rows: Tensor
+    factor: Tensor
+    seen: Tensor
+
+
+class Sampler:
+    """Holds the batch's parameters as tensors and rebuilds them only when the batch changes. Engine thread only."""
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = list(eos_token_ids)
+        self._requests: list[Request] = []
+        self._groups: list[_Group] = []
+        self._penalty: _Penalty | None = None
+        self._min_new_tokens: Tensor | None = None
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+        """Return the next token of each request; `logits` [B, V] in the same order."""
+        if self._requests != requests:
+            self._requests = list(requests)
+            self._rebuild(logits)
+        tokens = self._choose(logits)
+        if self._penalty is not None:
+            chosen = tokens[self._penalty.rows]
+            self._penalty.seen[torch.arange(len(chosen), device=chosen.device), chosen] = True
+        result: list[int] = tokens.tolist()
+        return result
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        if self._penalty is None and self._min_new_tokens is None and not self._groups:
+            return logits.argmax(dim=-1)
+        steps = torch.tensor([len(request.output_ids) for request in self._requests], device=logits.device)
+        scores = self._processed(logits.float(), steps)
+        tokens = scores.argmax(dim=-1)
+        for group in self._groups:
+            uniforms = uniform(group.seeds, steps[group.rows])
+            tokens[group.rows] = _draw(*_filtered(scores[group.rows], group), uniforms)
+        return tokens
+
+    def _processed(self, scores: Tensor, steps: Tensor) -> Tensor:
+        """Apply repetition penalty and min_new_tokens, which count for greedy rows too."""
+        if self._penalty is not None:
+            rows, factor, seen = self._penalty.rows, self._penalty.factor, self._penalty.seen
+            old = scores[rows]
+            penalised = torch.where(old < 0, old * factor, old / factor)
+            scores = scores.index_copy(0, rows, torch.where(seen, penalised, old))
+        if self._min_new_tokens is not None:
+            is_too_early = (steps < self._min_new_tokens)[:, None]
+            scores = scores.clone()
+            ends = scores[:, self._eos_token_ids]
+            scores[:, self._eos_token_ids] = ends.masked_fill(is_too_early, -torch.inf)
+        return scores
+
+    def _rebuild(self, logits: Tensor) -> None:
+        num_tokens, device = logits.shape[-1], logits.device
+        self._groups = [
+            _group(self._requests, rows, num_candidates, device)
+            for rows, num_candidates in _partition(self._requests, num_tokens)
+            if rows
+        ]
+        self._penalty = _penalty(self._requests, num_tokens, device)
+        floors = [request.sampling.min_new_tokens for request in self._requests]
+        self._min_new_tokens = torch.tensor(floors, device=device) if any(floors) and self._eos_token_ids else None
+
+
+def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
+    """Return one float64 in [0, 1) per (seed, step), both int64: two rounds of splitmix64, top 53 bits."""
+    bits = _mix(_mix(seeds) + (steps + 1) * _GOLDEN)
+    return _shifted_right(bits, 11).double() * 2.0**-53
+
+
+def _mix(state: Tensor) -> Tensor:
+    state = (state ^ _shifted_right(state, 30)) * _MIX_1
+    state = (state ^ _shifted_right(state, 27)) * _MIX_2
+    return state ^ _shifted_right(state, 31)
+
+
+def _shifted_right(bits: Tensor, count: int) -> Tensor:
+    """Shift logically: int64's own shift copies the sign."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _partition(requests: Sequence[Request], num_tokens: int) -> list[tuple[list[int], int | None]]:
+    """Split the sampled rows by what they need: no order, the k largest logits, or all logits sorted.
+
+    A row's group depends on its own parameters only, so company cannot change the order in which it is drawn.
+    """
+    unordered: list[int] = []
+    largest: list[int] = []
+    ordered: list[int] = []
+    max_top_k = 0
+    for row, request in enumerate(requests):
+        sampling = request.sampling
+        if sampling.temperature == 0:
+            continue
+        if 0 < sampling.top_k < num_tokens:
+            largest.append(row)
+            max_top_k = max(max_top_k, sampling.top_k)
+        elif sampling.top_p < 1:
+            ordered.append(row)
+        else:
+            unordered.append(row)
+    return [(unordered, None), (largest, max_top_k), (ordered, num_tokens)]
+
+
+def _group(requests: Sequence[Request], rows: list[int], num_candidates: int | None, device: torch.device) -> _Group:
+    params = [requests[row].sampling for row in rows]
+
+    def column(value: Callable[[int], float]) -> Tensor:
+        return torch.tensor([value(i) for i in range(len(params))], device=device)[:, None]
+
+    return _Group(
+        rows=torch.tensor(rows, device=device),
+        num_candidates=num_candidates,
+        temperature=column(lambda i: params[i].temperature),
+        top_k=column(lambda i: params[i].top_k or 2**62),
+        top_p=column(lambda i: params[i].top_p),
+        log_min_p=column(lambda i: params[i].min_p).log(),
+        seeds=torch.tensor([p.seed or 0 for p in params], device=device),
+    )
+
+
+def _penalty(requests: Sequence[Request], num_tokens: int, device: torch.device) -> _Penalty | None:
+    rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
+    if not rows:
+        return None
+    seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
+    for index, row in enumerate(rows):
+        seen[index, requests[row].prompt_ids.to(device)] = True
+        seen[index, requests[row].output_ids] = True
+    factors = [requests[row].sampling.repetition_penalty for row in rows]
+    return _Penalty(torch.tensor(rows, device=device), torch.tensor(factors, device=device)[:, None], seen)
+
+
+def _filtered(scores: Tensor, group: _Group) -> tuple[Tensor, Tensor | None]:
+    """Return the logits that may be drawn, others −inf, and their token ids when they are not in vocabulary order."""
+    scores = scores / group.temperature
+    ids: Tensor | None = None
+    if group.num_candidates is not None:
+        scores, ids = _largest(scores, group.num_candidates)
+        ranks = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill(ranks >= group.top_k, -torch.inf)
+        probabilities = scores.softmax(dim=-1)
+        # Nucleus: a token stays while the more likely ones before it hold less than top_p; the first always does.
+        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        is_outside = mass_before >= group.top_p
+        is_outside[:, 0] = False
+        # top_p = 1 means off, whatever rounding makes of the sum.
+        scores = scores.masked_fill(is_outside & (group.top_p < 1), -torch.inf)
+    lowest = scores.amax(dim=-1, keepdim=True) + group.log_min_p
+    return scores.masked_fill(scores < lowest, -torch.inf), ids
+
+
+def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if count >= scores.shape[-1]:
+        ordered, ids = scores.sort(dim=-1, descending=True)
+        return ordered, ids
+    values, ids = scores.topk(count, dim=-1)
+    return values, ids
+
+
+def _draw(scores: Tensor, ids: Tensor | None, uniforms: Tensor) -> Tensor:
+    """Draw one token per row by inverse CDF."""
+    cdf = scores.softmax(dim=-1).cumsum(dim=-1)
+    total = cdf[:, -1:]
+    # Rounding may carry u·total up to total, beyond every token.
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniforms[:, None].to(cdf.dtype) * total, below_total)
+    chosen = torch.searchsorted(cdf, target, right=True).clamp_(max=scores.shape[-1] - 1)
+    return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
