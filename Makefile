@@ -1,0 +1,51 @@
+# Needs Python 3.11 or newer and a package index; everything else goes into $(VENV).
+# torch from PyPI brings CUDA along. Without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# An installation is up to date while its stamp is younger than what it was made from.
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+
+demo: $(RUN_STAMP) ## set up, then caption a picture and answer questions about it and a clip
+	$(BIN)/visionq demo $(ARGS)
+
+test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV_STAMP) ## lint, types, import floors, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+bench: $(DEV_STAMP) ## measure the engine and the queue on this machine
+	$(BIN)/visionq-worker bench engine $(ARGS)
+	$(BIN)/visionq-worker bench queue $(ARGS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.12")'
+	@# Without pip (Debian's python3-venv missing) the half-made environment must not look made.
+	$(PYTHON) -m venv $(VENV) || { rm -f $(BIN)/python; exit 1; }
+
+$(RUN_STAMP): $(PINS) | $(BIN)/python
+	@echo "Installing torch, transformers and the local servers into $(VENV); this takes some minutes once."
+	$(PIP_INSTALL) -e ".[worker,local]"
+	@touch $@
+
+$(DEV_STAMP): $(PINS) | $(BIN)/python
+	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
+	$(PIP_INSTALL) -e ".[worker,local,dev]"
+	@touch $@ $(RUN_STAMP)

@@ -1,0 +1,171 @@
+"""The compose files and Dockerfiles hold what they promise, as far as that can be seen without Docker."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import AliasChoices
+
+from tests import compose
+from worker.settings import WorkerSettings
+
+ROOT = compose.ROOT
+FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
+DOCKERFILES = ("worker/Dockerfile", "api_stub/Dockerfile")
+SCHEMA = Path(__file__).parent / "compose_spec" / "compose-spec.json"
+UNIT_S = {"s": 1, "m": 60}
+
+
+@pytest.fixture
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = compose.load("docker-compose.yml", variables=compose.SECRETS)["services"]
+    return found
+
+
+@pytest.mark.parametrize("file_name", FILES)
+def test_compose_files_follow_the_specification(file_name: str) -> None:
+    specification = jsonschema.Draft7Validator(json.loads(SCHEMA.read_text()))
+    specification.validate(compose.load(file_name))
+    specification.validate(compose.load(*FILES, variables=compose.SECRETS))
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="no docker-compose on this machine")
+def test_docker_compose_accepts_the_files() -> None:
+    command = ["docker-compose", "-f", FILES[0], "-f", FILES[1], "config", "-q"]
+    subprocess.run(command, cwd=ROOT, check=True, env={"PATH": "/usr/bin:/bin:/usr/local/bin"} | compose.SECRETS)
+
+
+def test_the_services_are_broker_storage_and_worker(services: dict[str, Any]) -> None:
+    assert services.keys() == {"valkey", "seaweedfs", "worker"}
+
+
+def test_images_are_pinned(services: dict[str, Any]) -> None:
+    for name in ("valkey", "seaweedfs"):
+        assert re.fullmatch(r"[a-z]+/[a-z]+:\d+\.\d+[\w.-]*", services[name]["image"])
+    for path in DOCKERFILES:
+        bases = re.findall(r"^FROM (\S+)", (ROOT / path).read_text(), re.MULTILINE)
+        assert bases
+        assert all(re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base) for base in bases)
+
+
+def test_nothing_runs_as_root(services: dict[str, Any]) -> None:
+    for service in services.values():
+        assert int(service["user"].split(":")[0]) > 0
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+    for path in DOCKERFILES:
+        users = re.findall(r"^USER (\d+):", (ROOT / path).read_text(), re.MULTILINE)
+        assert users
+        assert int(users[-1]) > 0
+    assert services["worker"]["user"] == "10001:10001"
+
+
+def test_the_worker_waits_for_healthy_servers(services: dict[str, Any]) -> None:
+    for name in ("valkey", "seaweedfs"):
+        assert services["worker"]["depends_on"][name] == {"condition": "service_healthy"}
+        assert {"test", "interval", "timeout", "retries", "start_period"} <= services[name]["healthcheck"].keys()
+
+
+def test_everything_that_must_last_is_on_a_named_volume(services: dict[str, Any]) -> None:
+    declared = compose.load("docker-compose.yml")["volumes"].keys()
+    mounted = {name: dict(volume.split(":") for volume in service["volumes"]) for name, service in services.items()}
+    assert mounted == {
+        "valkey": {"valkey-data": "/data"},
+        "seaweedfs": {"seaweedfs-data": "/data"},
+        "worker": {"models": services["worker"]["environment"]["HF_HOME"]},
+    }
+    assert {volume for service in mounted.values() for volume in service} == declared
+
+
+def test_servers_listen_on_the_host_only(services: dict[str, Any]) -> None:
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert sorted(ports) == ["127.0.0.1:6379:6379", "127.0.0.1:8333:8333"]
+
+
+def test_logs_are_bounded(services: dict[str, Any]) -> None:
+    for service in services.values():
+        assert {"max-size", "max-file"} == service["logging"]["options"].keys()
+
+
+def test_the_worker_is_given_time_to_drain(services: dict[str, Any]) -> None:
+    number, unit = re.fullmatch(r"(\d+)([sm])", services["worker"]["stop_grace_period"]).groups()  # type: ignore[union-attr]
+    drain_s = float(services["worker"]["environment"]["VISIONQ_DRAIN_S"])
+    assert drain_s == WorkerSettings.model_fields["drain_s"].default
+    assert int(number) * UNIT_S[unit] >= drain_s + 15
+
+
+def test_the_worker_is_told_only_settings_that_it_has(services: dict[str, Any]) -> None:
+    told = {name for name in services["worker"]["environment"] if name.startswith(("VISIONQ_", "AWS_"))}
+    known = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    for name, setting in WorkerSettings.model_fields.items():
+        alias = setting.validation_alias
+        known |= set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {f"VISIONQ_{name.upper()}"}
+    assert told <= known
+
+
+def test_defaults_are_those_of_the_worker(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"VISIONQ_REDIS_URL", "AWS_ENDPOINT_URL_S3"}
+    plain = WorkerSettings()
+    for name in services["worker"]["environment"].keys() - addresses:
+        monkeypatch.setenv(name, services["worker"]["environment"][name])
+    assert WorkerSettings() == plain
+
+
+@pytest.mark.parametrize("missing", sorted(compose.SECRETS))
+def test_a_missing_secret_is_named(missing: str) -> None:
+    given = {name: value for name, value in compose.SECRETS.items() if name != missing}
+    with pytest.raises(compose.MissingVariable, match=rf"copy \.env\.example to \.env and set {missing}"):
+        compose.load("docker-compose.yml", variables=given)
+
+
+def test_the_example_names_every_variable_and_holds_no_secret() -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    written = dict(line.removeprefix("#").split("=", 1) for line in lines if re.match(r"#?[A-Z0-9_]+=", line))
+    assert written.keys() == set().union(*(compose.variables_in((ROOT / name).read_text()) for name in FILES))
+    assert {name for name, value in written.items() if not value} >= compose.SECRETS.keys()
+
+
+def test_no_secret_is_written_down(services: dict[str, Any]) -> None:
+    as_written = compose.load("docker-compose.yml")["services"]
+    for name, service in as_written.items():
+        for variable, value in service["environment"].items():
+            if re.search("PASSWORD|SECRET|KEY|AUTH|TOKEN|REDIS_URL", variable):
+                assert "${" in value, f"{name}: {variable}"
+    assert compose.SECRETS["VALKEY_PASSWORD"] not in str(services["valkey"]["command"])
+
+
+def test_a_gpu_is_reserved_only_by_the_override(services: dict[str, Any]) -> None:
+    assert "deploy" not in services["worker"]
+    worker = compose.load(*FILES, variables=compose.SECRETS)["services"]["worker"]
+    (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert worker["environment"]["VISIONQ_DEVICE"] == "cuda"
+    assert worker["command"] == services["worker"]["command"]
+    assert worker["image"] != services["worker"]["image"]
+    (argument,) = worker["build"]["args"]
+    assert f"ARG {argument}=" in (ROOT / worker["build"]["dockerfile"]).read_text()
+
+
+def test_images_are_built_from_pinned_packages_and_little_else() -> None:
+    for path in DOCKERFILES:
+        installs = re.findall(r"pip install .*", (ROOT / path).read_text())
+        assert installs
+        assert all("-c constraints.txt" in line for line in installs)
+        copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / path).read_text(), re.MULTILINE)
+        ignored = (ROOT / ".dockerignore").read_text().splitlines()
+        assert "*" in ignored
+        assert {name for line in copied for name in line.split()} <= {
+            line.removeprefix("!") for line in ignored if line.startswith("!")
+        }
+
+
+def test_the_images_command_is_the_services_command(services: dict[str, Any]) -> None:
+    text = (ROOT / services["worker"]["build"]["dockerfile"]).read_text()
+    assert f"CMD {json.dumps(services['worker']['command'])}" in text
