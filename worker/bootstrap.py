@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import redis
-from PIL import Image
 
-from api_stub.contract.job import MediaPart, Role, TextPart, Turn
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
 from api_stub.ledger.rows import Bell
@@ -29,18 +27,17 @@ from worker.lifecycle.heartbeat import Heartbeat
 from worker.media.collect import MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
-from worker.media.types import DecodedImage
 from worker.models.loader import LoadedModel, load
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
 from worker.settings import WorkerSettings
 from worker.streaming.publisher import Publisher
+from worker.tryout import TriedOut, try_out
 
 logger = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_S: Final = 5.0
 STOP_TIMEOUT_S: Final = 5.0
-WARM_UP_TIMEOUT_S: Final = 600.0  # a large model compiles and tunes kernels on its first prompt
 #: Rows of the KV cache on a CPU when the setting leaves the length to us: longer contexts cost memory at boot.
 CPU_MAX_MODEL_LEN: Final = 4096
 
@@ -58,6 +55,7 @@ class Runtime:
     intake: Intake
     drain: Drain
     heartbeat: Heartbeat
+    try_out: Callable[[], TriedOut]
     exit_status: int = 0
     ring: Callable[[Bell], None] | None = None
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -69,7 +67,10 @@ class Runtime:
         """
         self.engine.start()
         self.publisher.start()
-        warm_up(self.pipeline)
+        try:
+            self.try_out()
+        except WorkerError as error:
+            raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
 
     def on_ready(self) -> None:
         """The worker consumes: start heartbeats and the reaper."""
@@ -93,7 +94,7 @@ def build(settings: WorkerSettings) -> Runtime:
     ledger = connect(settings)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
-    attempts, answers = Attempts(), Answers()
+    attempts, answers, prompts = Attempts(), Answers(), PromptBuilder(loaded)
     publisher: Publisher[list[RequestOutput]] = Publisher(ledger, answers.translate)
     engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), publisher.put_step)
     policy = media_policy(settings)
@@ -115,11 +116,12 @@ def build(settings: WorkerSettings) -> Runtime:
             attempts=attempts,
             answers=answers,
             media=MediaCollector(fetcher, policy),
-            prompts=PromptBuilder(loaded),
+            prompts=prompts,
             engine=engine,
             events=publisher,
             on_engine_dead=lambda: die(runtime),
         ),
+        try_out=lambda: try_out(engine, prompts, answers),
         intake=Intake(ledger, worker=worker_name, model=settings.model_name),
         drain=Drain(attempts, settings.drain_s),
         heartbeat=Heartbeat(
@@ -133,16 +135,6 @@ def build(settings: WorkerSettings) -> Runtime:
         ),
     )
     return runtime
-
-
-def warm_up(pipeline: Pipeline) -> None:
-    """Ask the model about one plain picture. Raises CannotStart with the engine's error when it has no answer."""
-    turn = Turn(role=Role.USER, content=(MediaPart(uri="s3://warm-up/picture"), TextPart(text="Describe this image.")))
-    picture = DecodedImage(Image.new("RGB", (64, 64), (200, 120, 40)))
-    try:
-        pipeline.try_out((turn,), [picture], timeout_s=WARM_UP_TIMEOUT_S)
-    except WorkerError as error:
-        raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
 
 
 def connect(settings: WorkerSettings) -> Ledger:

@@ -7,19 +7,18 @@ from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from worker.errors import CannotStart
 from worker.observability.logging import configure_logging
-from worker.settings import WorkerSettings
+from worker.settings import LogFormat, WorkerSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+bench = typer.Typer(no_args_is_help=True, help="Measure the engine and the queue; every figure beside a baseline.")
+app.add_typer(bench, name="bench")
+
 EXIT_CANNOT_START = 78  # EX_CONFIG: restarting without a change would fail again
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep `start` a subcommand whatever else there is."""
 
 
 @app.command()
@@ -49,15 +48,41 @@ def start(
     sys.exit(status)
 
 
+@app.command()
+def check(
+    model: Annotated[str | None, typer.Option(help="VISIONQ_MODEL: `demo`, a directory or a hub id")] = None,
+) -> None:
+    """Load the model, answer about one picture, print settings and memory; no Redis, no S3. Fails on any problem."""
+    settings = read_settings({} if model is None else {"model": model})
+    configure_logging(LogFormat.TEXT, settings.log_level)
+    from worker.check import check as check_model
+
+    try:
+        typer.echo(check_model(settings))
+    except CannotStart as error:
+        refuse(str(error))
+
+
+@bench.command("queue")
+def bench_queue(jobs: Annotated[int, typer.Option(min=2, help="jobs of each kind")] = 300) -> None:
+    """Measure submit → result of a one-token job beside a bare Celery no-op, in one run."""
+    from worker.bench.queue import bench_queue as measure
+
+    typer.echo(measure(jobs).lines())
+
+
 def read_settings(given: dict[str, str]) -> WorkerSettings:
     """Read the settings; leave with a message that names the variable when one is bad."""
     try:
         return WorkerSettings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        problems = "; ".join(
-            f"VISIONQ_{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors(include_url=False)
-        )
-        refuse(problems)
+        refuse("; ".join(_named(problem) for problem in error.errors(include_url=False, include_input=False)))
+
+
+def _named(problem: ErrorDetails) -> str:
+    place = str(problem["loc"][0]) if problem["loc"] else "settings"
+    variable = place if place.startswith("AWS_") else f"VISIONQ_{place.upper()}"
+    return f"{variable}: {problem['msg']}"
 
 
 def refuse(message: str) -> NoReturn:

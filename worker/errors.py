@@ -14,6 +14,7 @@
     ├── TransientError        the world is slow: the job may be tried again
     │   ├── StorageUnavailable    storage_unavailable
     │   └── OutOfMemory           out_of_memory
+    ├── GenerationFailed      the engine gave one request up, for the reason it carries
     ├── EngineDead            the engine thread is gone: stop and be restarted
     └── CannotStart           a worker that cannot serve refuses to start, naming the setting
 
@@ -109,6 +110,18 @@ class OutOfMemory(TransientError):
     """Raised when one request did not fit into the device's memory."""
 
     code = ErrorCode.OUT_OF_MEMORY
+
+
+class GenerationFailed(WorkerError):
+    """Raised when the engine gave one request up; carries the engine's own code and message."""
+
+    def __init__(self, error: ErrorInfo) -> None:
+        super().__init__(error.message)
+        self._error = error
+
+    def info(self) -> ErrorInfo:
+        """Return the engine's error."""
+        return self._error
 
 
 class EngineDead(WorkerError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -25,21 +25,19 @@ from api_stub.contract.event import (
     RetryReason,
     Stage,
 )
-from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, Turn, VideoQaJob, parse_job
+from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
-from api_stub.contract.sampling import SamplingParams
 from api_stub.ledger.ledger import Ledger
 from worker.answers import Answer, Answers
 from worker.engine.request import Finish, GenerationRequest
-from worker.errors import EngineDead, InvalidRequest, ModelMismatch, WorkerError
+from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, WorkerError
 from worker.intake import Accepted
 from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
 from worker.media.collect import MediaCollector, media_parts
-from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.prompting.prepare import PromptBuilder
 from worker.stopwatch import Stopwatch
-from worker.streaming.outgoing import AttemptStream, Outgoing
+from worker.streaming.outgoing import Outgoing
 
 logger = logging.getLogger(__name__)
 
@@ -107,25 +105,6 @@ class Pipeline:
             self._attempts.remove(attempt)
             self._answers.close(answer)
         logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
-
-    def try_out(self, turns: Sequence[Turn], media: Sequence[DecodedMedia], *, timeout_s: float) -> str:
-        """Answer one prompt with two tokens, without a job and without events.
-
-        Raises the WorkerError that prevents it.
-        """
-        inputs = self._prompts.prepare(turns, media)
-        answer = self._answers.open("try-out", AttemptStream("try-out", fence=0, is_lost=True))
-        try:
-            sampling = SamplingParams(max_new_tokens=2, seed=0)
-            self._engine.submit(GenerationRequest(answer.request_id, inputs, sampling))
-            finish = answer.wait(timeout_s)
-        finally:
-            self._answers.close(answer)
-        if finish is None:
-            raise EngineDead(f"no answer within {timeout_s} s")
-        if finish.error is not None:
-            raise EngineFailure(finish.error)
-        return answer.text
 
     def _ending(
         self, attempt: Attempt, problem: str | None, answer: Answer, watch: Stopwatch
@@ -201,7 +180,7 @@ class Pipeline:
             attempt.check()
             if finish.error is None:
                 raise EngineDead("the engine stopped before the answer was complete")
-            raise EngineFailure(finish.error)
+            raise GenerationFailed(finish.error)
         return finish
 
     def _result(
@@ -245,18 +224,6 @@ class Pipeline:
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
         self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
-
-
-class EngineFailure(WorkerError):
-    """Raised when the engine gave one request up; carries the engine's own code and message."""
-
-    def __init__(self, error: ErrorInfo) -> None:
-        super().__init__(error.message)
-        self._error = error
-
-    def info(self) -> ErrorInfo:
-        """Return the engine's error."""
-        return self._error
 
 
 def _usage(inputs: ModelInputs, num_completion_tokens: int) -> Usage:

@@ -1,0 +1,62 @@
+"""`visionq-worker check`: does this checkpoint load and answer on this machine, and what does it cost?"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+
+import torch
+
+from worker.answers import Answers
+from worker.bootstrap import engine_config
+from worker.engine.engine import Engine
+from worker.engine.request import RequestOutput
+from worker.errors import CannotStart, WorkerError
+from worker.models.loader import LoadedModel, load
+from worker.prompting.prepare import PromptBuilder
+from worker.settings import WorkerSettings
+from worker.tryout import TriedOut, try_out
+
+MEBIBYTE = 1024 * 1024
+STOP_TIMEOUT_S = 10.0
+
+
+def check(settings: WorkerSettings) -> str:
+    """Load the model, ask it about one picture, return a report. Raises CannotStart when any of it fails."""
+    loaded = load(settings)
+    answers = Answers()
+
+    def deliver(step: list[RequestOutput]) -> None:
+        for outgoing in answers.translate(step):
+            if outgoing.on_sent is not None:
+                outgoing.on_sent()
+
+    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), deliver)
+    engine.start()
+    try:
+        tried = try_out(engine, PromptBuilder(loaded), answers)
+    except WorkerError as error:
+        raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
+    finally:
+        engine.stop(STOP_TIMEOUT_S)
+    return "\n".join(f"{name:<20} {value}" for name, value in _facts(settings, loaded, tried))
+
+
+def _facts(settings: WorkerSettings, loaded: LoadedModel, tried: TriedOut) -> Iterable[tuple[str, object]]:
+    config = engine_config(settings, loaded)
+    yield "model", f"{settings.model} ({type(loaded.model).__name__})"
+    yield "device", f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, attention {loaded.attention}"
+    yield "weights", f"{loaded.model.get_memory_footprint() / MEBIBYTE:.1f} MiB"
+    yield "context", f"{loaded.max_context} tokens, {config.max_model_len} per job, {config.max_num_seqs} jobs at once"
+    yield "buckets", ", ".join(sorted(settings.readable_buckets))
+    yield "peak memory", f"{_peak_bytes(loaded) / MEBIBYTE:.0f} MiB"
+    yield "prompt", f"{tried.finish.num_prompt_tokens} tokens"
+    yield "first token", f"{tried.finish.first_token_s:.3f} s"
+    yield "answer", f"{tried.text!r} ({tried.finish.num_completion_tokens} tokens)"
+
+
+def _peak_bytes(loaded: LoadedModel) -> int:
+    """Peak memory of the device, or of the process on a CPU (Linux counts it in KiB)."""
+    if loaded.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(loaded.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
