@@ -36,9 +36,16 @@ class InvalidRequest(VisionqError):
 
 
 class QueueFull(VisionqError):
-    """Raised when the admission limit of the job's model is reached. Nothing was enqueued."""
+    """Raised when the admission limit of the job's model is reached. Nothing was enqueued.
+
+    `retry_after_s` is a suggestion: how soon it makes sense to ask again.
+    """
 
     code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnknownJob(VisionqError):

@@ -1,0 +1,81 @@
+"""The producer's connections to Redis: a bounded pool for commands, an open one for readers.
+
+A command that finds every connection busy waits for one. A reader keeps its connection as long as it reads, and a
+process may have thousands of readers, so those never queue. A dead or silent Redis costs a call about TIMEOUT_S.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+TIMEOUT_S: Final = 2.0
+HEALTH_CHECK_S: Final = 10
+MAX_COMMANDS: Final = 50
+#: redis-py's own default is 100, after which it refuses.
+MAX_READERS: Final = 1_000_000
+
+_STALE: Final = (redis.ConnectionError,)  # a pooled connection may have died unnoticed: worth one more try
+
+
+def commands(url: str) -> redis.Redis:
+    """Connections for short commands, text replies; safe to share between threads."""
+    pool = redis.BlockingConnectionPool.from_url(
+        url,
+        max_connections=MAX_COMMANDS,
+        timeout=TIMEOUT_S,
+        decode_responses=True,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        socket_keepalive=True,
+        health_check_interval=HEALTH_CHECK_S,
+        retry=Retry(NoBackoff(), 1, _STALE),
+    )
+    return redis.Redis.from_pool(pool)
+
+
+def readers(url: str) -> redis.Redis:
+    """Connections for subscriptions; safe to share between threads."""
+    return redis.Redis.from_url(
+        url,
+        max_connections=MAX_READERS,
+        decode_responses=True,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        socket_keepalive=True,
+        retry=Retry(NoBackoff(), 0, _STALE),
+    )
+
+
+def async_commands(url: str) -> redis.asyncio.Redis:
+    """`commands` for one event loop."""
+    pool: redis.asyncio.BlockingConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
+        url,
+        max_connections=MAX_COMMANDS,
+        timeout=TIMEOUT_S,
+        decode_responses=True,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        socket_keepalive=True,
+        health_check_interval=HEALTH_CHECK_S,
+        retry=AsyncRetry(NoBackoff(), 1, _STALE),
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def async_readers(url: str) -> redis.asyncio.Redis:
+    """`readers` for one event loop."""
+    return redis.asyncio.Redis.from_url(
+        url,
+        max_connections=MAX_READERS,
+        decode_responses=True,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        socket_keepalive=True,
+        retry=AsyncRetry(NoBackoff(), 0, _STALE),
+    )

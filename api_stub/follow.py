@@ -1,0 +1,204 @@
+"""Follow one job: subscribe first, then replay its stream, then forward what the channel brings.
+
+Every subscription, also one after a lost connection, is followed by a replay from the last seq on, so nothing falls
+between the two; a gap in the numbers causes another. One Redis connection per active reader, closed when the reader
+ends. `Follower` blocks its thread, `AsyncFollower` is the same for asyncio. They know events and endings, not jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
+from typing import Any, Final
+
+import redis
+import redis.asyncio
+from pydantic import ValidationError
+
+from api_stub.contract import names
+from api_stub.contract.event import Event, FinalEvent, parse_event
+from api_stub.cursor import EventCursor, Patience
+from api_stub.errors import StoreUnavailable, UnknownJob
+from api_stub.ledger.calls import final_event
+
+logger = logging.getLogger(__name__)
+
+#: How long Redis may take to confirm a subscription.
+CONFIRM_S: Final = 2.0
+_LOST: Final = (redis.ConnectionError, redis.TimeoutError)
+
+
+_ROW: Final = ("status", "final")
+
+
+class Follower:
+    """Reads the events of jobs. Safe to share between threads; each iterator belongs to one."""
+
+    def __init__(self, commands: redis.Redis, readers: redis.Redis) -> None:
+        self._commands = commands
+        self._readers = readers
+
+    def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> Generator[Event, None, None]:
+        """Yield the events after seq `after`, up to the final one. A job whose stream is gone yields its final event.
+
+        Raises TimeoutError after `timeout` seconds without an event, UnknownJob, StoreUnavailable.
+        """
+        cursor, patience = EventCursor(after), Patience(timeout)
+        while not cursor.is_finished:
+            try:
+                with closing(self._messages(names.events_key(job_id), patience)) as messages:
+                    for message in messages:
+                        events = _forwarded(cursor, message)
+                        for event in self._replayed(job_id, cursor, patience) if events is None else events:
+                            yield event
+                            patience.heard()
+                        if cursor.is_finished:
+                            return
+            except _LOST as error:
+                time.sleep(patience.pause_s(error))
+            except redis.RedisError as error:
+                raise _refusal(error) from error
+
+    def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
+        """Wait at most `timeout` seconds for the job to end; wakes once, by its result's channel.
+
+        Raises TimeoutError, UnknownJob, StoreUnavailable.
+        """
+        patience = Patience(timeout)
+        while True:
+            try:
+                with closing(self._messages(names.result_key(job_id), patience)) as messages:
+                    for _ in messages:
+                        row = self._commands.hmget(names.job_key(job_id), _ROW)
+                        patience.connected()
+                        if (ending := _ending(job_id, row)) is not None:
+                            return ending
+            except _LOST as error:
+                time.sleep(patience.pause_s(error))
+            except redis.RedisError as error:
+                raise _refusal(error) from error
+
+    def _messages(self, channel: str, patience: Patience) -> Generator[str | None, None, None]:
+        """Yield None whenever the channel was subscribed (anew), and every message; end after a long silence."""
+        with self._readers.pubsub() as subscription:  # type: ignore[no-untyped-call]
+            subscription.subscribe(channel)
+            message = _confirmed(subscription.get_message(timeout=CONFIRM_S))
+            while message is not None:
+                yield message["data"] if message["type"] == "message" else None
+                message = subscription.get_message(timeout=patience.wait_s())
+
+    def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
+        with self._commands.pipeline(transaction=True) as snapshot:
+            snapshot.xrange(names.events_key(job_id), min=f"{cursor.last_seq + 1}-0")
+            snapshot.hmget(names.job_key(job_id), _ROW)
+            entries, row = snapshot.execute()
+        patience.connected()
+        return _caught_up(job_id, cursor, entries, row)
+
+
+class AsyncFollower:
+    """`Follower` for one event loop: same methods, same meanings, same errors."""
+
+    def __init__(self, commands: redis.asyncio.Redis, readers: redis.asyncio.Redis) -> None:
+        self._commands = commands
+        self._readers = readers
+
+    async def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> AsyncGenerator[Event, None]:
+        """See `Follower.events`. Close the generator (`contextlib.aclosing`) when you leave it early."""
+        cursor, patience = EventCursor(after), Patience(timeout)
+        while not cursor.is_finished:
+            try:
+                async with aclosing(self._messages(names.events_key(job_id), patience)) as messages:
+                    async for message in messages:
+                        events = _forwarded(cursor, message)
+                        for event in await self._replayed(job_id, cursor, patience) if events is None else events:
+                            yield event
+                            patience.heard()
+                        if cursor.is_finished:
+                            return
+            except _LOST as error:
+                await asyncio.sleep(patience.pause_s(error))
+            except redis.RedisError as error:
+                raise _refusal(error) from error
+
+    async def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
+        """See `Follower.ending`."""
+        patience = Patience(timeout)
+        while True:
+            try:
+                async with aclosing(self._messages(names.result_key(job_id), patience)) as messages:
+                    async for _ in messages:
+                        row = await self._commands.hmget(names.job_key(job_id), _ROW)
+                        patience.connected()
+                        if (ending := _ending(job_id, row)) is not None:
+                            return ending
+            except _LOST as error:
+                await asyncio.sleep(patience.pause_s(error))
+            except redis.RedisError as error:
+                raise _refusal(error) from error
+
+    async def _messages(self, channel: str, patience: Patience) -> AsyncGenerator[str | None, None]:
+        async with self._readers.pubsub() as subscription:
+            await subscription.subscribe(channel)
+            message = _confirmed(await subscription.get_message(timeout=CONFIRM_S))
+            while message is not None:
+                yield message["data"] if message["type"] == "message" else None
+                message = await subscription.get_message(timeout=patience.wait_s())
+
+    async def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
+        async with self._commands.pipeline(transaction=True) as snapshot:
+            snapshot.xrange(names.events_key(job_id), min=f"{cursor.last_seq + 1}-0")
+            snapshot.hmget(names.job_key(job_id), _ROW)
+            entries, row = await snapshot.execute()
+        patience.connected()
+        return _caught_up(job_id, cursor, entries, row)
+
+
+def _confirmed(message: Any) -> Any:
+    if message is None:
+        raise redis.TimeoutError("Redis did not confirm a subscription")
+    return message
+
+
+def _forwarded(cursor: EventCursor, message: str | None) -> tuple[Event, ...] | None:
+    """Return what a message brings; None: events are missing before it, replay the stream."""
+    if message is None:
+        return None
+    event = _parsed(message)
+    if event is None:
+        return ()
+    return None if cursor.is_gap(event) else cursor.take(event)
+
+
+def _caught_up(
+    job_id: str, cursor: EventCursor, entries: Sequence[tuple[str, dict[str, str]]], row: Sequence[Any]
+) -> list[Event]:
+    """Take a replayed stream. `row` was read in the same step: a final job ends the reader even without its stream."""
+    replayed = [event for _, fields in entries if (event := _parsed(fields["event"])) is not None]
+    events = [event for entry in replayed for event in cursor.take(entry)]
+    if not cursor.is_finished and (ending := _ending(job_id, row)) is not None:
+        events.extend(cursor.take(ending))
+    return events
+
+
+def _parsed(raw: str) -> Event | None:
+    """Read an event; one that this version does not know is passed over."""
+    try:
+        return parse_event(raw)
+    except ValidationError:
+        logger.warning("unknown event", extra={"action": "follow"})
+        return None
+
+
+def _ending(job_id: str, row: Sequence[Any]) -> FinalEvent | None:
+    status, final = row
+    if status is None:
+        raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
+    return final_event(final) if final else None
+
+
+def _refusal(error: redis.RedisError) -> StoreUnavailable:
+    return StoreUnavailable(f"Redis refused: {type(error).__name__}")
