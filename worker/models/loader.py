@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -24,6 +26,7 @@ from transformers import (
     ProcessorMixin,
     QuantoConfig,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from worker.errors import CannotStart
 from worker.models.capabilities import Capabilities, probe
@@ -63,11 +66,13 @@ def load(settings: WorkerSettings) -> LoadedModel:
     """Load the checkpoint that the settings name. Raises CannotStart."""
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
+    disable_progress_bar()
     source = _source(settings.model)
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
+    architecture = _architecture(settings, source)
     processor = _load_processor(settings, source)
-    model = _load_model(settings, source, device, dtype)
+    model = _load_model(settings, source, architecture, device, dtype)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -122,14 +127,29 @@ def _dtype(value: Dtype, device: torch.device) -> torch.dtype:
     return named[value]
 
 
+def _architecture(settings: WorkerSettings, source: str | Path) -> type[PreTrainedModel]:
+    """Read the config alone and return its model class, before gigabytes are read."""
+    problem = (
+        "its config cannot be read" if isinstance(source, Path) else "no such folder, nor a readable hub checkpoint"
+    )
+    with _refusing(settings, problem):
+        config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: {config.model_type} is not a vision-language architecture")
+    architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    return architecture
+
+
 def _load_processor(settings: WorkerSettings, source: str | Path) -> ProcessorMixin:
-    with _refusing(settings, "its processor cannot be loaded (some families need the `vision` extra: torchvision)"):
+    with _refusing(settings, "its processor cannot be loaded"):
         processor = AutoProcessor.from_pretrained(source, local_files_only=isinstance(source, Path))
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise CannotStart(
             f"VISIONQ_MODEL={settings.model}: {type(processor).__name__} takes no images; "
             "this worker serves vision-language checkpoints"
         )
+    if not processor.tokenizer.is_fast:
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: no tokenizer.json; convert the tokenizer to a fast one")
     if settings.image_splitting is not Switch.AUTO:
         _set_image_splitting(processor, settings.image_splitting)
     return processor
@@ -146,14 +166,19 @@ def _set_image_splitting(processor: ProcessorMixin, switch: Switch) -> None:
 
 
 def _load_model(
-    settings: WorkerSettings, source: str | Path, device: torch.device, dtype: torch.dtype
+    settings: WorkerSettings,
+    source: str | Path,
+    architecture: type[PreTrainedModel],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
-    attention = _attention(settings, device, dtype)
+    attention = _attention(settings, architecture, device, dtype)
     quantization = _quantization(settings.quantization)
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": isinstance(source, Path),
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # _check_weights refuses them, naming one
         # Straight onto the GPU: no second copy of the weights in host memory.
         **({"device_map": {"": device}} if device.type == "cuda" or quantization else {}),
         **({"quantization_config": quantization} if quantization else {}),
@@ -166,16 +191,19 @@ def _load_model(
     return model
 
 
-def _attention(settings: WorkerSettings, device: torch.device, dtype: torch.dtype) -> str | None:
+def _attention(
+    settings: WorkerSettings, architecture: type[PreTrainedModel], device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Return the name for transformers; None leaves it the choice between SDPA and eager (GIT has no SDPA)."""
-    is_usable = device.type == "cuda" and dtype in _HALF_PRECISION and find_spec("flash_attn") is not None
+    has_flash = find_spec("flash_attn") is not None
+    is_usable = has_flash and device.type == "cuda" and dtype in _HALF_PRECISION
     if settings.attention is Attention.FLASH and not is_usable:
         raise CannotStart(
             f"VISIONQ_ATTENTION={settings.attention}: needs a CUDA device, half precision and the flash-attn package; "
-            f"this worker has {device.type}, {dtype} and {'the' if find_spec('flash_attn') else 'no'} package"
+            f"here are {device.type}, {dtype} and {'the' if has_flash else 'no'} package"
         )
     if settings.attention is Attention.AUTO:
-        return Attention.FLASH.value if is_usable else None
+        return Attention.FLASH.value if is_usable and architecture._supports_flash_attn else None
     return settings.attention.value
 
 
@@ -231,4 +259,7 @@ def _refusing(settings: WorkerSettings, problem: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers and tokenizers document no closed set; tokenizers raises bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, AttributeError) and find_spec("torchvision") is None:
+            # Video processors exist as empty names without torchvision.
+            reason = f"the family may need torchvision, install the `vision` extra ({reason})"
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: {problem}: {reason}") from error
