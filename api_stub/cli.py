@@ -1,0 +1,156 @@
+"""`visionq`: submit jobs, follow them, ask about them, upload files, export the schemas.
+
+Exit status: 0 done, 1 the job failed, 2 wrong usage or job, 3 Redis or S3 away or the queue full, 4 --timeout passed,
+130 Ctrl-C. Ctrl-C and --timeout only stop watching: the job goes on, and its id is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from api_stub.client import Client
+from api_stub.contract.job import DEFAULT_NUM_FRAMES
+from api_stub.contract.schema import schemas
+from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, takes_job_flags
+from api_stub.handle import JobHandle
+from api_stub.ledger.rows import Cancelled
+from api_stub.terminal import ExitStatus, describe, reported, screen, show
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Captions and answers about images and clips in S3, from a queue of vision-language workers.",
+)
+
+Media = Annotated[list[str] | None, typer.Argument(help="s3:// URIs, or local files, which are uploaded first.")]
+Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
+JobId = Annotated[str, typer.Argument(help="Id of the job.")]
+
+
+def main() -> None:
+    """Entry point of the `visionq` program."""
+    app()
+
+
+@app.command()
+@takes_job_flags
+def caption(
+    media: Media = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Instead of the checkpoint's own.")] = None,
+    *,
+    flags: JobFlags,
+) -> None:
+    """Describe one or more images."""
+
+    def submit(client: Client, uris: Sequence[str]) -> JobHandle:
+        return client.caption(*uris, prompt=prompt, job_id=flags.job_id, **flags.options)
+
+    _submit_and_show(submit, media or (), flags)
+
+
+@app.command()
+@takes_job_flags
+def vqa(question: Question, media: Media = None, *, flags: JobFlags) -> None:
+    """Ask a question about images, or about none."""
+
+    def submit(client: Client, uris: Sequence[str]) -> JobHandle:
+        return client.vqa(*uris, question=question, job_id=flags.job_id, **flags.options)
+
+    _submit_and_show(submit, media or (), flags)
+
+
+@app.command()
+@takes_job_flags
+def video_qa(
+    question: Question,
+    media: Media = None,
+    num_frames: Annotated[int, typer.Option("--frames", help="Frames sampled per clip.")] = DEFAULT_NUM_FRAMES,
+    *,
+    flags: JobFlags,
+) -> None:
+    """Ask a question about one or more clips."""
+
+    def submit(client: Client, uris: Sequence[str]) -> JobHandle:
+        return client.video_qa(*uris, question=question, num_frames=num_frames, job_id=flags.job_id, **flags.options)
+
+    _submit_and_show(submit, media or (), flags)
+
+
+@app.command()
+def watch(job_id: JobId, timeout: TimeoutFlag = None, as_json: JsonFlag = False) -> None:
+    """Follow a job from its beginning, also one that has ended."""
+    with reported(as_json, job_id), Client() as client:
+        _show(client.job(job_id), as_json, timeout)
+
+
+@app.command()
+def status(job_id: JobId, as_json: JsonFlag = False) -> None:
+    """Tell where a job is."""
+    with reported(as_json, job_id), Client() as client:
+        view = client.job(job_id).status()
+    print(view.to_json() if as_json else describe(view))
+
+
+@app.command()
+def cancel(job_id: JobId, as_json: JsonFlag = False) -> None:
+    """End a queued job; tell a running one to stop."""
+    with reported(as_json, job_id), Client() as client:
+        answer = client.job(job_id).cancel()
+    words = "had ended before" if answer is Cancelled.FINAL else answer.value
+    print(json.dumps({"job_id": job_id, "cancel": answer.value}) if as_json else words)
+
+
+@app.command()
+def upload(files: Annotated[list[Path], typer.Argument(help="Local files.")], as_json: JsonFlag = False) -> None:
+    """Store files in the media bucket and print their s3:// URIs, one per line."""
+    with reported(as_json), Client() as client:
+        for file in files:
+            uri = client.upload(file)
+            print(json.dumps({"file": str(file), "uri": uri}) if as_json else uri, flush=True)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Directory for one file per schema; else one object.")] = None,
+) -> None:
+    """Export the JSON Schemas of job, event, result, view and error."""
+    if out is None:
+        print(json.dumps(schemas(), indent=2))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, body in schemas().items():
+        file = out / f"{name}.schema.json"
+        file.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        print(file)
+
+
+def _submit_and_show(
+    submit: Callable[[Client, Sequence[str]], JobHandle], media: Sequence[str], flags: JobFlags
+) -> None:
+    with reported(flags.as_json, flags.job_id), Client() as client:
+        job = submit(client, _uploaded(client, media))
+        with reported(flags.as_json, job.id):
+            _show(job, flags.as_json, flags.timeout)
+
+
+def _uploaded(client: Client, media: Sequence[str]) -> list[str]:
+    """Upload what is no URI. Every file is looked for before the first one is sent."""
+    for path in media:
+        if "://" not in path:
+            Path(path).stat()
+    return [uri if "://" in uri else client.upload(uri) for uri in media]
+
+
+def _show(job: JobHandle, as_json: bool, timeout_s: float | None) -> None:
+    try:
+        show(job, screen(as_json), timeout_s)
+    except KeyboardInterrupt:
+        print(f"\njob {job.id} goes on: `visionq watch {job.id}` or `visionq cancel {job.id}`", file=sys.stderr)
+        raise typer.Exit(ExitStatus.INTERRUPTED) from None
