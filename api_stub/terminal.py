@@ -30,6 +30,19 @@ from api_stub.handle import JobHandle
 _VISIBLE: Final = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
     range(0x7F, 0xA0), 0xFFFD
 )
+
+
+class ExitStatus(IntEnum):
+    """What a command's exit status says."""
+
+    OK = 0
+    JOB_FAILED = 1
+    INVALID = 2
+    UNAVAILABLE = 3
+    TIMED_OUT = 4
+    INTERRUPTED = 130
+
+
 _STATUS: Final = {
     StoreUnavailable.code: ExitStatus.UNAVAILABLE,
     StorageRefused.code: ExitStatus.UNAVAILABLE,
