@@ -96,11 +96,13 @@ class StopStrings:
         if not self._stop:
             return text
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        # The one complete first wins, so that the cut does not depend on how tokens group characters.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.is_found = True
             self._held = ""
-            return text[: min(found)]
+            _, at = min(found)
+            return text[:at]
         certain = len(text) - max(_overlap(text, stop) for stop in self._stop)
         self._held = text[certain:]
         return text[:certain]
@@ -125,10 +127,11 @@ class DetokenizerFactory:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._table = ByteTable(tokenizer) if ByteTable.fits(tokenizer) else None
+        self._skipped = frozenset(tokenizer.all_special_ids)
 
     def make(self, stop: tuple[str, ...], *, keeps_leading_space: bool) -> Detokenizer:
         """Return a detokenizer of a new request."""
-        stream = ByteStream(self._table) if self._table else WindowStream(self._tokenizer)
+        stream = ByteStream(self._table) if self._table else WindowStream(self._tokenizer, self._skipped)
         return Detokenizer(stream, stop, keeps_leading_space=keeps_leading_space)
 
 
@@ -184,16 +187,19 @@ class WindowStream:
     ends in U+FFFD may be half a character and waits, but not for more tokens than a character can have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._skipped = skipped
         self._window: list[int] = []
         self._num_told = 0
 
     def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
         self._window.append(token_id)
-        num_held = len(self._window) - self._num_told
         text = self._decode(self._window)
-        if text.endswith(REPLACEMENT) and num_held < MAX_HELD_TOKENS:
+        is_full = len(self._window) - self._num_told >= MAX_HELD_TOKENS
+        if text.endswith(REPLACEMENT) and not is_full:
             return ""
         return self._advance(text)
 
@@ -202,11 +208,9 @@ class WindowStream:
 
     def _advance(self, text: str) -> str:
         told = self._decode(self._window[: self._num_told])
-        new = text[len(told) :]
-        if new:
-            self._window = self._window[self._num_told :]
-            self._num_told = len(self._window)
-        return new
+        self._window = self._window[self._num_told :]
+        self._num_told = len(self._window)
+        return text[len(told) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
