@@ -17,10 +17,13 @@ import typer
 from api_stub.client import Client
 from api_stub.contract.job import DEFAULT_NUM_FRAMES
 from api_stub.contract.schema import schemas
+from api_stub.demo import run_demo
+from api_stub.devstack import StackOptions, exit_status, run_up
 from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, takes_job_flags
 from api_stub.handle import JobHandle
 from api_stub.ledger.rows import Cancelled
-from api_stub.terminal import ExitStatus, describe, reported, screen, show
+from api_stub.report import ExitStatus, reported
+from api_stub.terminal import describe, screen, show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -129,6 +132,29 @@ def schema(
         file = out / f"{name}.schema.json"
         file.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
         print(file)
+
+
+@app.command()
+def up(
+    env_file: Annotated[
+        Path | None, typer.Option(help="Gets the endpoints as `export` lines once all is ready.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Workers to start.")] = 1,
+    model: Annotated[str | None, typer.Option(help="VISIONQ_MODEL: `demo`, a directory or a hub id.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Jobs that a worker generates at once.")] = None,
+) -> None:
+    """Run Redis, S3 and workers on this machine until Ctrl-C. Needs no Docker."""
+    options = StackOptions(num_workers=workers, model=model, concurrency=concurrency)
+    raise typer.Exit(exit_status(lambda: run_up(options, env_file, lambda line: typer.echo(line, err=True))))
+
+
+@app.command()
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per job.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep everything running afterwards, until Ctrl-C.")] = False,
+) -> None:
+    """Start everything, ask about drawn scenes, show the answers next to the truth. Exit status 0: all answered truly."""
+    raise typer.Exit(exit_status(lambda: run_demo(as_json, stay)))
 
 
 def _submit_and_show(

@@ -5,15 +5,9 @@ Text goes to stdout as it arrives; everything about the job goes to stderr, so a
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from enum import IntEnum
-from typing import Final, Protocol, TextIO
+from typing import Protocol, TextIO
 
-import typer
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
@@ -23,32 +17,9 @@ from api_stub.contract.result import Result
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.cursor import TextCursor
-from api_stub.errors import JobFailed, QueueFull, StorageRefused, StoreUnavailable, StreamRestarted, VisionqError
+from api_stub.errors import StreamRestarted
 from api_stub.handle import JobHandle
-
-#: Control characters of a model's text become visible signs: a terminal must not obey them.
-_VISIBLE: Final = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
-    range(0x7F, 0xA0), 0xFFFD
-)
-
-
-class ExitStatus(IntEnum):
-    """What a command's exit status says."""
-
-    OK = 0
-    JOB_FAILED = 1
-    INVALID = 2
-    UNAVAILABLE = 3
-    TIMED_OUT = 4
-    INTERRUPTED = 130
-
-
-_STATUS: Final = {
-    StoreUnavailable.code: ExitStatus.UNAVAILABLE,
-    StorageRefused.code: ExitStatus.UNAVAILABLE,
-    QueueFull.code: ExitStatus.UNAVAILABLE,
-    StreamRestarted.code: ExitStatus.JOB_FAILED,
-}
+from api_stub.report import visible
 
 
 class Screen(Protocol):
@@ -94,45 +65,6 @@ def show(job: JobHandle, on: Screen, timeout_s: float | None) -> None:
                 on.completed(event.result)
     finally:
         on.close()
-
-
-@contextmanager
-def reported(as_json: bool, job_id: str | None = None) -> Iterator[None]:
-    """Turn errors into a line on stderr, or a JSON object on stdout, and an exit status."""
-    try:
-        yield
-    except JobFailed as error:
-        _report(as_json, job_id, ErrorLine(error.code, error.message, error.retryable))
-        raise typer.Exit(ExitStatus.JOB_FAILED) from error
-    except TimeoutError as error:
-        _report(as_json, job_id, ErrorLine("timeout", f"{error}; the job goes on", True))
-        raise typer.Exit(ExitStatus.TIMED_OUT) from error
-    except VisionqError as error:
-        is_busy = isinstance(error, (StoreUnavailable, QueueFull))
-        _report(as_json, job_id, ErrorLine(error.code, str(error), is_busy))
-        raise typer.Exit(_STATUS.get(error.code, ExitStatus.INVALID)) from error
-    except BrokenPipeError:
-        raise  # whoever read stdout has left; typer ends the program quietly
-    except OSError as error:
-        _report(as_json, job_id, ErrorLine("invalid_request", f"{error.filename}: {error.strerror}", False))
-        raise typer.Exit(ExitStatus.INVALID) from error
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorLine:
-    """An error as it is printed; the same three members that a failed job has."""
-
-    code: str
-    message: str
-    retryable: bool
-
-
-def _report(as_json: bool, job_id: str | None, error: ErrorLine) -> None:
-    if as_json:
-        named = {} if job_id is None else {"job_id": job_id}
-        typer.echo(json.dumps(named | {"error": asdict(error)}, ensure_ascii=False))
-    else:
-        typer.echo(f"{error.code}: {error.message}".translate(_VISIBLE), err=True)
 
 
 class PipeScreen:
@@ -199,7 +131,7 @@ class TerminalScreen:
         if piece:
             self._spinner.stop()
             self._is_writing = True
-            sys.stdout.write(piece.translate(_VISIBLE))
+            sys.stdout.write(visible(piece))
             sys.stdout.flush()
 
     def restarted(self, error: StreamRestarted) -> None:
@@ -211,7 +143,7 @@ class TerminalScreen:
         usage, timings = result.usage, result.timings
         words = (
             f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, first after {timings.first_token_s:.2f} s, "
-            f"{timings.total_s:.2f} s in all, ended by {result.finish_reason}"
+            f"{timings.total_s:.2f} s in all, ended by {result.finish_reason}; job {result.job_id}"
         )
         self._console.print(Text(words, style="dim"))
 
@@ -233,7 +165,7 @@ def describe(view: JobView) -> str:
         lines.append(view.result.text)
     if view.error is not None:
         lines.append(f"{view.error.code}: {view.error.message}")
-    return "\n".join(lines).translate(_VISIBLE)
+    return visible("\n".join(lines))
 
 
 def _stage(event: Event, job: JobHandle) -> str | None:
