@@ -104,7 +104,7 @@ def spread(turns: Sequence[Turn], media: Sequence[DecodedMedia]) -> tuple[Conver
 def render(processor: ProcessorMixin, conversation: Conversation) -> str:
     """Return the prompt: ending with the assistant's cue, or inside its last turn when that is to be continued.
 
-    Raises InvalidRequest with the template's words when it refuses the conversation.
+    Raises InvalidRequest, with the template's words when it refuses the conversation on purpose.
     """
     try:
         return str(
@@ -114,8 +114,12 @@ def render(processor: ProcessorMixin, conversation: Conversation) -> str:
                 continue_final_message=conversation.is_continuation,
             )
         )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise InvalidRequest(f"messages: the model's chat template refuses them: {_first_line(error)}") from error
+    except TemplateError as error:
+        raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
+    except (ValueError, TypeError) as error:
+        # transformers' own words would repeat the conversation.
+        ending = ", the last turn continued" if conversation.is_continuation else ""
+        raise InvalidRequest(f"messages: the model's chat template cannot render them{ending}") from error
 
 
 def _messages(conversation: Conversation) -> list[dict[str, object]]:
@@ -128,7 +132,3 @@ def _messages(conversation: Conversation) -> list[dict[str, object]]:
         }
         for turn in conversation.turns
     ]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -165,6 +165,15 @@ def test_a_template_that_refuses_a_system_turn_says_so(loaded_family: Loaded) ->
         PromptBuilder(processor).prepare((system("Be brief."), user("What?")), ())
 
 
+def test_a_turn_that_a_template_cannot_continue_is_refused_without_repeating_it(loaded_family: Loaded) -> None:
+    shouting = _with_template(
+        loaded_family("llava"), "{% for m in messages %}{{ m['content'][0]['text'] | upper }}{% endfor %}"
+    )
+    with pytest.raises(InvalidRequest, match="the last turn continued") as refused:
+        PromptBuilder(shouting).prepare((user("What?"), assistant("a secret")), ())
+    assert "secret" not in str(refused.value)
+
+
 def test_images_that_a_template_would_drop_are_refused(loaded_family: Loaded) -> None:
     silent = _with_template(loaded_family("llava"), "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}")
     with pytest.raises(InvalidRequest, match="0 of 1 images"):
