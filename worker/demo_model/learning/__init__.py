@@ -1,0 +1,1 @@
+"""The parts of the training program: tokenizer, model, encoding, losses, optimiser."""
