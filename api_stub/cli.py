@@ -153,7 +153,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per job.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Keep everything running afterwards, until Ctrl-C.")] = False,
 ) -> None:
-    """Start everything, ask about drawn scenes, show the answers next to the truth. Exit status 0: all answered truly."""
+    """Start everything, ask about drawn scenes, show the answers next to the truth. Fails when one is not true."""
     raise typer.Exit(exit_status(lambda: run_demo(as_json, stay)))
 
 

@@ -5,8 +5,8 @@ Knows how to start, watch and end programs; knows nothing of jobs. The workers a
 
 from api_stub.devstack.child import StackFailed
 from api_stub.devstack.servers import find_redis
-from api_stub.devstack.signals import Interrupted, StopSignals
-from api_stub.devstack.stack import Stack, StackOptions, without_proxy
+from api_stub.devstack.signals import Interrupted, StopSignals, exit_status
+from api_stub.devstack.stack import Stack, StackOptions
 from api_stub.devstack.up import run_up
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "StackFailed",
     "StackOptions",
     "StopSignals",
+    "exit_status",
     "find_redis",
     "run_up",
-    "without_proxy",
 ]

@@ -12,12 +12,11 @@ import shutil
 import socket
 import sys
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 
-import boto3
 import redis
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -103,21 +102,17 @@ class S3Server:
 
     def make_bucket(self) -> None:
         """Create the media bucket. Raises StackFailed when the server does not do it."""
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            region_name=REGION,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            # Empty, not absent: a proxy of the machine must not be asked for a loopback address.
-            config=Config(proxies={}, connect_timeout=PROBE_TIMEOUT_S, read_timeout=BUCKET_TIMEOUT_S),
-        )
+        # Not boto3: it would read profiles and proxies of the machine, which have no say here.
+        connection = HTTPConnection(HOST, self.port, timeout=BUCKET_TIMEOUT_S)
         try:
-            client.create_bucket(Bucket=BUCKET)
-        except (BotoCoreError, ClientError) as error:
+            connection.request("PUT", f"/{BUCKET}")
+            status = connection.getresponse().status
+        except OSError as error:
             raise StackFailed(f"the local S3 at {self.url} did not create bucket {BUCKET!r}: {error}") from error
         finally:
-            client.close()
+            connection.close()
+        if status != HTTPStatus.OK:
+            raise StackFailed(f"the local S3 at {self.url} did not create bucket {BUCKET!r}: status {status}")
 
 
 def find_redis() -> str:

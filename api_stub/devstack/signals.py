@@ -6,6 +6,7 @@ An exception out of a signal handler could hit between the start of a child and 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -66,3 +67,16 @@ class StopSignals:
     def pause(self, seconds: float) -> None:
         """Let time pass. Raises Interrupted as soon as a signal has come."""
         self.wait_for(lambda: False, seconds)
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Run a command and return its exit status: 0, 1 with a line on stderr, or 128 and the signal that stopped it."""
+    try:
+        command()
+    except Interrupted as interrupted:
+        sys.stderr.write(f"{interrupted}\n")
+        return 128 + interrupted.signum
+    except (VisionqError, TimeoutError) as error:
+        sys.stderr.write(f"{getattr(error, 'code', 'timeout')}: {error}\n")
+        return 1
+    return 0

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import redis
 from api_stub.contract import names
 from api_stub.devstack.child import Child, StackFailed, Watchdog
 from api_stub.devstack.servers import BUCKET, HOST, REGION, RedisServer, S3Server, free_port
-from api_stub.devstack.signals import StopSignals
+from api_stub.devstack.signals import Interrupted, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ DRAIN_S = 5.0
 STOP_GRACE_S = 10.0
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 300.0
+LOOK_S = 0.5
 
 
 _FOREIGN = frozenset({"VISIONQ_REDIS_URL", "VISIONQ_MEDIA_BUCKET", "VISIONQ_ALLOWED_BUCKETS", "VISIONQ_S3_PUBLIC_URL"})
@@ -143,6 +144,19 @@ class Stack:
             if worker.exit_status() is not None:
                 self._workers[index] = self._replace(worker)
 
+    def enter(self) -> None:
+        """Point this process itself at the stack: boto3 takes credentials and proxies from the environment only."""
+        for name in filter(_points_elsewhere, list(os.environ)):
+            del os.environ[name]
+        os.environ.update(without_proxy(os.environ) | self.endpoints)
+
+    def stay(self) -> None:
+        """Supervise until a signal comes. Raises StackFailed as `supervise` does."""
+        with suppress(Interrupted):
+            while True:
+                self.supervise()
+                self._signals.pause(LOOK_S)
+
     def run_child(self, name: str, command: Sequence[str], timeout_s: float) -> str:
         """Run a program to its end and return its output. Raises StackFailed when it fails or takes too long."""
         child = self._spawn(name, command)
@@ -201,8 +215,7 @@ class Stack:
             kept["VISIONQ_MODEL"] = options.model
         if options.concurrency is not None:
             kept["VISIONQ_MAX_NUM_SEQS"] = str(options.concurrency)
-        no_proxy = without_proxy(kept)
-        return kept | no_proxy | self.endpoints | {"TMPDIR": str(self.directory / "tmp")}
+        return kept | without_proxy(kept) | self.endpoints | {"TMPDIR": str(self.directory / "tmp")}
 
     def _require_alive(self) -> None:
         for child in (*self._servers, *self._workers):

@@ -10,31 +10,27 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from api_stub.devstack.child import StackFailed
-from api_stub.devstack.signals import Interrupted, StopSignals
+from api_stub.devstack.signals import StopSignals
 from api_stub.devstack.stack import Stack, StackOptions
 
 HEADER = "# Endpoints of a running `visionq up`; the file goes when the stack goes."
-LOOK_S = 0.5
 
 
 def run_up(options: StackOptions, env_file: Path | None, say: Callable[[str], None]) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP. Main thread only.
 
-    `say` gets lines for a person. Raises StackFailed when the stack cannot start or a server of it ends.
+    `say` gets lines for a person. Raises StackFailed when the stack cannot start or a server of it ends,
+    Interrupted when a signal comes before it serves.
     """
     if env_file is not None:
         claim(env_file)
-    try:
-        with StopSignals() as signals, Stack(options, signals) as stack:
-            say("starting Redis, S3 and the workers …")
-            stack.start()
-            with nullcontext() if env_file is None else published(env_file, stack):
-                say(_ready(stack, env_file))
-                while True:
-                    stack.supervise()
-                    signals.pause(LOOK_S)
-    except Interrupted as interrupted:
-        say(f"{interrupted}; everything has been stopped")
+    with StopSignals() as signals, Stack(options, signals) as stack:
+        say("starting Redis, S3 and the workers …")
+        stack.start()
+        with nullcontext() if env_file is None else published(env_file, stack):
+            say(_ready(stack, env_file))
+            stack.stay()
+    say("everything has been stopped")
 
 
 def claim(env_file: Path) -> None:
