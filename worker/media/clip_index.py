@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 #: Frames between two looks at `should_stop`.
 STOP_CHECK_FRAMES: Final = 32
+#: For the process's environment, before its first capture: OpenCV reads FFmpeg's options from nowhere else. A second
+#: wall behind `sniff`: FFmpeg itself would follow playlists and concat lists. It also keeps FFmpeg off stderr.
+FFMPEG_ENVIRONMENT: Final = {
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": (
+        "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+    ),
+    "OPENCV_FFMPEG_LOGLEVEL": "-8",
+}
 _RAW: Final = (cv2.CAP_PROP_FORMAT, -1)
 # One thread per capture: many jobs decode at once, and FFmpeg would start a thread per core for each of them.
 _THREADS: Final = (cv2.CAP_PROP_N_THREADS, 1)
@@ -68,6 +76,12 @@ class ClipIndex:
         """Return the last key frame at or before `position`, if seeking is safe and there is one."""
         found = bisect_left(self.key_frames, position + 1)
         return self.key_frames[found - 1] if found else None
+
+
+def calm_opencv() -> None:
+    """Once at boot: no thread pool of OpenCV's own beside the jobs' threads, no lines on stderr about broken files."""
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def open_capture(path: Path, *, is_raw: bool = False) -> cv2.VideoCapture:
