@@ -171,7 +171,7 @@ class EngineCore:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: of the generation config, else the config, else the tokenizer."""
-    for source in (model.generation_config, model.config.get_text_config(decoder=True), model.config, tokenizer):
+    for source in (model.generation_config, model.config, tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
             return list(found) if isinstance(found, (list, tuple)) else [found]

@@ -115,7 +115,7 @@ class Engine:
 
         Requests that still wait or run are reported as cancelled.
         """
-        self._inbox.put(_Stop())
+        self._post(_Stop())
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
@@ -128,14 +128,19 @@ class Engine:
         if request.sampling.max_new_tokens is None or request.sampling.seed is None:
             raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
         self._check_length(request.inputs.num_prompt_tokens, request.sampling.max_new_tokens)
-        with self._door:
-            if not self._is_open:
-                raise EngineDead("the engine has ended")
-            self._inbox.put(_Submit(request, time.monotonic()))
+        if not self._post(_Submit(request, time.monotonic())):
+            raise EngineDead("the engine has ended")
 
     def cancel(self, request_id: str) -> None:
         """End a request between two steps, waiting or running. An unknown or finished one is left alone."""
-        self._inbox.put(_Cancel(request_id))
+        self._post(_Cancel(request_id))
+
+    def _post(self, message: _Submit | _Cancel | _Stop) -> bool:
+        """Put a message into the inbox unless its last reading is over; return whether it is in."""
+        with self._door:
+            if self._is_open:
+                self._inbox.put(message)
+            return self._is_open
 
     def _check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
         num_tokens = num_prompt_tokens + max_new_tokens
