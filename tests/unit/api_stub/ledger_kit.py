@@ -1,0 +1,90 @@
+"""What the ledger's tests share: jobs, endings, readers of what the ledger wrote."""
+
+from __future__ import annotations
+
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.contract.event import CompletedBody, DeltaBody, Event, FailedBody, parse_event
+from api_stub.contract.job import Job, VqaJob
+from api_stub.contract.result import FinishReason, Result, Timings, Usage
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Bell, Claim, Publication
+from tests.servers import eventually
+
+#: Leases and graces that are over before the next look.
+HASTY = LedgerConfig(lease_s=0.005, grace_s=0.005, max_attempts=2)
+
+
+def question(text: str = "What colour is it?", **fields: object) -> Job:
+    return VqaJob.model_validate({"question": text} | fields)
+
+
+def claimed(ledger: Ledger, job_id: str, worker: str = "worker-1") -> Claim:
+    claim = ledger.claim(job_id, worker)
+    assert isinstance(claim, Claim), claim
+    return claim
+
+
+def started(ledger: Ledger, job_id: str, **fields: object) -> Claim:
+    """Submit and claim."""
+    ledger.submit(job_id, question(**fields))
+    return claimed(ledger, job_id)
+
+
+def answer(claim: Claim, text: str = "red") -> CompletedBody:
+    assert claim.task is not None
+    return CompletedBody(
+        result=Result(
+            job_id=claim.job_id,
+            task=claim.task,
+            model=claim.model,
+            text=text,
+            finish_reason=FinishReason.STOP,
+            usage=Usage(prompt_tokens=9, completion_tokens=1),
+            timings=Timings(queued_s=claim.queued_s),
+            attempt=claim.attempt,
+        )
+    )
+
+
+def failure(message: str = "it broke") -> FailedBody:
+    return FailedBody(error=ErrorInfo.of(ErrorCode.INTERNAL, message))
+
+
+def delta(claim: Claim, number: int, text: str, offset: int = 0, num_tokens: int = 1) -> Publication:
+    return Publication(claim.job_id, claim.fence, number, DeltaBody(text=text, offset=offset, num_tokens=num_tokens))
+
+
+def events(client: redis.Redis, job_id: str) -> list[Event]:
+    """The job's stream; asserts that `seq` starts at 1 and has no gaps."""
+    entries = client.xrange(names.events_key(job_id))
+    stream = [parse_event(fields["event"]) for _, fields in entries]
+    assert [event.seq for event in stream] == list(range(1, len(stream) + 1))
+    assert [entry_id for entry_id, _ in entries] == [f"{event.seq}-0" for event in stream]
+    assert all(event.job_id == job_id for event in stream)
+    return stream
+
+
+def event_types(client: redis.Redis, job_id: str) -> list[str]:
+    return [event.type for event in events(client, job_id)]
+
+
+def ring_in(client: redis.Redis, model: str = "default", priority: int = 6, num: int = 1) -> None:
+    """Put messages into the Celery queue's list, as if doorbells waited there."""
+    client.lpush(names.queue_list(model, names.priority_step(priority)), *(f"message {i}" for i in range(num)))
+
+
+def reap_until_bells(ledger: Ledger) -> tuple[Bell, ...]:
+    """Sweep until a sweep asks for doorbells."""
+    bells: list[Bell] = []
+    eventually(lambda: bells.extend(ledger.reap()) or bells, what="a sweep that rings")
+    return tuple(bells)
+
+
+def lose(ledger: Ledger, client: redis.Redis, job_id: str) -> tuple[Bell, ...]:
+    """Sweep after the lease of `job_id` is over, however long it was."""
+    client.zadd(names.DUE_KEY, {job_id: 0})
+    return ledger.reap()

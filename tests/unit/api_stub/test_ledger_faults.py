@@ -1,0 +1,128 @@
+"""The ledger when Redis is restarted, full, silent or gone."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.event import RetryReason
+from api_stub.contract.status import JobStatus
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Finished, Hold
+from tests.servers import RedisServer, free_port
+from tests.unit.api_stub.ledger_kit import answer, delta, event_types, events, question, started
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    with closing(Ledger.connect(redis_url, LedgerConfig())) as opened:
+        yield opened
+
+
+@pytest.fixture
+def full_redis(redis_client: redis.Redis) -> Iterator[redis.Redis]:
+    """Call `config_set("maxmemory", 1)` to fill it."""
+    yield redis_client
+    redis_client.config_set("maxmemory", 0)
+
+
+def contents(client: redis.Redis) -> dict[str, object]:
+    """Everything in Redis, whatever its encoding and order."""
+    readers = {
+        "string": client.get,
+        "hash": client.hgetall,
+        "set": client.smembers,
+        "zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+        "stream": client.xrange,
+    }
+    return {key: readers[client.type(key)](key) for key in client.scan_iter()}
+
+
+def test_scripts_are_loaded_again_when_redis_forgot_them(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", question())
+    redis_client.script_flush()
+    ledger.submit("b", question())
+    assert ledger.view("a") is not None
+
+
+def test_connections_that_redis_closed_are_replaced_silently(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", question())
+    redis_client.client_kill_filter(_type="normal", skipme=True)
+    assert ledger.view("a") is not None
+
+
+def test_a_restarted_redis_knows_every_job(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--appendfsync", "always")
+    with closing(Ledger.connect(server.url, LedgerConfig())) as ledger:
+        claim = started(ledger, "a")
+        ledger.publish([delta(claim, 1, "re")])
+        server.kill()
+        with pytest.raises(redis.ConnectionError):
+            ledger.view("a")
+        server.start()
+        assert ledger.beat("worker-1", "default", [("a", claim.fence)]) == (Hold.HELD,)
+        assert ledger.finish("a", claim.fence, answer(claim)) is Finished.DONE
+        with server.client() as client:
+            assert event_types(client, "a") == ["job.queued", "job.started", "output.delta", "job.completed"]
+    server.stop()
+
+
+def test_silent_redis_is_an_error_within_the_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        with closing(Ledger.connect(url, LedgerConfig(), timeout_s=0.2)) as ledger:
+            began = time.monotonic()
+            with pytest.raises(redis.TimeoutError):
+                ledger.submit("a", question())
+            assert time.monotonic() - began < 5
+
+
+def test_absent_redis_is_an_error_at_once() -> None:
+    with closing(Ledger.connect(f"redis://127.0.0.1:{free_port()}/0", LedgerConfig())) as ledger:
+        began = time.monotonic()
+        with pytest.raises(redis.ConnectionError):
+            ledger.submit("a", question())
+        assert time.monotonic() - began < 2
+
+
+def test_full_redis_refuses_new_work_whole(ledger: Ledger, full_redis: redis.Redis) -> None:
+    ledger.submit("waiting", question())
+    claim = started(ledger, "running")
+    before = contents(full_redis)
+    full_redis.config_set("maxmemory", 1)
+    for attempt in (
+        lambda: ledger.submit("new", question()),
+        lambda: ledger.claim("waiting", "worker-1"),
+        lambda: ledger.publish([delta(claim, 1, "re")]),
+    ):
+        with pytest.raises(redis.ResponseError, match="OOM"):
+            attempt()
+    full_redis.config_set("maxmemory", 0)
+    assert contents(full_redis) == before
+
+
+def test_full_redis_still_lets_running_jobs_live_and_end(ledger: Ledger, full_redis: redis.Redis) -> None:
+    finished, given_back, lost = (started(ledger, job_id) for job_id in ("a", "b", "c"))
+    ledger.submit("queued", question())
+    full_redis.zadd(names.DUE_KEY, {"c": 0})
+    full_redis.config_set("maxmemory", 1)
+    assert ledger.beat("worker-1", "default", [("a", finished.fence)]) == (Hold.HELD,)
+    assert ledger.finish("a", finished.fence, answer(finished)) is Finished.DONE
+    assert ledger.give_back("b", given_back.fence, RetryReason.GIVEN_BACK)
+    ledger.cancel("queued")
+    assert {bell.job_id for bell in ledger.reap()} == {"b", "c"}
+    full_redis.config_set("maxmemory", 0)
+    assert ledger.finish("c", lost.fence, answer(lost)) is Finished.LOST
+    for job_id, status in (("a", JobStatus.COMPLETED), ("b", JobStatus.QUEUED), ("queued", JobStatus.CANCELLED)):
+        view = ledger.view(job_id)
+        assert view is not None
+        assert view.status is status
+        assert events(full_redis, job_id)

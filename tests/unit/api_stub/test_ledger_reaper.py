@@ -1,0 +1,357 @@
+"""What sweeps do: lost workers, passed deadlines, poison jobs and lost doorbells, on a real Redis."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.error import ErrorCode
+from api_stub.contract.event import JobCancelled, JobExpired, JobFailedEvent, JobRetrying, RetryReason
+from api_stub.contract.job import TaskName
+from api_stub.contract.status import JobStatus
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.reaper import Reaper
+from api_stub.ledger.rows import Bell
+from tests.servers import RedisServer, eventually
+from tests.unit.api_stub.ledger_kit import (
+    HASTY,
+    answer,
+    claimed,
+    delta,
+    event_types,
+    events,
+    lose,
+    question,
+    reap_until_bells,
+    ring_in,
+    started,
+)
+
+Connect = Callable[[LedgerConfig], Ledger]
+LIST = names.list_id("default", 6)
+
+
+@pytest.fixture
+def connect(redis_url: str) -> Iterator[Connect]:
+    """Opens ledgers that are closed after the test."""
+    with ExitStack() as opened:
+        yield lambda config: opened.enter_context(closing(Ledger.connect(redis_url, config)))
+
+
+@pytest.fixture
+def ledger(connect: Connect) -> Ledger:
+    return connect(LedgerConfig())
+
+
+def grace_ends(client: redis.Redis, job_id: str) -> None:
+    """Make the reaper look at a queued job again."""
+    client.hset(names.job_key(job_id), "alarm", "1")
+    client.zadd(names.DUE_KEY, {job_id: 1})
+
+
+def deadline_passes(client: redis.Redis, job_id: str) -> None:
+    client.hset(names.job_key(job_id), mapping={"created": "1", "deadline": "3"})
+
+
+@contextmanager
+def running(reaper: Reaper) -> Iterator[threading.Thread]:
+    """A reaper in a thread of its own; afterwards it has ended."""
+    stop = threading.Event()
+    thread = threading.Thread(target=reaper.run, args=(stop,))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def ids(bells: tuple[Bell, ...]) -> list[str]:
+    return [bell.job_id for bell in bells]
+
+
+# lost workers
+
+
+def test_silent_worker_loses_its_job_after_a_lease(connect: Connect, redis_client: redis.Redis) -> None:
+    ledger = connect(HASTY)
+    started(ledger, "a", priority=3)
+    assert reap_until_bells(ledger) == (Bell("a", TaskName.VQA, "default", 3),)
+    retrying = events(redis_client, "a")[-1]
+    assert isinstance(retrying, JobRetrying)
+    assert (retrying.reason, retrying.attempt) == (RetryReason.LOST, 1)
+    view = ledger.view("a")
+    assert view is not None
+    assert (view.status, view.attempt, view.worker) == (JobStatus.QUEUED, 1, None)
+    assert claimed(ledger, "a", "worker-2").attempt == 2
+    assert redis_client.hget(names.job_key("a"), "losses") == "1"
+
+
+def test_job_within_its_lease_is_left_alone(ledger: Ledger) -> None:
+    started(ledger, "a")
+    assert ledger.reap() == ()
+    view = ledger.view("a")
+    assert view is not None
+    assert view.status is JobStatus.IN_PROGRESS
+
+
+def test_many_lost_jobs_are_all_taken_in_one_sweep(ledger: Ledger, redis_client: redis.Redis) -> None:
+    job_ids = {f"job-{i}" for i in range(450)}
+    for job_id in job_ids:
+        started(ledger, job_id)
+    redis_client.zadd(names.DUE_KEY, dict.fromkeys(job_ids, 0.0))
+    bells = ledger.reap()
+    assert len(bells) == 450
+    assert set(ids(bells)) == job_ids
+
+
+def test_reapers_at_the_same_time_ring_once(connect: Connect, redis_client: redis.Redis) -> None:
+    ledgers = [connect(LedgerConfig()) for _ in range(4)]
+    job_ids = [f"job-{i}" for i in range(60)]
+    for job_id in job_ids:
+        started(ledgers[0], job_id)
+    redis_client.zadd(names.DUE_KEY, dict.fromkeys(job_ids, 0.0))
+    rung: list[str] = []
+    threads = [threading.Thread(target=lambda one=one: rung.extend(ids(one.reap()))) for one in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(rung) == sorted(job_ids)
+
+
+def test_job_that_keeps_losing_workers_is_given_up(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", question())
+    for _ in range(2):
+        claimed(ledger, "a")
+        assert ids(lose(ledger, redis_client, "a")) == ["a"]
+    last_claim = claimed(ledger, "a")
+    ledger.publish([delta(last_claim, 1, "boo")])
+    assert lose(ledger, redis_client, "a") == ()
+    last = events(redis_client, "a")[-1]
+    assert isinstance(last, JobFailedEvent)
+    assert (last.error.code, last.error.retryable, last.partial_text) == (ErrorCode.POISON_JOB, False, "boo")
+    assert "3 workers" in last.error.message
+    assert redis_client.lrange(names.DEAD_KEY, 0, -1) == ["a"]
+    assert json.loads(redis_client.get(names.result_key("a")) or "")["status"] == "FAILURE"
+    assert redis_client.ttl(names.job_key("a")) > 0
+
+
+def test_giving_back_does_not_poison(connect: Connect, redis_client: redis.Redis) -> None:
+    ledger = connect(LedgerConfig(max_attempts=2))
+    ledger.submit("a", question())
+    for _ in range(5):
+        ledger.give_back("a", claimed(ledger, "a").fence, RetryReason.GIVEN_BACK)
+    claimed(ledger, "a")
+    assert ids(lose(ledger, redis_client, "a")) == ["a"]
+    assert claimed(ledger, "a").attempt == 7
+
+
+# cancel and deadlines
+
+
+def test_cancelled_job_of_a_lost_worker_ends(ledger: Ledger, redis_client: redis.Redis) -> None:
+    started(ledger, "a")
+    ledger.cancel("a")
+    assert lose(ledger, redis_client, "a") == ()
+    assert isinstance(events(redis_client, "a")[-1], JobCancelled)
+
+
+def test_deadline_with_a_lost_worker_fails_with_the_last_attempts_text(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    first = started(ledger, "a", deadline_s=60)
+    ledger.publish([delta(first, 1, "first attempt")])
+    lose(ledger, redis_client, "a")
+    second = claimed(ledger, "a")
+    ledger.publish([delta(second, 1, "sé", num_tokens=2), delta(second, 2, '"c"😀', offset=2, num_tokens=3)])
+    deadline_passes(redis_client, "a")
+    assert lose(ledger, redis_client, "a") == ()
+    last = events(redis_client, "a")[-1]
+    assert isinstance(last, JobFailedEvent)
+    assert last.error.code is ErrorCode.DEADLINE_EXCEEDED
+    assert (last.partial_text, last.usage.completion_tokens, last.attempt) == ('sé"c"😀', 5, 2)
+    view = ledger.view("a")
+    assert view is not None
+    assert (view.status, view.error, view.partial_text) == (JobStatus.FAILED, last.error, last.partial_text)
+
+
+def test_passed_deadline_does_not_take_a_job_from_a_beating_worker(ledger: Ledger, redis_client: redis.Redis) -> None:
+    started(ledger, "a", deadline_s=60)
+    deadline_passes(redis_client, "a")
+    assert ledger.reap() == ()
+    assert event_types(redis_client, "a")[-1] == "job.started"
+
+
+def test_deadline_in_the_queue_is_noticed_when_it_passes(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", question(deadline_s=0.05))  # the grace is 15 s
+    eventually(lambda: (ledger.reap(), event_types(redis_client, "a")[-1])[1] == "job.expired", 5)
+    last = events(redis_client, "a")[-1]
+    assert isinstance(last, JobExpired)
+    assert last.error.code is ErrorCode.EXPIRED
+
+
+def test_deadline_is_noticed_while_a_given_back_job_waits(ledger: Ledger, redis_client: redis.Redis) -> None:
+    claim = started(ledger, "a", deadline_s=0.3)
+    ledger.give_back("a", claim.fence, RetryReason.STORAGE, delay_s=60)
+    eventually(lambda: (ledger.reap(), event_types(redis_client, "a")[-1])[1] == "job.expired", 5)
+
+
+# lost doorbells
+
+
+@pytest.mark.parametrize("priority", [0, 2, 3, 6, 8, 9])
+def test_doorbell_missing_from_an_empty_list_is_rung_again_after_a_grace(
+    ledger: Ledger, redis_client: redis.Redis, priority: int
+) -> None:
+    ledger.submit("a", question(priority=priority))
+    assert ledger.reap() == ()  # it may still be between ledger and queue
+    assert ledger.reap() == ()
+    grace_ends(redis_client, "a")
+    assert ledger.reap() == (Bell("a", TaskName.VQA, "default", priority),)
+    assert ledger.reap() == ()
+
+
+@pytest.mark.parametrize("priority", [0, 2, 3, 6, 8, 9])
+def test_doorbell_that_waits_for_its_turn_is_never_rung_again(
+    ledger: Ledger, redis_client: redis.Redis, priority: int
+) -> None:
+    for i in range(5):
+        ledger.submit(f"job-{i}", question(priority=priority))
+    ring_in(redis_client, priority=priority, num=5)
+    claimed(ledger, "job-0")
+    claimed(ledger, "job-1")
+    for _ in range(3):
+        assert ledger.reap() == ()
+    assert set(redis_client.zrange(names.DUE_KEY, 0, -1)) == {"job-0", "job-1"}  # a backlog costs nothing
+
+
+def test_doorbell_that_later_ones_overtook_is_rung_again(ledger: Ledger, redis_client: redis.Redis) -> None:
+    for job_id in ("lost", "next", "last"):
+        ledger.submit(job_id, question())
+    ring_in(redis_client)  # the list is not empty
+    claimed(ledger, "next")
+    assert ledger.reap() == ()
+    grace_ends(redis_client, "lost")
+    assert ids(ledger.reap()) == ["lost"]
+    for _ in range(3):
+        grace_ends(redis_client, "lost")
+        assert ledger.reap() == ()  # its new doorbell is behind `last`: no storm
+    claimed(ledger, "lost")
+
+
+def test_claims_from_another_priority_list_overtake_nobody(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("slow", question(priority=9))
+    ledger.submit("fast", question(priority=0))
+    ring_in(redis_client, priority=9)
+    claimed(ledger, "fast")
+    assert ledger.reap() == ()
+    assert redis_client.zrange(names.DUE_KEY, 0, -1) == ["fast"]
+
+
+def test_adopted_jobs_overtake_nobody(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", question())
+    ring_in(redis_client)
+    ledger.adopt("b", task=TaskName.VQA, model="default", job=question(), priority=6)
+    claimed(ledger, "b")
+    assert ledger.reap() == ()
+    assert redis_client.zrange(names.DUE_KEY, 0, -1) == ["b"]
+
+
+def test_rung_job_overtakes_nobody_when_its_old_doorbell_was_only_slow(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    for job_id in ("a", "b"):
+        ledger.submit(job_id, question())
+    ledger.reap()  # the list is empty: both are suspects
+    grace_ends(redis_client, "a")
+    assert ids(ledger.reap()) == ["a"]
+    ring_in(redis_client, num=3)  # now the slow doorbells arrive, and a's second one
+    claimed(ledger, "a")
+    grace_ends(redis_client, "b")
+    assert ledger.reap() == ()
+    assert redis_client.zrange(names.waiting_key(LIST), 0, -1) == ["b"]
+
+
+def test_adopted_job_that_nobody_claimed_is_rung_after_a_grace(connect: Connect, redis_client: redis.Redis) -> None:
+    ledger = connect(LedgerConfig(grace_s=0.02))
+    ring_in(redis_client)
+    ledger.adopt("a", task=TaskName.CAPTION, model="default", job=None, priority=6)
+    assert reap_until_bells(ledger) == (Bell("a", TaskName.CAPTION, "default", 6),)
+
+
+def test_bell_that_was_never_rung_is_asked_for_again(ledger: Ledger, redis_client: redis.Redis) -> None:
+    started(ledger, "a")
+    assert ids(lose(ledger, redis_client, "a")) == ["a"]
+    assert ledger.reap() == ()  # the reaper that had the bell died; the list is empty
+    grace_ends(redis_client, "a")
+    assert ids(ledger.reap()) == ["a"]
+
+
+def test_final_jobs_leave_only_counters_and_keys_that_expire(ledger: Ledger, redis_client: redis.Redis) -> None:
+    claim = started(ledger, "a")
+    ledger.finish("a", claim.fence, answer(claim))
+    ledger.submit("b", question(priority=0))
+    ledger.cancel("b")
+    ledger.submit("c", question())
+    claimed(ledger, "c")
+    deadline_passes(redis_client, "c")
+    lose(ledger, redis_client, "c")
+    ledger.reap()
+    lasting = {key for key in redis_client.scan_iter() if redis_client.ttl(key) == -1}
+    assert lasting == {names.FENCE_KEY, names.SUBMITTED_KEY, names.COUNTS_KEY, names.depth_key("default")}
+    assert redis_client.get(names.depth_key("default")) == "0"
+
+
+# the loop
+
+
+def test_reaper_rings_until_it_is_stopped(connect: Connect) -> None:
+    ledger = connect(HASTY)
+    started(ledger, "a")
+    rung: list[Bell] = []
+    with running(Reaper(ledger, rung.append, sweep_s=0.01)):
+        eventually(lambda: rung, what="the bell is rung")
+    assert rung[0].job_id == "a"
+
+
+def test_doorbell_that_cannot_be_sent_does_not_stop_the_others(
+    ledger: Ledger, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    for job_id in ("a", "b"):
+        started(ledger, job_id)
+    redis_client.zadd(names.DUE_KEY, {"a": 0, "b": 1})
+    rung = []
+
+    def ring(bell: Bell) -> None:
+        if bell.job_id == "a":
+            raise OSError("broker away")
+        rung.append(bell.job_id)
+
+    with caplog.at_level(logging.WARNING):
+        assert Reaper(ledger, ring, sweep_s=1).sweep() == 1
+    assert rung == ["b"]
+    assert [record.getMessage() for record in caplog.records] == ["doorbell failed"]
+
+
+def test_reaper_outlives_an_absent_redis(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = RedisServer(tmp_path, "--appendfsync", "always")
+    rung: list[Bell] = []
+    with closing(Ledger.connect(server.url, HASTY)) as ledger:
+        started(ledger, "a")
+        server.kill()
+        with running(Reaper(ledger, rung.append, sweep_s=0.01)):
+            eventually(lambda: any(record.getMessage() == "sweep failed" for record in caplog.records))
+            server.start()
+            eventually(lambda: rung, what="the append-only file brought the job back and it is rung")
+    server.stop()
