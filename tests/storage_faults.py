@@ -7,12 +7,13 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 STALL_S = 20.0
+PIECE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Stall:
     """Send this many bytes of the body, then nothing."""
 
     num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Drip:
+    """Send the body whole, but 64 KiB at a time with a pause after each."""
+
+    pause_s: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Before:
     action: Callable[[], object]
 
 
-Fault = Status | Truncate | Stall | Silence | Reset | Lie | Before
+Fault = Status | Truncate | Stall | Drip | Silence | Reset | Lie | Before
 
 
 @dataclass
@@ -130,19 +138,21 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(fault, Lie):
                 headers["Content-Length"] = str(fault.num_bytes)
             sent = body[: fault.num_bytes] if isinstance(fault, Truncate | Stall) else body
-            self._answer(status, headers, sent)
+            self._answer(status, headers, sent, fault.pause_s if isinstance(fault, Drip) else 0.0)
             if isinstance(fault, Stall):
                 self.storage.closing.wait(STALL_S)
 
-    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, pause_s: float = 0.0) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
         self.close_connection = True
+        with suppress(OSError):  # a client that has seen enough hangs up
+            for start in range(0, len(body), PIECE_BYTES):
+                self.wfile.write(body[start : start + PIECE_BYTES])
+                self.storage.closing.wait(pause_s)
 
     def _ask(self, method: str) -> tuple[int, dict[str, str], bytes]:
         """Pass the request on to the real S3."""

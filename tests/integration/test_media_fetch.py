@@ -16,7 +16,18 @@ from PIL import Image
 
 from api_stub.contract.error import ErrorCode
 from tests.servers import S3Server, eventually, free_port
-from tests.storage_faults import Before, FaultyStorage, Lie, Reset, Silence, Stall, Status, Truncate, faulty_storage
+from tests.storage_faults import (
+    Before,
+    Drip,
+    FaultyStorage,
+    Lie,
+    Reset,
+    Silence,
+    Stall,
+    Status,
+    Truncate,
+    faulty_storage,
+)
 from worker.errors import (
     InvalidRequest,
     MediaCorrupt,
@@ -150,8 +161,8 @@ def test_a_large_object_is_refused_by_its_length_alone(s3_client: S3Client, fetc
 
 
 def test_an_image_has_its_own_smaller_limit(s3_client: S3Client, fetch, tmp_path: Path) -> None:
-    s3_client.put_object(Bucket="media", Key="large.png", Body=png() + bytes(400_000))
-    with pytest.raises(MediaTooLarge, match="the limit is 400000"):
+    s3_client.put_object(Bucket="media", Key="large.png", Body=png().ljust(900_000, b"\0"))
+    with pytest.raises(MediaTooLarge, match="has 900000 bytes, the limit is 400000"):
         fetch("s3://media/large.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -161,6 +172,7 @@ def test_a_body_longer_than_promised_stops_at_the_limit(s3_client: S3Client, fet
     storage.plan["HEAD"] = [Lie(1_000)]
     with pytest.raises(MediaTooLarge):
         fetch("s3://media/liar.png")
+    assert storage.seen == ["HEAD", "GET"]
 
 
 def test_text_named_png_is_refused_and_named(s3_client: S3Client, fetch, tmp_path: Path) -> None:
@@ -191,6 +203,7 @@ def test_a_passing_fault_is_retried_and_the_bytes_are_right(
     storage.plan = plan
     fetched = fetch("s3://media/retried.png")
     assert fetched.path.read_bytes() == body
+    assert fetched.num_bytes == len(body)
     assert not any(storage.plan.values()), "every fault was met"
     assert list(tmp_path.iterdir()) == [fetched.path]
 
@@ -198,12 +211,12 @@ def test_a_passing_fault_is_retried_and_the_bytes_are_right(
 def test_an_object_that_changes_between_head_and_get_is_read_anew(
     s3_client: S3Client, fetch, storage: FaultyStorage
 ) -> None:
-    s3_client.put_object(Bucket="media", Key="changing.png", Body=png((1, 1, 1), 40))
-    new = png((2, 2, 2), 50)
+    old, new = (png(colour, 40).ljust(9_000, b"\0") for colour in ((1, 1, 1), (2, 2, 2)))
+    assert len(old) == len(new), "only the ETag tells them apart"
+    s3_client.put_object(Bucket="media", Key="changing.png", Body=old)
     storage.plan["GET"] = [Before(lambda: s3_client.put_object(Bucket="media", Key="changing.png", Body=new))]
     fetched = fetch("s3://media/changing.png")
     assert fetched.path.read_bytes() == new
-    assert fetched.num_bytes == len(new)
     assert storage.seen == ["HEAD", "GET", "HEAD", "GET"]
 
 
@@ -266,6 +279,14 @@ def test_no_thread_outlives_its_fetch_for_longer_than_a_timeout(fetch, storage: 
     with pytest.raises(Stopped):
         fetch("s3://media/any.png", should_stop=stopper(after=2))
     eventually(lambda: not fetch_threads(), 2 * TIMEOUT_S + 3, "abandoned thread ends")
+
+
+def test_an_abandoned_download_stops_in_the_middle(s3_client: S3Client, fetch, storage: FaultyStorage) -> None:
+    s3_client.put_object(Bucket="media", Key="slow.mp4", Body=b"\x00\x00\x00\x20ftypisom".ljust(900_000, b"\0"))
+    storage.plan["GET"] = [Drip(0.5)]
+    with pytest.raises(Stopped):
+        fetch("s3://media/slow.mp4", should_stop=stopper(after=4))
+    eventually(lambda: not fetch_threads(), 2.0, "the rest of the 7 s is not read")
 
 
 def test_many_jobs_fetch_at_once_and_get_their_own_object(s3_client: S3Client, fetch, tmp_path: Path) -> None:
