@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import boto3
 import pytest
 import redis
 
@@ -68,13 +67,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_client(s3_server: S3Server) -> S3Client:
     """A boto3 client of the S3 server, with buckets `media` (allowed) and `private` (foreign)."""
-    client = boto3.client(
-        "s3", endpoint_url=s3_server.url, region_name="us-east-1",
-        aws_access_key_id="test-key", aws_secret_access_key="test-secret",
-    )  # fmt: skip
-    for bucket in ("media", "private"):
-        client.create_bucket(Bucket=bucket)
-    return client
+    return s3_server.client()
 
 
 @pytest.fixture(scope="session")

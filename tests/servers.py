@@ -11,8 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import boto3
 import redis
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 STARTUP_S = 60.0
 
@@ -112,6 +117,19 @@ class S3Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> S3Client:
+        """A boto3 client, with buckets `media` (allowed) and `private` (foreign)."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id="test-key",
+            aws_secret_access_key="test-secret",
+        )
+        for bucket in ("media", "private"):
+            client.create_bucket(Bucket=bucket)
+        return client
 
     def _answers(self) -> bool:
         try:

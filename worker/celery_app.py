@@ -52,6 +52,9 @@ def make_app(settings: WorkerSettings) -> Celery:
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_send_task_events=False,
+        # kombu reads the remote-control subscription on its hub; after a cut redis-py reconnects inside that read and
+        # waits there for ever: the worker lives and takes nothing. Nobody here needs remote control.
+        worker_enable_remote_control=False,
         broker_connection_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

@@ -16,7 +16,7 @@ from api_stub.client import Client
 from api_stub.contract import names
 from tests.e2e.scenes import Question, stored_questions
 from tests.processes import WorkerProcess
-from tests.servers import RedisServer, eventually
+from tests.servers import RedisServer, S3Server, eventually
 from tests.tiny.reference import Reference
 from worker.demo_model import CHECKPOINT
 
@@ -33,13 +33,11 @@ def client(redis_server: RedisServer) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory, s3_server: object) -> list[Question]:
+def asked(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> list[Question]:
     """One question about each of 200 different scenes, kinds taking turns."""
-    import boto3
-
-    s3 = boto3.client("s3", endpoint_url=s3_server.url, region_name="us-east-1")
-    s3.create_bucket(Bucket="media")
-    questions = stored_questions(s3, tmp_path_factory.mktemp("scenes"), "--count", str(NUM_SCENES), "--seed", "7")
+    questions = stored_questions(
+        s3_server.client(), tmp_path_factory.mktemp("scenes"), "--count", str(NUM_SCENES), "--seed", "7"
+    )
     by_uri: dict[str, list[Question]] = {}
     for question in questions:
         by_uri.setdefault(question.uri, []).append(question)
@@ -93,6 +91,7 @@ def test_a_reader_that_loses_its_connection_gets_the_same_text(
                 raw.client_kill_filter(_type="pubsub")
     assert "".join(pieces) == job.result(timeout=30).text
     assert len(pieces) > 20
+    assert client.vqa(question="hello").result(timeout=30).text, "the worker lost its subscriptions too, and serves on"
 
 
 def test_a_cancelled_job_stops_and_keeps_its_partial_text(
@@ -159,7 +158,7 @@ def test_a_clip_is_answered_by_what_moves_in_it(
 
 
 def test_the_worker_drains_on_sigterm_and_exits_with_0(
-    redis_server: RedisServer, s3_server: object, tmp_path: Path, client: Client, asked: list[Question]
+    redis_server: RedisServer, s3_server: S3Server, tmp_path: Path, client: Client, asked: list[Question]
 ) -> None:
     worker = WorkerProcess(
         tmp_path, redis_server.url, s3_server.url, model="demo", model_name="drains", drain_s=30
@@ -178,7 +177,7 @@ def test_the_worker_drains_on_sigterm_and_exits_with_0(
 
 
 def test_a_job_survives_the_death_of_its_worker(
-    redis_server: RedisServer, s3_server: object, tmp_path: Path, client: Client, asked: list[Question]
+    redis_server: RedisServer, s3_server: S3Server, tmp_path: Path, client: Client, asked: list[Question]
 ) -> None:
     settings = {"model": "demo", "model_name": "mortal", "lease_s": 3, "beat_s": 0.5, "grace_s": 1, "sweep_s": 0.2}
     first = WorkerProcess(tmp_path, redis_server.url, s3_server.url, **settings).wait_ready()
@@ -216,7 +215,7 @@ def test_a_job_for_a_model_nobody_serves_waits_and_says_so(client: Client) -> No
 def test_two_workers_share_one_queue_and_other_names_serve_other_queues(
     demo_worker: WorkerProcess,
     redis_server: RedisServer,
-    s3_server: object,
+    s3_server: S3Server,
     tmp_path: Path,
     client: Client,
     asked: list[Question],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from celery import Celery
 
+from worker.settings import WorkerSettings
+
 NOOP_TASK = "visionq_bench.noop"
 NOOP_QUEUE = "visionq-bench-noop"
 
@@ -22,9 +24,9 @@ def noop_app(redis_url: str) -> Celery:
     return app
 
 
-def serve_noop(redis_url: str) -> None:
-    """Consume with one thread until SIGTERM. Blocks the main thread."""
-    worker = noop_app(redis_url).Worker(
+def serve_noop() -> None:
+    """Consume with one thread from VISIONQ_REDIS_URL until SIGTERM. Blocks the main thread."""
+    worker = noop_app(WorkerSettings().redis_url.get_secret_value()).Worker(
         pool="threads", concurrency=1, without_gossip=True, without_mingle=True, quiet=True, loglevel="WARNING"
     )
     worker.start()
@@ -32,3 +34,7 @@ def serve_noop(redis_url: str) -> None:
 
 def _noop() -> None:
     return None
+
+
+if __name__ == "__main__":
+    serve_noop()

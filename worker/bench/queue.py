@@ -60,10 +60,9 @@ def bench_queue(num_jobs: int) -> QueueReport:
         with StopSignals() as signals, Stack(options, signals) as stack:
             stack.start()
             redis_url = stack.endpoints["VISIONQ_REDIS_URL"]
-            code = f"from worker.bench.noop import serve_noop; serve_noop({redis_url!r})"
-            plain = Child(
-                "noop", [sys.executable, "-c", code], dict(options.environment), stack.directory, stack.watchdog
-            )
+            command = [sys.executable, "-P", "-m", "worker.bench.noop"]
+            environment = dict(options.environment) | stack.endpoints
+            plain = Child("noop", command, environment, stack.directory, stack.watchdog)
             try:
                 return _measure(redis_url, num_jobs)
             finally:

@@ -1,0 +1,60 @@
+"""The README's table of settings, made from the settings classes.
+
+`python -m tests.structure.settings_table` writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
+
+from api_stub.settings import ClientSettings
+from worker.settings import WorkerSettings
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"(<!-- settings: .*? -->\n).*?(<!-- /settings -->)", re.DOTALL)
+
+
+def table() -> str:
+    """Return the table: variable, default, who reads it, meaning; in the order of the classes."""
+    rows: dict[str, tuple[str, set[str], str]] = {}
+    readers: tuple[tuple[str, type[BaseSettings]], ...] = (("worker", WorkerSettings), ("client", ClientSettings))
+    for reader, settings in readers:
+        for name, field in settings.model_fields.items():
+            variable = _variable(name, field)
+            default, known_readers, meaning = rows.get(variable, (_default(field), set(), field.description or ""))
+            rows[variable] = (default, known_readers | {reader}, meaning)
+    lines = ["| variable | default | read by | meaning |", "|---|---|---|---|"]
+    for variable, (default, known_readers, meaning) in rows.items():
+        who = ", ".join(sorted(known_readers, reverse=True))
+        lines.append(f"| `{variable}` | {default} | {who} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """Return the README's text with the table as it should be."""
+    return BLOCK.sub(lambda match: f"{match[1]}{table()}{match[2]}", readme)
+
+
+def _variable(name: str, field: FieldInfo) -> str:
+    alias = field.validation_alias
+    return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"VISIONQ_{name.upper()}"
+
+
+def _default(field: FieldInfo) -> str:
+    value: Any = field.default
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, Enum):
+        value = value.value
+    return "" if value is None or value == () else f"`{value}`"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
