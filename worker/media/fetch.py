@@ -22,7 +22,15 @@ import boto3
 from botocore.config import Config
 
 from api_stub.contract.media import S3Object
-from worker.errors import InvalidRequest, MediaCorrupt, MediaForbidden, MediaTooLarge, StorageUnavailable, WorkerError
+from worker.errors import (
+    InvalidRequest,
+    MediaCorrupt,
+    MediaForbidden,
+    MediaTooLarge,
+    MediaUnsupported,
+    StorageUnavailable,
+    WorkerError,
+)
 from worker.media.faults import STORAGE_ERRORS, is_passing, translate
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
@@ -195,7 +203,10 @@ class _Download(threading.Thread):
     def _save(self, body: StreamingBody, sink: IO[bytes], num_bytes: int) -> MediaFormat:
         """Copy the body; the first chunk decides the format, and so the cap, before the rest is read."""
         chunk = body.read(CHUNK_BYTES)
-        found = sniff(chunk[:HEAD_BYTES])
+        try:
+            found = sniff(chunk[:HEAD_BYTES])
+        except MediaUnsupported as error:
+            raise MediaUnsupported(f"{self._media.uri}: {error}") from error
         max_bytes = self._policy.max_image_bytes
         if found.kind is MediaKind.VIDEO:
             max_bytes = self._policy.max_video_bytes

@@ -100,7 +100,7 @@ def sniff(head: bytes) -> MediaFormat:
             return signature.format
     found = _riff(head) or _bitmap(head) or _iso_media(head) or _matroska(head)
     if found is None:
-        raise MediaUnsupported(f"not an image or clip of a supported format: the object is {_seen(head)}")
+        raise MediaUnsupported(f"not an image or video of a supported format but {_seen(head)}")
     return found
 
 
@@ -143,7 +143,7 @@ def _seen(head: bytes) -> str:
     for tag, name in _MARKUP:
         if text[: len(tag)].lower() == tag:
             return name
-    return "text" if _is_text(text) else f"of an unknown format (first bytes {head[:8].hex(' ')})"
+    return "text" if _is_text(text) else f"an unknown format (first bytes {head[:8].hex(' ')})"
 
 
 def _is_text(head: bytes) -> bool:
