@@ -6,6 +6,9 @@ process may have thousands of readers, so those never queue. A dead or silent Re
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import redis
@@ -14,12 +17,16 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from api_stub.errors import StoreUnavailable
+
 TIMEOUT_S: Final = 2.0
 HEALTH_CHECK_S: Final = 10
 MAX_COMMANDS: Final = 50
 #: redis-py's own default is 100, after which it refuses.
 MAX_READERS: Final = 1_000_000
 
+#: Redis' own error code leads its message, or follows a dash when a script met the error.
+_CODE: Final = re.compile(r"(?:^|-)([A-Z]{3,})\b")
 _STALE: Final = (redis.ConnectionError,)  # a pooled connection may have died unnoticed: worth one more try
 
 
@@ -79,3 +86,20 @@ def async_readers(url: str) -> redis.asyncio.Redis:
         socket_keepalive=True,
         retry=AsyncRetry(NoBackoff(), 0, _STALE),
     )
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Translate what redis-py raises."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise unavailable(error) from error
+
+
+def unavailable(error: redis.RedisError) -> StoreUnavailable:
+    """Return the error for the caller. Redis' own text is left out but for its code: it may name hosts and commands."""
+    if isinstance(error, redis.ResponseError):
+        code = _CODE.search(str(error))
+        return StoreUnavailable(f"Redis refused: {code.group(1) if code else type(error).__name__}")
+    return StoreUnavailable(f"Redis did not answer: {type(error).__name__}")

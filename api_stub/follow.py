@@ -18,10 +18,11 @@ import redis
 import redis.asyncio
 from pydantic import ValidationError
 
+from api_stub.connections import unavailable
 from api_stub.contract import names
 from api_stub.contract.event import Event, FinalEvent, parse_event
 from api_stub.cursor import EventCursor, Patience
-from api_stub.errors import StoreUnavailable, UnknownJob
+from api_stub.errors import UnknownJob
 from api_stub.ledger.calls import final_event
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Follower:
             except _LOST as error:
                 time.sleep(patience.pause_s(error))
             except redis.RedisError as error:
-                raise _refusal(error) from error
+                raise unavailable(error) from error
 
     def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """Wait at most `timeout` seconds for the job to end; wakes once, by its result's channel.
@@ -79,7 +80,7 @@ class Follower:
             except _LOST as error:
                 time.sleep(patience.pause_s(error))
             except redis.RedisError as error:
-                raise _refusal(error) from error
+                raise unavailable(error) from error
 
     def _messages(self, channel: str, patience: Patience) -> Generator[str | None, None, None]:
         """Yield None whenever the channel was subscribed (anew), and every message; end after a long silence."""
@@ -122,7 +123,7 @@ class AsyncFollower:
             except _LOST as error:
                 await asyncio.sleep(patience.pause_s(error))
             except redis.RedisError as error:
-                raise _refusal(error) from error
+                raise unavailable(error) from error
 
     async def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """See `Follower.ending`."""
@@ -138,7 +139,7 @@ class AsyncFollower:
             except _LOST as error:
                 await asyncio.sleep(patience.pause_s(error))
             except redis.RedisError as error:
-                raise _refusal(error) from error
+                raise unavailable(error) from error
 
     async def _messages(self, channel: str, patience: Patience) -> AsyncGenerator[str | None, None]:
         async with self._readers.pubsub() as subscription:
@@ -198,7 +199,3 @@ def _ending(job_id: str, row: Sequence[Any]) -> FinalEvent | None:
     if status is None:
         raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
     return final_event(final) if final else None
-
-
-def _refusal(error: redis.RedisError) -> StoreUnavailable:
-    return StoreUnavailable(f"Redis refused: {type(error).__name__}")

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from typing import NoReturn
 
+from api_stub.connections import store_errors
 from api_stub.contract.event import Event, FinalEvent, JobCompleted
 from api_stub.contract.result import Result
 from api_stub.contract.view import JobView
@@ -15,7 +16,6 @@ from api_stub.follow import AsyncFollower, Follower
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled
-from api_stub.submit import store_errors
 
 
 class JobHandle:

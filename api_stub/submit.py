@@ -20,11 +20,12 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from api_stub.connections import store_errors
 from api_stub.contract import names
 from api_stub.contract.job import Job, Message, TaskName, Webhook, parse_job
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WireModel
-from api_stub.errors import InvalidRequest, QueueFull, StoreUnavailable
+from api_stub.errors import InvalidRequest, QueueFull
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Bell, JobConflict, LedgerFull
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SOCKET_TIMEOUT_S: Final = 2.0
 MAX_CONNECTIONS: Final = 10
-_JOB_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 #: What a broker that is away makes kombu raise; it passes some of redis-py's errors on unchanged.
 _BROKER_ERRORS: Final = (OperationalError, redis.RedisError, OSError)
 
@@ -134,15 +135,6 @@ def submit_errors() -> Iterator[None]:
             raise QueueFull(str(error), error.retry_after_s) from error
 
 
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """Translate what redis-py raises. Its own text is left out: it may name hosts and commands."""
-    try:
-        yield
-    except redis.RedisError as error:
-        raise StoreUnavailable(f"Redis did not answer: {type(error).__name__}") from error
-
-
 def compose(task: TaskName, media: Sequence[str], words: Mapping[str, object], options: JobOptions) -> Job:
     """Make a job of a call's arguments; None counts as absent. Raises InvalidRequest."""
     for uri in media:
@@ -168,7 +160,7 @@ def checked_id(job_id: str | None) -> str:
     """Return the id, or a new one for None. Raises InvalidRequest."""
     if job_id is None:
         return str(uuid.uuid4())
-    if not _JOB_ID.match(job_id):
+    if not _JOB_ID.fullmatch(job_id):
         raise InvalidRequest(f"job_id: 1 to 128 letters, digits and . _ : - are allowed, got {job_id[:80]!r}")
     return job_id
 

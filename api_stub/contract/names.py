@@ -33,7 +33,7 @@ _MODEL_NAME = re.compile(MODEL_NAME_PATTERN)
 
 def is_model_name(name: str) -> bool:
     """Tell whether `name` may route jobs (it becomes part of queue and key names)."""
-    return _MODEL_NAME.match(name) is not None
+    return _MODEL_NAME.fullmatch(name) is not None  # `$` alone would let a last new line through
 
 
 def queue(model: str) -> str:

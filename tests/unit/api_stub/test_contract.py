@@ -10,6 +10,7 @@ from api_stub.contract.error import InvalidJob
 from api_stub.contract.event import JobCompleted, OutputDelta, body_fragment, parse_event
 from api_stub.contract.job import MAX_JOB_BYTES, CaptionJob, TaskName, VqaJob, digest, parse_job
 from api_stub.contract.media import S3Object
+from api_stub.contract.names import is_model_name, model_of_queue, queue
 from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
 from tests.golden.samples import EVENTS, JOB_ID
 
@@ -101,3 +102,11 @@ def test_final_states_have_no_way_out_and_a_celery_state() -> None:
     final = {status for status in JobStatus if status.is_final}
     assert final == set(CELERY_STATES) == {s for s, targets in TRANSITIONS.items() if not targets}
     assert set(TRANSITIONS) == set(JobStatus)
+
+
+def test_a_model_name_routes_and_nothing_else_does() -> None:
+    assert model_of_queue(queue("smolvlm-2.2b")) == "smolvlm-2.2b"
+    for name in ("", "Default", "-a", "a b", "default\n", "ä", "x" * 64):
+        assert not is_model_name(name)
+    with pytest.raises(ValueError, match="not a visionq queue"):
+        model_of_queue("celery")
