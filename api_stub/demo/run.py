@@ -52,7 +52,18 @@ def run_demo(as_json: bool = False, stay: bool = False) -> None:
         if stay:
             say(console, f"\n{invitation(stack.endpoints, uris)}")
             stack.stay()
-    _judge(everything, is_demo_model)
+    judge(everything, is_demo_model)
+
+
+def judge(everything: Sequence[Progress], is_demo_model: bool) -> None:
+    """Raise DemoFailed unless the pipeline produced every answer and the shipped model's answers are true."""
+    unanswered = [progress for progress in everything if not progress.is_streamed]
+    if unanswered:
+        raise DemoFailed(f"not every job was answered: {_stages(unanswered)}")
+    wrong = [progress for progress in everything if not progress.is_true]
+    if is_demo_model and wrong:
+        told = "; ".join(f"{p.task.label}: {p.text!r} instead of {p.task.truth!r}" for p in wrong)
+        raise DemoFailed(f"the shipped model gave a wrong answer: {told}")
 
 
 def _prepare(stack: Stack, console: Console) -> tuple[DemoTask, ...]:
@@ -106,16 +117,6 @@ def _print_json(everything: Sequence[Progress], uris: Sequence[str]) -> None:
         }
         outcome = ending.model_dump(mode="json", include={"result", "error"}) if ending else {}
         Console(soft_wrap=True).print_json(data=facts | outcome, indent=None, highlight=False)
-
-
-def _judge(everything: Sequence[Progress], is_demo_model: bool) -> None:
-    unanswered = [progress for progress in everything if not progress.is_streamed]
-    if unanswered:
-        raise DemoFailed(f"not every job was answered: {_stages(unanswered)}")
-    wrong = [progress for progress in everything if not progress.is_true]
-    if is_demo_model and wrong:
-        told = "; ".join(f"{p.task.label}: {p.text!r} instead of {p.task.truth!r}" for p in wrong)
-        raise DemoFailed(f"the shipped model gave a wrong answer: {told}")
 
 
 def _stages(everything: Sequence[Progress]) -> str:

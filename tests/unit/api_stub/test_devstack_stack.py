@@ -20,6 +20,7 @@ from api_stub.devstack import Interrupted, Stack, StackFailed, StackOptions, Sto
 from api_stub.devstack import servers as servers_module
 from api_stub.devstack import stack as stack_module
 from api_stub.devstack.servers import find_redis, free_port
+from tests.servers import eventually
 
 FOREIGN = {
     "AWS_PROFILE": "work",
@@ -38,8 +39,10 @@ def signals() -> Iterator[StopSignals]:
 
 @pytest.fixture
 def stack(signals: StopSignals) -> Iterator[Stack]:
-    environment = dict(os.environ) | FOREIGN | {"VISIONQ_MODEL": "./checkpoint", "NO_PROXY": "intra.example"}
-    with Stack(StackOptions(num_workers=0, concurrency=3, environment=environment), signals) as stack:
+    environment = dict(os.environ) | FOREIGN | {"VISIONQ_MODEL": "other", "NO_PROXY": "intra.example"}
+    with Stack(
+        StackOptions(num_workers=0, model="./checkpoint", concurrency=3, environment=environment), signals
+    ) as stack:
         yield stack
 
 
@@ -111,6 +114,20 @@ def test_a_dead_server_ends_the_supervision(stack: Stack) -> None:
     stack._servers[0]._process.wait(20)
     with pytest.raises(StackFailed, match="redis ended with exit status -9"):
         stack.supervise()
+
+
+def test_workers_that_keep_dying_are_not_restarted_for_ever(
+    signals: StopSignals, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = StackOptions(num_workers=2, environment=dict(os.environ) | {"VISIONQ_DTYPE": "float7"})
+    with Stack(options, signals) as stack:
+        stack.start_servers()
+        stack.start_workers()
+        with pytest.raises(StackFailed, match=r"(?s)worker-\d ended with exit status 78.*VISIONQ_DTYPE"):
+            eventually(stack.supervise, 60, "the stack gave up")
+    assert [record.getMessage() for record in caplog.records if "starting it again" in record.getMessage()][
+        -1
+    ].endswith("(5 of 5 restarts within 300 s)")
 
 
 def test_a_child_that_fails_tells_why(stack: Stack) -> None:
