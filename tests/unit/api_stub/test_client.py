@@ -132,14 +132,20 @@ def test_the_async_client_does_the_same(
     asyncio.run(use())
 
 
-def test_hundreds_of_submits_and_readers_at_once_in_one_event_loop(redis_url: str, ledger: Ledger) -> None:
+def test_hundreds_of_submits_and_readers_at_once_in_one_event_loop(
+    redis_url: str, redis_client: redis.Redis, ledger: Ledger
+) -> None:
     num_jobs = 250
+
+    def everyone_reads() -> bool:
+        return len(redis_client.client_list(_type="pubsub")) == num_jobs
 
     async def use() -> list[str]:
         worker = ScriptedWorker(ledger)
         async with AsyncClient(redis_url) as client:
             jobs = await asyncio.gather(*(client.vqa(question=f"{n}?") for n in range(num_jobs)))
             readers = [asyncio.create_task(_read_all(job)) for job in jobs]
+            await asyncio.to_thread(eventually, everyone_reads, what="every reader has its connection")
             for number, job in enumerate(jobs):
                 await asyncio.to_thread(worker.answer, job.id, "number ", str(number))
             return await asyncio.gather(*readers)
