@@ -24,13 +24,14 @@ from worker.intake import Intake
 from worker.lifecycle.attempt import Attempts
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.heartbeat import Heartbeat
+from worker.media.clip_index import FFMPEG_ENVIRONMENT, calm_opencv
 from worker.media.collect import MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
 from worker.models.loader import LoadedModel, load
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
-from worker.settings import WorkerSettings
+from worker.settings import WorkerSettings, export
 from worker.streaming.publisher import Publisher
 from worker.tryout import TriedOut, try_out
 
@@ -91,6 +92,8 @@ class Runtime:
 
 def build(settings: WorkerSettings) -> Runtime:
     """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
+    export(FFMPEG_ENVIRONMENT)
+    calm_opencv()
     ledger = connect(settings)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"

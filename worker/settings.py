@@ -5,6 +5,8 @@ The only place of the worker that reads the environment. A bad value refuses to 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated
 
@@ -154,3 +156,9 @@ class WorkerSettings(BaseSettings):
             result_ttl_s=self.result_ttl_s,
             events_ttl_s=self.events_ttl_s,
         )
+
+
+def export(variables: Mapping[str, str]) -> None:
+    """Set variables of this process for libraries that take settings from nowhere else. What is set already stays."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from api_stub.contract.job import ImagePart, MediaPart, TaskName, TextPart, Turn, VideoPart
-from worker.errors import MediaUnsupported
+from worker.errors import MediaUnsupported, RequestError
 from worker.media.fetch import FetchedMedia, MediaFetcher
 from worker.media.image import decode_image
 from worker.media.policy import MediaPolicy
@@ -68,14 +68,17 @@ class MediaCollector:
             frames = (part.num_frames or num_frames) if isinstance(part, VideoPart) else num_frames
             key = (part.uri, frames if kind is MediaKind.VIDEO else 0)
             if key not in decoded:
-                decoded[key] = self._decode(fetched[part.uri], frames, should_stop)
+                decoded[key] = self._decode(part.uri, fetched[part.uri], frames, should_stop)
             media.append(decoded[key])
         return media
 
-    def _decode(self, media: FetchedMedia, num_frames: int, should_stop: Callable[[], None]) -> DecodedMedia:
-        if media.kind is MediaKind.VIDEO:
-            return sample_clip(media.path, num_frames, self._policy, should_stop=should_stop)
-        return decode_image(media.path, self._policy)
+    def _decode(self, uri: str, media: FetchedMedia, num_frames: int, should_stop: Callable[[], None]) -> DecodedMedia:
+        try:
+            if media.kind is MediaKind.VIDEO:
+                return sample_clip(media.path, num_frames, self._policy, should_stop=should_stop)
+            return decode_image(media.path, self._policy)
+        except RequestError as error:
+            raise type(error)(f"{uri}: {error}") from error  # the decoders see a file, the producer knows a URI
 
 
 def media_parts(turns: Sequence[Turn]) -> list[AnyMediaPart]:

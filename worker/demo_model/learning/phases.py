@@ -36,7 +36,7 @@ VALIDATION_SEED, VALIDATION_BATCHES, VALIDATION_SIZES = 987_654, 2, (40, 16, 20)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The settings of both phases; the defaults are those of the shipped checkpoint's last round."""
+    """The settings of both phases; the defaults are what the shipped checkpoint was trained with (README.md)."""
 
     see_lr: float = 3e-3
     see_batch: int = 64
