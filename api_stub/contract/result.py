@@ -1,7 +1,7 @@
 """What a finished job leaves: the answer, why it ended, what it used and how long each stage took.
 
-`celery_success` and `celery_failure` give the JSON that the Celery result backend stores under
-`celery-task-meta-<job id>`; Celery's own JSON layout is a public fact of its Redis backend.
+The Celery result backend holds a Result, or `celery_failure`, as the `result` member of the JSON under
+`celery-task-meta-<job id>`; the layout around it is a public fact of Celery's Redis backend.
 """
 
 from __future__ import annotations
