@@ -31,13 +31,12 @@ check: $(DEV_STAMP) ## lint, types, import floors, tests
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-bench: $(DEV_STAMP) ## measure the engine and the queue on this machine
-	$(BIN)/visionq-worker bench engine $(ARGS)
+bench: $(DEV_STAMP) ## measure what the queue costs per job on this machine, beside bare Celery
 	$(BIN)/visionq-worker bench queue $(ARGS)
 
+# Without pip (Debian keeps it in python3-venv) a half-made environment must not look made.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.12")'
-	@# Without pip (Debian's python3-venv missing) the half-made environment must not look made.
 	$(PYTHON) -m venv $(VENV) || { rm -f $(BIN)/python; exit 1; }
 
 $(RUN_STAMP): $(PINS) | $(BIN)/python

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -48,9 +52,9 @@ def run_demo(as_json: bool = False, stay: bool = False) -> None:
         else:
             say(console, "")
             console.print(answers(everything, is_demo_model))
-            say(console, f"\n{next_steps(is_demo_model)}")
+            say(console, f"\n{next_steps(is_demo_model, _program())}")
         if stay:
-            say(console, f"\n{invitation(stack.endpoints, uris)}")
+            say(console, f"\n{invitation(stack.endpoints, uris, _program())}")
             stack.stay()
     judge(everything, is_demo_model)
 
@@ -121,3 +125,11 @@ def _print_json(everything: Sequence[Progress], uris: Sequence[str]) -> None:
 
 def _stages(everything: Sequence[Progress]) -> str:
     return ", ".join(f"{progress.task.label}: {progress.stage}" for progress in everything)
+
+
+def _program() -> str:
+    """How this user calls `visionq`: `make demo` leaves it in an environment that is not on PATH."""
+    if shutil.which("visionq") is not None:
+        return "visionq"
+    called = Path(sys.argv[0])
+    return os.path.relpath(called) if called.is_file() else "visionq"

@@ -109,23 +109,23 @@ def _answer(progress: Progress, is_demo_model: bool) -> RenderableType:
     return Group(Text.assemble((progress.task.label, "bold"), f": {progress.task.text}"), lines)
 
 
-def next_steps(is_demo_model: bool) -> str:
-    """Return what to try next."""
+def next_steps(is_demo_model: bool, program: str) -> str:
+    """Return what to try next. `program` is how this user calls `visionq`."""
     if not is_demo_model:
         return "The answers are a real model's; it need not use the words of whoever drew the scenes."
     return (
         "The model that ships with visionq is tiny and sees drawn shapes only. A real one, from the Hugging Face hub:\n"
-        f"  VISIONQ_MODEL={REAL_MODEL} visionq demo\n"
-        "To stay and enqueue jobs of your own: visionq demo --stay"
+        f"  VISIONQ_MODEL={REAL_MODEL} {program} demo\n"
+        f"To stay and enqueue jobs of your own: {program} demo --stay"
     )
 
 
-def invitation(endpoints: Mapping[str, str], uris: Sequence[str]) -> str:
+def invitation(endpoints: Mapping[str, str], uris: Sequence[str], program: str) -> str:
     """Return how to use a demo that stays, from another terminal."""
     exports = "\n".join(f"  export {name}={value}" for name, value in endpoints.items())
     return (
         f"The stack stays until Ctrl-C. In another terminal:\n{exports}\n"
-        f'  visionq caption {uris[0]}\n  visionq video-qa {uris[-1]} --question "What moves?"'
+        f'  {program} caption {uris[0]}\n  {program} video-qa {uris[-1]} --question "What moves?"'
     )
 
 

@@ -1,0 +1,62 @@
+"""The targets that people and CI call: what they would run, in order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def would_run(target: str, venv: Path) -> str:
+    """Return the commands that `make TARGET` would run on a machine that has nothing yet."""
+    command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={venv}", f"PYTHON={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [
+        ("demo", ["-m venv", '".[worker,local]"', "visionq demo"]),
+        ("test", ["-m venv", '".[worker,local,dev]"', "-m pytest"]),
+        ("check", ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest"]),
+        ("bench", ["-m venv", "visionq-worker bench queue"]),
+    ],
+)
+def test_a_target_starts_from_nothing(target: str, steps: list[str], tmp_path: Path) -> None:
+    commands = would_run(target, tmp_path / "venv")
+    rest = commands
+    for step in steps:
+        _, found, rest = rest.partition(step)
+        assert found, f"no {step} in its place:\n{commands}"
+    assert all("-c constraints.txt" in line for line in commands.splitlines() if "pip install" in line)
+
+
+def test_a_second_run_installs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bin/python", ".installed-run"):
+        (tmp_path / name).touch()
+    assert would_run("demo", tmp_path).splitlines() == [f"{tmp_path}/bin/visionq demo "]
+
+
+def test_an_old_python_is_refused_by_name(tmp_path: Path) -> None:
+    old = tmp_path / "python"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); $2"\n')
+    old.chmod(0o755)
+    command = ["make", "demo", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "Python 3.11 or newer is needed" in refused.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_the_check() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-1] == "exec make check"
+    subprocess.run(["bash", "-n", str(script)], check=True)
