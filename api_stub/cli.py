@@ -74,7 +74,7 @@ def vqa(question: Question, media: Media = None, *, flags: JobFlags) -> None:
 def video_qa(
     question: Question,
     media: Media = None,
-    num_frames: Annotated[int, typer.Option("--num-frames", "--frames", help="Frames sampled per clip.")] = DEFAULT_NUM_FRAMES,
+    num_frames: Annotated[int, typer.Option("--num-frames", "--frames", help="Frames per clip.")] = DEFAULT_NUM_FRAMES,
     *,
     flags: JobFlags,
 ) -> None:

@@ -95,7 +95,7 @@ class Pipeline:
         """Bring one claimed job to its end. Raises only what no job may survive (KeyboardInterrupt and the like)."""
         attempt = Attempt(accepted.claim)
         answer = self._answers.open(attempt.request_id, attempt.stream)
-        watch = Stopwatch(accepted.claim.queued_s)
+        watch = Stopwatch(accepted.claim.queued_s, accepted.claim.age_s)
         logger.info("job started", extra=_facts(attempt))
         self._attempts.add(attempt)
         try:

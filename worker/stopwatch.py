@@ -26,17 +26,17 @@ class Lap:
 
 
 class Stopwatch:
-    """Started at the claim; `queued_s` is what the job had waited by then."""
+    """Started at the claim: by then the job had waited `queued_s` for this attempt, and was `age_s` old."""
 
-    def __init__(self, queued_s: float) -> None:
-        self._queued_s = queued_s
+    def __init__(self, queued_s: float, age_s: float) -> None:
+        self._queued_s, self._age_s = queued_s, age_s
         self._started_at = time.monotonic()
         self.fetch, self.prepare, self.generate = Lap(), Lap(), Lap()
 
     @property
     def total_s(self) -> float:
         """Seconds from submit until now."""
-        return self._queued_s + time.monotonic() - self._started_at
+        return self._age_s + time.monotonic() - self._started_at
 
     def timings(self, finish: Finish) -> Timings:
         """Return the timings of an attempt that has just ended."""

@@ -90,7 +90,7 @@ def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
     def parse(reply: list[str]) -> Claim | Refusal:
         if reply[0] != "claimed":
             return Refusal(RefusalReason(reply[0]))
-        _, task, model, body, attempt, fence, left_s, queued_s, created_at = reply
+        _, task, model, body, attempt, fence, left_s, queued_s, age_s = reply
         return Claim(
             job_id=job_id,
             task=_task(task),
@@ -100,7 +100,7 @@ def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
             fence=int(fence),
             deadline_left_s=float(left_s) if left_s else None,
             queued_s=float(queued_s),
-            created_at=float(created_at),
+            age_s=float(age_s),
         )
 
     return Call(Transition.CLAIM, (job_id, worker, token), parse)

@@ -40,7 +40,7 @@ class Claim:
 
     `body` is the job's JSON, empty when the job was adopted without a valid one. `fence` is greater than that of every
     earlier claim of any job. `deadline_left_s` is None for a job without a deadline. `queued_s` counts from the moment
-    the job was last queued. `created_at` is Redis' time in seconds since 1970.
+    the job was last queued, `age_s` from its submission.
     """
 
     job_id: str
@@ -51,7 +51,7 @@ class Claim:
     fence: int
     deadline_left_s: float | None
     queued_s: float
-    created_at: float
+    age_s: float
 
 
 class RefusalReason(StrEnum):

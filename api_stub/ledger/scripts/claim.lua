@@ -6,7 +6,8 @@ local row = read(id, 'status', 'task', 'model', 'list', 'body', 'created', 'queu
 local function claimed()
   return {'claimed', row.task, row.model, row.body, row.attempt, row.fence,
     row.deadline and moment(tonumber(row.deadline) - now) or '',
-    moment(tonumber(row.started) - tonumber(row.queued_at)), row.created}
+    moment(tonumber(row.started) - tonumber(row.queued_at)),
+    moment(tonumber(row.started) - tonumber(row.created))}
 end
 
 if not row.status then
