@@ -247,7 +247,8 @@ def test_doorbell_that_later_ones_overtook_is_rung_again(ledger: Ledger, redis_c
         ledger.submit(job_id, question())
     ring_in(redis_client)  # the list is not empty
     claimed(ledger, "next")
-    assert ledger.reap() == ()
+    for _ in range(3):
+        assert ledger.reap() == ()
     grace_ends(redis_client, "lost")
     assert ids(ledger.reap()) == ["lost"]
     for _ in range(3):
