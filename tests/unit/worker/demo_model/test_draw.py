@@ -60,6 +60,7 @@ def test_pictures_of_one_call_are_all_different_and_the_same_next_time(tmp_path:
     first = list(draw_pictures(tmp_path, Random(7), 60))
     again = list(draw_pictures(tmp_path, Random(7), 60))
     assert first == again
+    assert len(first) == 60
     assert len({drawing.questions[0].answer for drawing in first}) == 60
     assert len({Path(drawing.path).read_bytes() for drawing in first}) == 60
 
