@@ -266,6 +266,20 @@ def test_beating_workers_are_counted_until_they_leave_or_fall_silent(
     eventually(lambda: not redis_client.exists(names.workers_key("default")), what="no key is left behind")
 
 
+def test_a_silent_worker_is_not_counted_beside_a_living_one(connect: Connect) -> None:
+    patient, hasty = connect(LedgerConfig()), connect(HASTY)
+    patient.submit("a", question())
+    hasty.beat("silent", "default", [])
+    patient.beat("living", "default", [])
+
+    def num_workers() -> int:
+        view = patient.view("a")
+        assert view is not None
+        return view.num_workers
+
+    eventually(lambda: num_workers() == 1, 5, what="only the living one is counted")
+
+
 # publish
 
 
