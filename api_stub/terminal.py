@@ -6,6 +6,7 @@ Text goes to stdout as it arrives; everything about the job goes to stderr, so a
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -52,17 +53,18 @@ def show(job: JobHandle, on: Screen, timeout_s: float | None) -> None:
     """Follow a job to its end. Raises JobFailed, StreamRestarted and what `JobHandle.events` raises."""
     text = TextCursor()
     try:
-        for event in job.events(timeout=timeout_s):
-            on.stage(event, job)
-            try:
-                piece = text.take(event)
-            except StreamRestarted as error:
-                on.restarted(error)
-                text = TextCursor()
-                piece = text.take(event)
-            on.text(piece)
-            if isinstance(event, JobCompleted):
-                on.completed(event.result)
+        with closing(job.events(timeout=timeout_s)) as events:
+            for event in events:
+                on.stage(event, job)
+                try:
+                    piece = text.take(event)
+                except StreamRestarted as error:
+                    on.restarted(error)
+                    text = TextCursor()
+                    piece = text.take(event)
+                on.text(piece)
+                if isinstance(event, JobCompleted):
+                    on.completed(event.result)
     finally:
         on.close()
 

@@ -157,6 +157,22 @@ async def _read_all(job: AsyncJobHandle) -> str:
     return "".join([piece async for piece in job.stream(timeout=60)])
 
 
+def test_a_cancelled_reader_gives_its_connection_back(redis_url: str, redis_client: redis.Redis) -> None:
+    def num_readers() -> int:
+        return len(redis_client.client_list(_type="pubsub"))
+
+    async def use() -> None:
+        async with AsyncClient(redis_url) as client:
+            reader = asyncio.create_task(_read_all(await client.vqa(question="Why?")))
+            await asyncio.to_thread(eventually, lambda: num_readers() == 1, what="the reader is there")
+            reader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reader
+            await asyncio.to_thread(eventually, lambda: num_readers() == 0, what="the reader is gone")
+
+    asyncio.run(use())
+
+
 def test_one_client_serves_many_threads(client: Client, worker: ScriptedWorker) -> None:
     texts: dict[int, str] = {}
 
