@@ -31,6 +31,7 @@ class WorkerProcess:
             "AWS_REGION": "us-east-1",
             "VISIONQ_TORCH_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "CELERY_BROKER_URL": "redis://127.0.0.1:1/0",  # another project's: must not lead the worker astray
             **{f"VISIONQ_{name.upper()}": str(value) for name, value in settings.items()},
         }
         with self.log.open("wb") as log:

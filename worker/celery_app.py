@@ -7,7 +7,9 @@ message per free thread, results and retries never by Celery (the ledger writes 
 
 from __future__ import annotations
 
+import ssl
 from typing import Final
+from urllib.parse import urlsplit
 
 from celery import Celery, signals
 from celery.apps.worker import Worker
@@ -32,6 +34,10 @@ def make_app(settings: WorkerSettings) -> Celery:
     queue = names.queue(settings.model_name)
     app = Celery("visionq", broker=url, backend=url, set_as_current=False)
     app.conf.update(
+        # Named apart as well: CELERY_BROKER_URL, set for another Celery on this machine, would beat the app's broker.
+        broker_read_url=url,
+        broker_write_url=url,
+        broker_use_ssl=_tls(url),
         task_acks_late=True,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
@@ -85,6 +91,12 @@ def _transport_options() -> dict[str, object]:
         "priority_steps": list(names.PRIORITY_STEPS),
         "sep": names.PRIORITY_SEPARATOR,
     }
+
+
+def _tls(url: str) -> dict[str, object] | bool:
+    """kombu speaks plain text to a rediss:// URL without ssl_ options in its query; redis-py needs none."""
+    parts = urlsplit(url)
+    return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if parts.scheme == "rediss" and "ssl_" not in parts.query else False
 
 
 def ring(app: Celery, bell: Bell) -> None:

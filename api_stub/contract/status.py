@@ -3,7 +3,7 @@
     queued ──▶ in_progress ──▶ completed | failed | cancelled
       │  ▲          │
       │  └──────────┘ a lost worker, a give-back
-      └──▶ cancelled | expired | failed
+      └──▶ cancelled | expired
 
 Terminal states are written exactly once. `cancelling` is a flag on `in_progress`, not a state.
 """
@@ -31,8 +31,7 @@ class JobStatus(StrEnum):
 
 
 TRANSITIONS: Final[dict[JobStatus, frozenset[JobStatus]]] = {
-    # queued -> failed: a poison job whose last lease ended, or an adopted message that is no valid job
-    JobStatus.QUEUED: frozenset({JobStatus.IN_PROGRESS, JobStatus.CANCELLED, JobStatus.EXPIRED, JobStatus.FAILED}),
+    JobStatus.QUEUED: frozenset({JobStatus.IN_PROGRESS, JobStatus.CANCELLED, JobStatus.EXPIRED}),
     JobStatus.IN_PROGRESS: frozenset({JobStatus.QUEUED, JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}),
     JobStatus.COMPLETED: frozenset(),
     JobStatus.FAILED: frozenset(),

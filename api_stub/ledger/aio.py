@@ -16,7 +16,7 @@ from api_stub.contract.view import JobView
 from api_stub.ledger import calls
 from api_stub.ledger.calls import Call
 from api_stub.ledger.config import LedgerConfig
-from api_stub.ledger.ledger import HEALTH_CHECK_S, MAX_BATCHES
+from api_stub.ledger.ledger import HEALTH_CHECK_S, MAX_BATCHES, MAX_CONNECTIONS
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
 
@@ -45,6 +45,7 @@ class AsyncLedger:
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             socket_keepalive=True,
+            max_connections=MAX_CONNECTIONS,
             health_check_interval=HEALTH_CHECK_S,
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),  # a pooled connection may be stale
         )

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 #: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
 HEALTH_CHECK_S: Final = 10
+#: One per thread that calls at the same moment; redis-py refuses beyond its own default of 100.
+MAX_CONNECTIONS: Final = 4096
 #: Batches that one `reap` works through before it lets go of the thread.
 MAX_BATCHES: Final = 50
 
@@ -56,6 +58,7 @@ class Ledger:
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             socket_keepalive=True,
+            max_connections=MAX_CONNECTIONS,
             health_check_interval=HEALTH_CHECK_S,
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),  # a pooled connection may be stale
         )
