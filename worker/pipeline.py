@@ -9,31 +9,25 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import redis
 
 from api_stub.contract.error import ErrorCode, ErrorInfo, InvalidJob
-from api_stub.contract.event import (
-    CancelledBody,
-    CompletedBody,
-    FailedBody,
-    FinalBody,
-    ProgressBody,
-    RetryReason,
-    Stage,
-)
+from api_stub.contract.event import CompletedBody, FinalBody, ProgressBody, RetryReason, Stage
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
 from worker.answers import Answer, Answers
+from worker.endings import failed_body, is_passing, stopped_body, used
 from worker.engine.request import Finish, GenerationRequest
 from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, WorkerError
 from worker.intake import Accepted
 from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
-from worker.media.collect import MediaCollector, media_parts
+from worker.media.collect import AnyMediaPart, MediaCollector, media_parts
+from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.prompting.prepare import PromptBuilder
 from worker.stopwatch import Stopwatch
@@ -69,7 +63,6 @@ class Pipeline:
         self,
         *,
         model: str,
-        caption_prompt: str,
         ledger: Ledger,
         attempts: Attempts,
         answers: Answers,
@@ -80,7 +73,6 @@ class Pipeline:
         on_engine_dead: Callable[[], None],
     ) -> None:
         self._model = model
-        self._caption_prompt = caption_prompt
         self._ledger = ledger
         self._attempts = attempts
         self._answers = answers
@@ -114,23 +106,23 @@ class Pipeline:
         try:
             job = self._read(attempt, problem)
             inputs = self._prepare(attempt, job, watch)
-            usage = _usage(inputs, 0)
+            usage = used(inputs, 0)
             finish = self._generate(attempt, job, inputs, answer, watch)
             return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
         except Stopped as stopped:
-            return _stopped_body(stopped.reason, answer, usage)
+            return stopped_body(stopped.reason, answer, usage)
         except EngineDead as error:
             logger.error("engine is dead", extra=_facts(attempt) | {"error": str(error)})
             self._on_engine_dead()
             return RetryReason.GIVEN_BACK
         except WorkerError as error:
-            return _failed_body(error.info(), answer, usage)
+            return failed_body(error.info(), answer, usage)
         except Exception as error:
             logger.exception("job broke", extra=_facts(attempt))
             info = ErrorInfo.of(
                 ErrorCode.INTERNAL, f"unexpected {type(error).__name__}; the worker's log has the details"
             )
-            return _failed_body(info, answer, usage)
+            return failed_body(info, answer, usage)
 
     def _read(self, attempt: Attempt, problem: str | None) -> Job:
         if problem is not None or not attempt.claim.body:
@@ -144,8 +136,17 @@ class Pipeline:
         return job
 
     def _prepare(self, attempt: Attempt, job: Job, watch: Stopwatch) -> ModelInputs:
-        turns = job.turns(self._caption_prompt)
+        turns = self._prompts.turns(job)
         parts = media_parts(turns)
+        media = self._collect(attempt, job, parts, watch) if parts else []
+        with watch.prepare:
+            inputs = self._prompts.prepare(turns, media)
+        attempt.check()
+        return inputs
+
+    def _collect(
+        self, attempt: Attempt, job: Job, parts: Sequence[AnyMediaPart], watch: Stopwatch
+    ) -> list[DecodedMedia]:
         num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
         with tempfile.TemporaryDirectory(prefix="visionq-") as directory:
             with watch.fetch:
@@ -157,13 +158,9 @@ class Pipeline:
                 )
             self._progress(attempt, Stage.PREPARING, 0, len(parts))
             with watch.prepare:
-                media = self._media.decode(
+                return self._media.decode(
                     parts, fetched, task=job.task, num_frames=num_frames, should_stop=attempt.check
                 )
-        with watch.prepare:
-            inputs = self._prompts.prepare(turns, media)
-        attempt.check()
-        return inputs
 
     def _generate(self, attempt: Attempt, job: Job, inputs: ModelInputs, answer: Answer, watch: Stopwatch) -> Finish:
         """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""
@@ -193,7 +190,7 @@ class Pipeline:
             model=job.model,
             text=answer.text,
             finish_reason=finish.reason,
-            usage=_usage(inputs, finish.num_completion_tokens),
+            usage=used(inputs, finish.num_completion_tokens),
             timings=watch.timings(finish),
             attempt=attempt.claim.attempt,
             metadata=job.metadata,
@@ -203,7 +200,8 @@ class Pipeline:
         """Tell the ledger, however long Redis is away, until it answers or the lease is lost."""
         if body is None:
             return "lost"
-        self._flush(attempt)
+        if not isinstance(body, CompletedBody):
+            self._flush(attempt)  # a complete answer was handed over after its last delta was sent
         job_id, fence = attempt.claim.job_id, attempt.claim.fence
         while attempt.stop_reason is not StopReason.LOST:
             try:
@@ -212,6 +210,8 @@ class Pipeline:
                 return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
             except redis.RedisError as error:
                 logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})
+                if not is_passing(error):
+                    return "unsettled"  # the lease runs out, and with it one of the job's attempts
                 self._pause.wait(FINISH_PAUSE_S)
         return "lost"
 
@@ -224,37 +224,6 @@ class Pipeline:
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
         self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
-
-
-def _usage(inputs: ModelInputs, num_completion_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=inputs.num_prompt_tokens,
-        completion_tokens=num_completion_tokens,
-        images=inputs.num_images,
-        frames=inputs.num_frames,
-    )
-
-
-def _failed_body(info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody:
-    return FailedBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
-
-
-def _stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody | RetryReason | None:
-    match reason:
-        case StopReason.LOST:
-            return None
-        case StopReason.DRAINED:
-            return RetryReason.GIVEN_BACK
-        case StopReason.CANCELLED:
-            info = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled while running")
-            return CancelledBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
-        case StopReason.DEADLINE:
-            info = ErrorInfo.of(ErrorCode.DEADLINE_EXCEEDED, "the job's deadline passed while it was running")
-            return _failed_body(info, answer, usage)
-
-
-def _spent(answer: Answer, usage: Usage) -> Usage:
-    return usage.model_copy(update={"completion_tokens": answer.num_tokens})
 
 
 def _facts(attempt: Attempt) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """What the queue costs per job: submit → result of a text-only, one-token job, beside a bare Celery no-op task.
 
-Both run in the same run against the same Redis, turn by turn, one job at a time, after a warm-up. The model is the demo
-checkpoint's shape with random weights; its own forward is part of the job's time.
+Both run in the same run against the same Redis, turn by turn, one job at a time, after a warm-up. The model is of the
+demo checkpoint's family, with random weights and one layer: its own forward is part of the job's time.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ def bench_queue(num_jobs: int) -> QueueReport:
 
 
 def random_checkpoint(directory: Path) -> Path:
-    """Save the demo model's architecture with random weights, and its processor."""
+    """Save the demo model's architecture with random weights and one layer, and its processor."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(CHECKPOINT), dtype=torch.float32)
+    config = AutoConfig.from_pretrained(CHECKPOINT)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     AutoProcessor.from_pretrained(CHECKPOINT).save_pretrained(directory)
     return directory

@@ -1,0 +1,58 @@
+"""How an attempt ends when it does not end with an answer, and which faults of Redis pass by themselves."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import redis
+
+from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.contract.event import CancelledBody, FailedBody, FinalBody, RetryReason
+from api_stub.contract.result import Usage
+from worker.answers import Answer
+from worker.lifecycle.attempt import StopReason
+from worker.models.inputs import ModelInputs
+
+#: Replies of a Redis that will take the same command later: starting, full, a replica, a script running.
+_PASSING_REPLIES: Final = ("LOADING", "OOM", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "MISCONF")
+
+
+def used(inputs: ModelInputs, num_completion_tokens: int) -> Usage:
+    """Return what a prompt and its answer cost."""
+    return Usage(
+        prompt_tokens=inputs.num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        images=inputs.num_images,
+        frames=inputs.num_frames,
+    )
+
+
+def failed_body(info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody:
+    """Return the end of a job that failed for `info`, with what it had said by then."""
+    return FailedBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+
+
+def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody | RetryReason | None:
+    """Return the end of a stopped attempt: a final body, a reason to give the job back, None when it is not ours."""
+    match reason:
+        case StopReason.LOST:
+            return None
+        case StopReason.DRAINED:
+            return RetryReason.GIVEN_BACK
+        case StopReason.CANCELLED:
+            info = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled while running")
+            return CancelledBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+        case StopReason.DEADLINE:
+            info = ErrorInfo.of(ErrorCode.DEADLINE_EXCEEDED, "the job's deadline passed while it was running")
+            return failed_body(info, answer, usage)
+
+
+def is_passing(error: redis.RedisError) -> bool:
+    """Tell whether the same command may succeed later; a script that fails by itself never will."""
+    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+        return True
+    return any(reply in str(error) for reply in _PASSING_REPLIES)
+
+
+def _spent(answer: Answer, usage: Usage) -> Usage:
+    return usage.model_copy(update={"completion_tokens": answer.num_tokens})
