@@ -13,6 +13,7 @@ from worker.engine.engine import Engine
 from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
 from worker.models.loader import LoadedModel, load
+from worker.models.quantization import weight_bytes
 from worker.prompting.prepare import PromptBuilder
 from worker.settings import WorkerSettings
 from worker.tryout import TriedOut, try_out
@@ -46,7 +47,7 @@ def _facts(settings: WorkerSettings, loaded: LoadedModel, tried: TriedOut) -> It
     config = engine_config(settings, loaded)
     yield "model", f"{settings.model} ({type(loaded.model).__name__})"
     yield "device", f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, attention {loaded.attention}"
-    yield "weights", f"{loaded.model.get_memory_footprint() / MEBIBYTE:.1f} MiB"
+    yield "weights", f"{weight_bytes(loaded.model) / MEBIBYTE:.1f} MiB"
     yield "context", f"{loaded.max_context} tokens, {config.max_model_len} per job, {config.max_num_seqs} jobs at once"
     yield "buckets", ", ".join(sorted(settings.readable_buckets))
     yield "peak memory", f"{_peak_bytes(loaded) / MEBIBYTE:.0f} MiB"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
@@ -71,7 +72,12 @@ class WorkerSettings(BaseSettings):
     redis_url: SecretStr = Field(
         default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
     )
-    model: str = Field(default="demo", min_length=1, description="Checkpoint: `demo`, a directory or a hub id")
+    model: str = Field(
+        default="demo", min_length=1, description="Checkpoint: `demo`, a folder, a hub id or `s3://bucket/prefix/`"
+    )
+    model_cache: Path = Field(
+        default=Path("~/.cache/visionq"), description="Folder for checkpoints from S3, shared by a machine's workers"
+    )
     model_name: ModelName = Field(
         default=DEFAULT_MODEL_NAME, description="Model name this worker serves: queue `visionq.<name>`"
     )
@@ -87,7 +93,9 @@ class WorkerSettings(BaseSettings):
     s3_region: str = Field(
         default="us-east-1", validation_alias=AliasChoices("s3_region", "AWS_REGION"), description="S3 region"
     )
-    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    device: str = Field(
+        default="auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `balanced`: spread over several GPUs"
+    )
     dtype: Dtype = Field(default=Dtype.AUTO, description="Weights' type: `auto`, `float32`, `float16`, `bfloat16`")
     attention: Attention = Field(default=Attention.AUTO, description="`auto`, `sdpa`, `eager`, `flash_attention_2`")
     quantization: Quantization = Field(default=Quantization.NONE, description="`none`, `int8`, `nf4`")

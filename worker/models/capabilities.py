@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from worker.models.captioner import Captioner, captioner_of
+
 FALLBACK_CAPTION_PROMPT = "Describe this image."
 
 
@@ -18,11 +20,12 @@ FALLBACK_CAPTION_PROMPT = "Describe this image."
 class Capabilities:
     """Facts about one checkpoint.
 
-    has_chat_template: conversations can be rendered; without it the model cannot be asked anything.
+    has_chat_template: conversations can be rendered.
     has_system_role: the template accepts a system turn.
     image_token: the token that one image part becomes in the rendered prompt; None: the template shows no images.
     native_video: the processor takes whole clips; False: clips are shown as their frames.
-    default_caption_prompt: what a caption job without a prompt asks.
+    default_caption_prompt: what a caption job without a prompt asks; empty: pixels alone.
+    captioner: how a model without a chat template is asked; None: it has one, or its family is not known.
     """
 
     has_chat_template: bool
@@ -30,17 +33,21 @@ class Capabilities:
     image_token: str | None
     native_video: bool
     default_caption_prompt: str
+    captioner: Captioner | None = None
 
 
 def probe(processor: ProcessorMixin, config: PreTrainedConfig) -> Capabilities:
     """Ask processor and config what they can do. Renders three tiny conversations, runs no model."""
     has_chat_template = getattr(processor, "chat_template", None) is not None
+    captioner = None if has_chat_template else captioner_of(processor)
+    fallback = FALLBACK_CAPTION_PROMPT if captioner is None else captioner.default_prompt
     return Capabilities(
         has_chat_template=has_chat_template,
         has_system_role=has_chat_template and _has_system_role(processor),
         image_token=_image_token(processor) if has_chat_template else None,
         native_video=getattr(processor, "video_processor", None) is not None,
-        default_caption_prompt=getattr(config, "default_caption_prompt", None) or FALLBACK_CAPTION_PROMPT,
+        default_caption_prompt=getattr(config, "default_caption_prompt", None) or fallback,
+        captioner=captioner,
     )
 
 

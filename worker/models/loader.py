@@ -1,7 +1,7 @@
 """Loads the one checkpoint a worker serves: model, processor, and what they can do.
 
 In: settings. Out: a `LoadedModel` in eval mode on its device. Everything that can be wrong with the settings or the
-checkpoint ends as CannotStart with the variable's name. A folder is loaded without any network.
+checkpoint ends as CannotStart with the variable's name. A folder is loaded without any network; pickles never are.
 """
 
 from __future__ import annotations
@@ -15,32 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    QuantoConfig,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from worker.errors import CannotStart
 from worker.models.capabilities import Capabilities, probe
+from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
+from worker.models.quantization import expected_bytes, quantization_config
+from worker.models.remote import download
 from worker.settings import Attention, Dtype, Quantization, Switch, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model" / "checkpoint"
 
-#: Package to import and distribution to install, per kind of quantised weights.
-_QUANTIZATION_PACKAGES = {
-    Quantization.INT8: ("optimum.quanto", "optimum-quanto"),
-    Quantization.NF4: ("bitsandbytes", "bitsandbytes"),
-}
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -67,18 +65,22 @@ def load(settings: WorkerSettings) -> LoadedModel:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     disable_progress_bar()
-    source = _source(settings.model)
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    architecture = _architecture(settings, source)
+    source = download(settings) if settings.model.startswith("s3://") else _source(settings.model)
+    config = _read_config(settings, source)
+    architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    free_bytes = free_gpu_bytes()
+    dtype = _dtype(settings, is_on_gpu=bool(free_bytes))
+    placement = place(
+        settings.device, free_bytes, lambda: _expected_bytes(settings.quantization, architecture, config, dtype)
+    )
     processor = _load_processor(settings, source)
-    model = _load_model(settings, source, architecture, device, dtype)
+    model = _load_model(settings, source, architecture, placement, dtype)
     return LoadedModel(
         model=model,
         processor=processor,
         tokenizer=processor.tokenizer,
         capabilities=probe(processor, model.config),
-        device=device,
+        device=placement.device,
         dtype=dtype,
         attention=str(model.config._attn_implementation),
         max_context=_max_context(settings, model),
@@ -87,8 +89,6 @@ def load(settings: WorkerSettings) -> LoadedModel:
 
 def _source(value: str) -> str | Path:
     """Return a folder that holds a checkpoint, or a hub id as it stands."""
-    if value.startswith("s3://"):
-        raise CannotStart(f"VISIONQ_MODEL={value}: checkpoints in S3 cannot be loaded by this version; use a folder")
     folder = DEMO_CHECKPOINT if value == "demo" else Path(value).expanduser()
     is_folder_name = value == "demo" or value.startswith(("/", ".", "~"))
     if not folder.is_dir():
@@ -100,35 +100,20 @@ def _source(value: str) -> str | Path:
     return folder
 
 
-def _device(value: str) -> torch.device:
-    if value == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(value)
-    except RuntimeError as error:
-        raise CannotStart(f"VISIONQ_DEVICE={value}: not a device; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CannotStart(f"VISIONQ_DEVICE={value}: not supported; use auto, cpu, cuda or cuda:N")
-    num_gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= num_gpus:
-        raise CannotStart(f"VISIONQ_DEVICE={value}: no such CUDA device; torch sees {num_gpus}")
-    return device
-
-
-def _dtype(value: Dtype, device: torch.device) -> torch.dtype:
+def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
     """Half-precision files are loaded as float32 on a CPU too: its half-precision kernels are slower."""
-    if value is Dtype.AUTO:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if settings.dtype is Dtype.AUTO:
+        return torch.bfloat16 if is_on_gpu and settings.device != "cpu" else torch.float32
     named: dict[Dtype, torch.dtype] = {
         Dtype.FLOAT32: torch.float32,
         Dtype.FLOAT16: torch.float16,
         Dtype.BFLOAT16: torch.bfloat16,
     }
-    return named[value]
+    return named[settings.dtype]
 
 
-def _architecture(settings: WorkerSettings, source: str | Path) -> type[PreTrainedModel]:
-    """Read the config alone and return its model class, before gigabytes are read."""
+def _read_config(settings: WorkerSettings, source: str | Path) -> PreTrainedConfig:
+    """Read the config alone and refuse an architecture that is not served, before gigabytes are read."""
     problem = (
         "its config cannot be read" if isinstance(source, Path) else "no such folder, nor a readable hub checkpoint"
     )
@@ -136,8 +121,14 @@ def _architecture(settings: WorkerSettings, source: str | Path) -> type[PreTrain
         config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: {config.model_type} is not a vision-language architecture")
-    architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    return architecture
+    return config
+
+
+def _expected_bytes(
+    kind: Quantization, architecture: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> int:
+    with init_empty_weights():
+        return expected_bytes(architecture(config), kind, dtype)
 
 
 def _load_processor(settings: WorkerSettings, source: str | Path) -> ProcessorMixin:
@@ -169,24 +160,26 @@ def _load_model(
     settings: WorkerSettings,
     source: str | Path,
     architecture: type[PreTrainedModel],
-    device: torch.device,
+    placement: Placement,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    attention = _attention(settings, architecture, device, dtype)
-    quantization = _quantization(settings.quantization)
+    attention = _attention(settings, architecture, placement.device, dtype)
+    quantization = quantization_config(settings.quantization, dtype)
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": isinstance(source, Path),
+        "use_safetensors": True,  # a pickle may hold code
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # _check_weights refuses them, naming one
-        # Straight onto the GPU: no second copy of the weights in host memory.
-        **({"device_map": {"": device}} if device.type == "cuda" or quantization else {}),
-        **({"quantization_config": quantization} if quantization else {}),
+        # Quantisers want to be told, also about a CPU.
+        **({"device_map": {"": placement.device}, "quantization_config": quantization} if quantization else {}),
+        **placement.options,
         **({"attn_implementation": attention} if attention else {}),
     }
     with _refusing(settings, "its weights cannot be loaded"):
         model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
     _check_weights(settings, model, report)
+    require_on_gpus(settings.device, model)
     model.eval()
     return model
 
@@ -205,27 +198,6 @@ def _attention(
     if settings.attention is Attention.AUTO:
         return Attention.FLASH.value if is_usable and architecture._supports_flash_attn else None
     return settings.attention.value
-
-
-def _quantization(kind: Quantization) -> QuantoConfig | BitsAndBytesConfig | None:
-    if kind is Quantization.NONE:
-        return None
-    module, distribution = _QUANTIZATION_PACKAGES[kind]
-    if not _can_import(module):
-        raise CannotStart(f"VISIONQ_QUANTIZATION={kind}: needs {distribution}; install the `quantization` extra")
-    if kind is Quantization.INT8:
-        return QuantoConfig(weights="int8")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16,
-    )
-
-
-def _can_import(module: str) -> bool:
-    parent, _, child = module.partition(".")
-    return find_spec(parent) is not None and (not child or find_spec(module) is not None)
 
 
 def _check_weights(settings: WorkerSettings, model: PreTrainedModel, report: Mapping[str, Any]) -> None:

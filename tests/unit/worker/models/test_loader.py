@@ -211,8 +211,11 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPa
     assert message.startswith("VISIONQ_MODEL=nobody/nothing-here: no such folder, nor a readable hub checkpoint: ")
 
 
-def test_a_checkpoint_in_s3_is_refused() -> None:
-    assert "VISIONQ_MODEL=s3://models/one/: " in refusal(model="s3://models/one/")
+def test_pickled_weights_are_refused(own_checkpoint: Checkpoints) -> None:
+    folder = own_checkpoint("llava")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert f"VISIONQ_MODEL={folder}: its weights cannot be loaded: " in refusal(model=str(folder))
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "gpu", "meta", "cuda:x"])
@@ -231,7 +234,7 @@ def test_flash_attention_without_its_conditions_is_refused(tiny_checkpoint: Chec
 def test_quantisation_without_its_library_is_refused(
     kind: Quantization, package: str, tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.models.loader.find_spec", lambda name: None)
+    monkeypatch.setattr("worker.models.quantization.find_spec", lambda name: None)
     message = refusal(model=str(tiny_checkpoint("llava")), quantization=kind)
     assert message == f"VISIONQ_QUANTIZATION={kind}: needs {package}; install the `quantization` extra"
 

@@ -1,0 +1,265 @@
+"""Brings a checkpoint from S3 onto this machine: downloaded once, verified, shared by all workers here.
+
+In: the settings, VISIONQ_MODEL being `s3://bucket/prefix/`. Out: a folder of the cache whose name depends on the ETags
+of the objects, so that a changed checkpoint is another folder. Only kinds of files that carry no code are taken; a
+pickle never is. The bucket is the operator's choice and need not be one that jobs may read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from safetensors import SafetensorError, safe_open
+from urllib3.exceptions import HTTPError
+
+from worker.errors import CannotStart
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+logger = logging.getLogger(__name__)
+
+KINDS: Final = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
+PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+NUM_CONNECTIONS: Final = 8
+LOCK_POLL_S: Final = 0.2
+#: Another worker of this machine may be downloading tens of gigabytes.
+LOCK_WAIT_S: Final = 3_600.0
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_MD5: Final = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One object of a checkpoint. `etag` is the MD5 of its bytes when it was written in one part, unencrypted."""
+
+    name: str
+    num_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """What storage holds under a prefix. `prefix` is empty or ends with a slash."""
+
+    bucket: str
+    prefix: str
+    files: tuple[_File, ...]
+
+    @property
+    def folder_name(self) -> str:
+        """The prefix, for people, and a digest of every name, size and ETag."""
+        identity = repr((self.bucket, self.prefix, self.files))
+        readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.bucket}/{self.prefix}").strip("-")[:80]
+        return f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def is_in(self, folder: Path) -> bool:
+        """Tell whether every file is in `folder` with its size."""
+        return folder.is_dir() and all(_is_there(folder, file) for file in self.files)
+
+
+def download(settings: WorkerSettings) -> Path:
+    """Return a local folder with the checkpoint. Raises CannotStart, naming the variable, for whatever prevents it.
+
+    Workers of one machine that start together wait for one download. A download that was cut off goes on with the
+    next file.
+    """
+    bucket, prefix = _parse(settings.model)
+    cache = settings.model_cache.expanduser()
+    with _translated(settings):
+        client = _client(settings)
+        wanted = _look(client, settings.model, bucket, prefix)
+        folder = cache / wanted.folder_name
+        if not wanted.is_in(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(cache / f".{wanted.folder_name}.lock"):
+                if not wanted.is_in(folder):
+                    _fetch(client, settings.model, wanted, folder)
+    return folder
+
+
+def _parse(uri: str) -> tuple[str, str]:
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise CannotStart(f"VISIONQ_MODEL={uri}: no bucket; use s3://bucket/prefix/")
+    return bucket, prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
+
+
+def _client(settings: WorkerSettings) -> S3Client:
+    config = Config(
+        connect_timeout=settings.storage_timeout_s,
+        read_timeout=settings.storage_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": settings.storage_retries + 1},
+        max_pool_connections=NUM_CONNECTIONS,
+        s3={"addressing_style": "path"},
+    )
+    client: S3Client = boto3.client(
+        "s3", endpoint_url=settings.s3_endpoint_url, region_name=settings.s3_region, config=config
+    )
+    return client
+
+
+def _look(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
+    """List what is directly under the prefix. Raises CannotStart when that is no checkpoint."""
+    files: list[_File] = []
+    has_pickles = False
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+    for entry in (entry for page in pages for entry in page.get("Contents", [])):
+        name = entry["Key"].removeprefix(prefix)
+        has_pickles = has_pickles or Path(name).suffix in PICKLES
+        if Path(name).suffix in KINDS and _NAME.fullmatch(name):
+            files.append(_File(name, entry["Size"], entry["ETag"].strip('"')))
+    names = {file.name for file in files}
+    if "config.json" not in names:
+        raise CannotStart(f"VISIONQ_MODEL={uri}: no config.json under this prefix, so it is not a checkpoint")
+    if not any(name.endswith(".safetensors") for name in names):
+        found = "its weights are pickles, which are never loaded" if has_pickles else "it has no weights"
+        raise CannotStart(f"VISIONQ_MODEL={uri}: {found}; store them as safetensors")
+    return _Checkpoint(bucket, prefix, tuple(sorted(files, key=lambda file: file.name)))
+
+
+def _fetch(client: S3Client, uri: str, wanted: _Checkpoint, folder: Path) -> None:
+    """Fill a draft beside `folder` and rename it, so that nobody ever sees half a checkpoint. Call with the lock."""
+    started_at = time.monotonic()
+    facts = {"action": "download", "model": uri, "num_files": len(wanted.files), "num_bytes": wanted.num_bytes}
+    logger.info("downloading checkpoint", extra=facts)
+    draft = folder.with_name(f".{folder.name}.draft")
+    draft.mkdir(exist_ok=True)
+    _forget_strangers(draft, wanted)
+    _require_space(uri, wanted, draft)
+    for file in wanted.files:
+        if not _is_there(draft, file):
+            client.download_file(
+                wanted.bucket,
+                wanted.prefix + file.name,
+                str(draft / file.name),
+                Config=TransferConfig(max_concurrency=NUM_CONNECTIONS),
+            )
+        _verify(client, uri, wanted, file, draft / file.name)
+    # The files were read one after the other, by name: all of them are of one moment only if nothing has changed.
+    if _look(client, uri, wanted.bucket, wanted.prefix) != wanted:
+        raise CannotStart(f"VISIONQ_MODEL={uri}: it changed while it was downloaded; start again")
+    if folder.exists():  # somebody damaged it
+        shutil.rmtree(folder)
+    draft.rename(folder)
+    logger.info("checkpoint downloaded", extra=facts | {"total_s": round(time.monotonic() - started_at, 2)})
+
+
+def _is_there(folder: Path, file: _File) -> bool:
+    path = folder / file.name
+    return path.is_file() and path.stat().st_size == file.num_bytes
+
+
+def _forget_strangers(draft: Path, wanted: _Checkpoint) -> None:
+    """Remove what a cut-off download left half-written."""
+    names = {file.name for file in wanted.files}
+    for path in draft.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _require_space(uri: str, wanted: _Checkpoint, draft: Path) -> None:
+    missing = sum(file.num_bytes for file in wanted.files if not _is_there(draft, file))
+    free = shutil.disk_usage(draft).free
+    if missing > free:
+        raise CannotStart(
+            f"VISIONQ_MODEL_CACHE={draft.parent}: {uri} needs {missing} more bytes, the disk has {free} left"
+        )
+
+
+def _verify(client: S3Client, uri: str, wanted: _Checkpoint, file: _File, path: Path) -> None:
+    """Raise CannotStart, and remove the file, unless it is what storage holds and no weight file is cut."""
+    problem = None
+    if path.stat().st_size != file.num_bytes:
+        problem = f"{path.stat().st_size} of {file.num_bytes} bytes arrived"
+    elif _MD5.fullmatch(file.etag) and file.etag != _md5(path) and _etag_is_md5(client, wanted, file):
+        problem = "its bytes do not have the MD5 that storage names"
+    elif path.suffix == ".safetensors":
+        problem = _weights_problem(path)
+    if problem is not None:
+        path.unlink()
+        raise CannotStart(f"VISIONQ_MODEL={uri}: {file.name}: {problem}")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _etag_is_md5(client: S3Client, wanted: _Checkpoint, file: _File) -> bool:
+    """Objects encrypted with keys of KMS or of the customer have another digest for an ETag."""
+    head = client.head_object(Bucket=wanted.bucket, Key=wanted.prefix + file.name)
+    return "SSEKMSKeyId" not in head and "SSECustomerAlgorithm" not in head
+
+
+def _weights_problem(path: Path) -> str | None:
+    """Read the header: names, shapes and that they add up to the file's length."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return f"not a whole safetensors file ({error})"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; the system frees it when its holder dies."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    is_told = False
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise CannotStart(
+                        f"VISIONQ_MODEL: another worker has been downloading for {LOCK_WAIT_S:.0f} s ({path})"
+                    ) from None
+            if not is_told:
+                logger.info("another worker downloads the checkpoint; waiting", extra={"action": "download"})
+                is_told = True
+            time.sleep(LOCK_POLL_S)
+        yield
+
+
+@contextmanager
+def _translated(settings: WorkerSettings) -> Iterator[None]:
+    """Turn what storage and disk raise into CannotStart, without their own words, which may hold credentials."""
+    try:
+        yield
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: storage answered {status} ({code})") from error
+    except (BotoCoreError, Boto3Error, HTTPError) as error:
+        where = settings.s3_endpoint_url or "AWS"
+        raise CannotStart(
+            f"VISIONQ_MODEL={settings.model}: {where} did not deliver it ({type(error).__name__}); "
+            "see AWS_ENDPOINT_URL_S3 and the credentials"
+        ) from error
+    except OSError as error:
+        raise CannotStart(
+            f"VISIONQ_MODEL_CACHE={settings.model_cache}: {error.strerror or type(error).__name__}"
+        ) from error
