@@ -114,7 +114,6 @@ def build(settings: WorkerSettings) -> Runtime:
         publisher=publisher,
         pipeline=Pipeline(
             model=settings.model_name,
-            caption_prompt=loaded.capabilities.default_caption_prompt,
             ledger=ledger,
             attempts=attempts,
             answers=answers,

@@ -10,7 +10,7 @@ from typing import Final
 
 from PIL import Image
 
-from api_stub.contract.job import MediaPart, Role, TextPart, Turn
+from api_stub.contract.job import CaptionJob
 from api_stub.contract.sampling import SamplingParams
 from worker.answers import Answers
 from worker.engine.engine import Engine
@@ -20,7 +20,6 @@ from worker.media.types import DecodedImage
 from worker.prompting.prepare import PromptBuilder
 from worker.streaming.outgoing import AttemptStream
 
-QUESTION: Final = "Describe this image."
 PICTURE_SIZE: Final = 64
 PICTURE_COLOUR: Final = (200, 120, 40)
 MAX_NEW_TOKENS: Final = 16
@@ -40,9 +39,9 @@ def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers) -> TriedOu
 
     Raises the WorkerError that prevents an answer.
     """
-    turn = Turn(role=Role.USER, content=(MediaPart(uri="s3://try-out/picture"), TextPart(text=QUESTION)))
+    turns = prompts.turns(CaptionJob(media=("s3://try-out/picture",)))
     picture = DecodedImage(Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), PICTURE_COLOUR))
-    inputs = prompts.prepare((turn,), [picture])
+    inputs = prompts.prepare(turns, [picture])
     # A lost stream: nothing of this goes to Redis.
     answer = answers.open("try-out", AttemptStream("try-out", fence=0, is_lost=True))
     try:

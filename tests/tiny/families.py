@@ -273,6 +273,7 @@ def _blip2() -> Parts:
             "model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": 64, "ffn_dim": 96,
             "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512,
             "word_embed_proj_dim": 64, "do_layer_norm_before": True,
+            "bos_token_id": tokenizer.bos_token_id,
         },
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),

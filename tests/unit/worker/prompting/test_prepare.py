@@ -148,12 +148,6 @@ def test_odd_sizes_are_taken_or_refused_as_a_wrong_request(
     assert inputs.num_images == 1
 
 
-@pytest.mark.parametrize("name", ["paligemma", "blip2", "git"])
-def test_a_model_without_a_chat_template_refuses_questions(name: str, builder_of: Builders) -> None:
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        builder_of(name).prepare((user("What?"),), ())
-
-
 def test_a_template_that_refuses_a_system_turn_says_so(loaded_family: Loaded) -> None:
     loaded = loaded_family("llava")
     processor = _with_template(

@@ -1,0 +1,109 @@
+"""Captioners without a chat template behind the real queue: captions as `generate` makes them, and clear refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from api_stub.client import Client
+from api_stub.errors import JobFailed
+from tests.processes import WorkerProcess
+from tests.servers import RedisServer, S3Server
+from tests.tiny.families import picture, picture_png
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+NUM_JOBS = 12
+BEGINNING = "a photo of"
+
+
+@pytest.fixture(scope="module", params=["git", "blip2"])
+def captioner(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[[str], Path],
+    redis_server: RedisServer,
+    s3_server: S3Server,
+) -> Iterator[tuple[str, Path]]:
+    """A family's name and checkpoint, with a worker that serves it under that name."""
+    name, checkpoint = request.param, tiny_checkpoint(request.param)
+    worker = WorkerProcess(
+        tmp_path_factory.mktemp(name),
+        redis_server.url,
+        s3_server.url,
+        model=checkpoint,
+        model_name=name,
+        max_num_seqs=4,
+    ).wait_ready()
+    yield name, checkpoint
+    worker.kill()
+
+
+def expected_captions(name: str, checkpoint: Path) -> list[str]:
+    """Return what `generate` alone says: of pixels for even jobs, after a beginning for odd ones."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    captions = []
+    for seed in range(NUM_JOBS):
+        inputs = processor(images=picture(seed), return_tensors="pt")
+        begins = seed % 2 == 1
+        if begins and name == "git":
+            words = processor.tokenizer(BEGINNING, add_special_tokens=False).input_ids
+            inputs["input_ids"] = torch.tensor([[processor.tokenizer.bos_token_id, *words]])
+        elif begins:
+            inputs = processor(images=picture(seed), text=BEGINNING, return_tensors="pt")
+        # GIT returns its start token with the answer, BLIP-2 the answer alone.
+        num_prompt = inputs["input_ids"].shape[1] if begins else int(name == "git")
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, num_prompt:]
+        captions.append(processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip())
+    return captions
+
+
+def test_concurrent_captions_say_what_sequential_generation_says(
+    captioner: tuple[str, Path], redis_server: RedisServer, s3_client: S3Client
+) -> None:
+    name, checkpoint = captioner
+    for seed in range(NUM_JOBS):
+        s3_client.put_object(Bucket="media", Key=f"{name}-{seed}.png", Body=picture_png(seed))
+    expected = expected_captions(name, checkpoint)
+    assert len(set(expected)) > NUM_JOBS // 2
+
+    def caption(seed: int) -> str:
+        prompt = BEGINNING if seed % 2 else None
+        handle = client.caption(f"s3://media/{name}-{seed}.png", prompt=prompt, model=name, max_new_tokens=20)
+        streamed = "".join(handle.stream(timeout=60))
+        result = handle.result(timeout=60)
+        assert streamed == result.text
+        assert (result.usage.images, result.usage.frames) == (1, 0)
+        return result.text
+
+    with Client(redis_server.url) as client, ThreadPoolExecutor(NUM_JOBS) as pool:
+        assert list(pool.map(caption, range(NUM_JOBS))) == expected
+
+
+def test_questions_clips_and_two_images_are_refused_by_name(
+    captioner: tuple[str, Path], redis_server: RedisServer
+) -> None:
+    """None of the objects exists: what cannot be served is refused before anything is fetched."""
+    name, _ = captioner
+    with Client(redis_server.url) as client:
+        refused = {
+            client.vqa("s3://media/a.png", question="What?", model=name): "answers no questions",
+            client.video_qa("s3://media/a.mp4", question="What?", model=name): "takes images only",
+            client.caption("s3://media/a.png", "s3://media/b.png", model=name): "takes exactly 1 image, got 2",
+            client.vqa(messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], model=name): (
+                "has no chat template"
+            ),
+        }
+        for handle, why in refused.items():
+            with pytest.raises(JobFailed, match=why) as failure:
+                handle.result(timeout=60)
+            assert failure.value.code == "invalid_request"

@@ -1,0 +1,111 @@
+"""Prompts of models with a chat template: template, then the family's own unmodified processor.
+
+In: turns and decoded media. Out: tensors on the CPU. Text without literal control tokens takes exactly the
+ordinary path of `processor.apply_chat_template(..., tokenize=True)`; text with them is marked first (see literals).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from api_stub.contract.job import Turn
+from worker.errors import InvalidRequest
+from worker.media.types import DecodedMedia
+from worker.models.capabilities import Capabilities
+from worker.models.inputs import ModelInputs
+from worker.prompting.chat import Conversation, SpreadMedia, render, spread
+from worker.prompting.literals import MARK
+from worker.prompting.processors import Processors, tensors_of
+
+_SHAPES_REMEMBERED = 512
+
+
+class TemplatedPrompts:
+    """Prepares prompts with one model's chat template. Called from many threads at once."""
+
+    def __init__(self, processors: Processors, capabilities: Capabilities, bos_token: str | None) -> None:
+        self._processors = processors
+        self._plain, self._marked, self._control = processors.plain, processors.marked, processors.control
+        self._capabilities = capabilities
+        self._bos_token = bos_token
+        self._expected = lru_cache(maxsize=_SHAPES_REMEMBERED)(self._count_of_shape)
+
+    def prepare(self, turns: Sequence[Turn], media: Sequence[DecodedMedia]) -> ModelInputs:
+        """Return the prompt's tensors. `media` are in the order of the parts that are not text.
+
+        Raises InvalidRequest when the model cannot be asked this, or the template or the processor refuses it.
+        """
+        conversation, pictures = spread(turns, media)
+        if conversation.num_images and self._capabilities.image_token is None:
+            raise InvalidRequest(f"media: this model's chat template shows no images, got {conversation.num_images}")
+        processor, prompt = self._render(conversation)
+        tensors = self._process(processor, prompt, pictures)
+        if processor is self._marked:
+            self._check_control_tokens(tensors, conversation, pictures)
+        return ModelInputs(
+            tensors=tensors,
+            num_images=pictures.num_images,
+            num_frames=pictures.num_frames,
+            is_continuation=conversation.is_continuation,
+        )
+
+    def _render(self, conversation: Conversation) -> tuple[ProcessorMixin, str]:
+        """Return a prompt whose control tokens are the template's alone, and the processor that reads it.
+
+        A literal may also arise where two pieces of text meet; then the pieces are fenced off by marks.
+        """
+        expected = self._expected(_shape(conversation))
+        if not any(self._control.occur_in(text) for text in conversation.texts):
+            prompt = render(self._plain, conversation)
+            if self._control.count_in(prompt) == expected:
+                return self._plain, prompt
+        escapes: tuple[Callable[[str], str], ...] = (self._control.mark, self._fence)
+        for escape in escapes:
+            prompt = render(self._marked, conversation.with_texts(escape))
+            if self._control.count_in(prompt) == expected:
+                return self._marked, prompt
+        raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
+
+    def _fence(self, text: str) -> str:
+        return f"{MARK}{self._control.mark(text)}{MARK}"
+
+    def _count_of_shape(self, shape: Conversation) -> Counter[str]:
+        """Count the template's own control tokens, and see that every image has its place."""
+        counts = self._control.count_in(render(self._plain, shape))
+        image_token = self._capabilities.image_token
+        if image_token is not None and counts[image_token] != shape.num_images:
+            raise InvalidRequest(
+                f"messages: the model's chat template shows {counts[image_token]} of {shape.num_images} images"
+            )
+        return counts
+
+    def _process(self, processor: ProcessorMixin, prompt: str, pictures: SpreadMedia) -> dict[str, Tensor]:
+        """Run the processor as transformers' own chat path does: no second BOS, images nested per conversation."""
+        options: dict[str, Any] = {}
+        if self._bos_token is not None and prompt.startswith(self._bos_token):
+            options["add_special_tokens"] = False
+        images = [list(pictures.pictures)] if pictures.pictures else None
+        try:
+            encoded = processor(text=prompt, images=images, return_tensors="pt", **options)
+        except ValueError as error:
+            raise InvalidRequest(f"messages: the model's processor refuses them: {error}") from error
+        return tensors_of(encoded)
+
+    def _check_control_tokens(
+        self, tensors: dict[str, Tensor], conversation: Conversation, pictures: SpreadMedia
+    ) -> None:
+        """The last wall: the ids hold as many control tokens as the same conversation with harmless text."""
+        harmless = self._process(self._plain, render(self._plain, _shape(conversation)), pictures)
+        if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
+            raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
+
+
+def _shape(conversation: Conversation) -> Conversation:
+    """Return the conversation with harmless text in place of its own."""
+    return conversation.with_texts(lambda text: "x" if text.strip() else text)
