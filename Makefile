@@ -46,5 +46,5 @@ $(RUN_STAMP): $(PINS) | $(BIN)/python
 
 $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[worker,local,dev]"
+	$(PIP_INSTALL) -e ".[worker,quantization,local,dev]"
 	@touch $@ $(RUN_STAMP)

@@ -19,6 +19,8 @@ READY_S = 120.0
 class WorkerProcess:
     """`visionq-worker start` with its own log file. `settings` are VISIONQ_ variables without the prefix."""
 
+    options: tuple[str, ...] = ()
+
     def __init__(self, directory: Path, redis_url: str, s3_url: str, **settings: object) -> None:
         self.model_name = str(settings.get("model_name", "default"))
         self.redis_url = redis_url
@@ -36,7 +38,7 @@ class WorkerProcess:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker.cli", "start"],
+                [sys.executable, "-m", "worker.cli", "start", *self.options],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

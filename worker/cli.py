@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -12,24 +13,31 @@ from pydantic_core import ErrorDetails
 from worker.errors import CannotStart
 from worker.observability.logging import configure_logging
 from worker.settings import LogFormat, WorkerSettings
+from worker.supervisor import EXIT_CANNOT_START, Supervisor, parse_devices
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the engine and the queue; every figure beside a baseline.")
 app.add_typer(bench, name="bench")
 
-EXIT_CANNOT_START = 78  # EX_CONFIG: restarting without a change would fail again
+MODEL_HELP = "VISIONQ_MODEL: `demo`, a folder, a hub id or s3://bucket/prefix/"
 
 
 @app.command()
 def start(
-    model: Annotated[str | None, typer.Option(help="VISIONQ_MODEL: `demo`, a directory or a hub id")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     model_name: Annotated[str | None, typer.Option(help="VISIONQ_MODEL_NAME: serves queue visionq.<name>")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="one supervised worker per entry: `0,1`, `0+1,2+3` (two GPUs each), `cpu,cpu`")
+    ] = None,
 ) -> None:
     """Load one model, then consume its queue until SIGTERM."""
-    given = {"model": model, "model_name": model_name}
-    settings = read_settings({name: value for name, value in given.items() if value is not None})
+    options = {"model": model, "model_name": model_name}
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = read_settings(given)
     configure_logging(settings.log_format, settings.log_level)
+    if devices is not None:
+        sys.exit(supervise(devices, given, settings))
     # torch and transformers load only now: a wrong setting is told in milliseconds.
     from worker.bootstrap import build
     from worker.celery_app import make_app, ring, serve
@@ -50,7 +58,7 @@ def start(
 
 @app.command()
 def check(
-    model: Annotated[str | None, typer.Option(help="VISIONQ_MODEL: `demo`, a directory or a hub id")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
 ) -> None:
     """Load the model, answer about one picture, print settings and memory; no Redis, no S3. Fails on any problem."""
     settings = read_settings({} if model is None else {"model": model})
@@ -69,6 +77,16 @@ def bench_queue(jobs: Annotated[int, typer.Option(min=2, help="jobs of each kind
     from worker.bench.queue import bench_queue as measure
 
     typer.echo(measure(jobs).lines())
+
+
+def supervise(devices: str, given: dict[str, str], settings: WorkerSettings) -> int:
+    """Run one worker process per device; return the exit status."""
+    try:
+        parsed = parse_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    except CannotStart as error:
+        refuse(str(error))
+    environment = os.environ | {f"VISIONQ_{name.upper()}": value for name, value in given.items()}
+    return Supervisor([sys.executable, "-P", "-m", "worker.cli", "start"], parsed, environment, settings).run()
 
 
 def read_settings(given: dict[str, str]) -> WorkerSettings:

@@ -144,13 +144,12 @@ def test_no_secret_is_written_down(services: dict[str, Any]) -> None:
     assert compose.SECRETS["VALKEY_PASSWORD"] not in str(services["valkey"]["command"])
 
 
-def test_a_gpu_is_reserved_only_by_the_override(services: dict[str, Any]) -> None:
+def test_gpus_are_reserved_and_supervised_only_by_the_override(services: dict[str, Any]) -> None:
     assert "deploy" not in services["worker"]
     worker = compose.load(*FILES, variables=compose.SECRETS)["services"]["worker"]
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-    assert worker["environment"]["VISIONQ_DEVICE"] == "cuda"
-    assert worker["command"] == services["worker"]["command"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert worker["command"] == [*services["worker"]["command"], "--devices", "0"]
     assert worker["image"] != services["worker"]["image"]
     (argument,) = worker["build"]["args"]
     assert f"ARG {argument}=" in (ROOT / worker["build"]["dockerfile"]).read_text()

@@ -23,7 +23,7 @@ def would_run(target: str, venv: Path) -> str:
     ("target", "steps"),
     [
         ("demo", ["-m venv", '".[worker,local]"', "visionq demo"]),
-        ("test", ["-m venv", '".[worker,local,dev]"', "-m pytest"]),
+        ("test", ["-m venv", '".[worker,quantization,local,dev]"', "-m pytest"]),
         ("check", ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest"]),
         ("bench", ["-m venv", "visionq-worker bench queue"]),
     ],

@@ -128,7 +128,9 @@ def _expected_bytes(
     kind: Quantization, architecture: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
 ) -> int:
     with init_empty_weights():
-        return expected_bytes(architecture(config), kind, dtype)
+        empty = architecture(config)
+    empty.tie_weights()
+    return expected_bytes(empty, kind, dtype)
 
 
 def _load_processor(settings: WorkerSettings, source: str | Path) -> ProcessorMixin:

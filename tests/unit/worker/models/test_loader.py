@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, BertConfig
 from tests.tiny.families import FAMILIES
 from worker.errors import CannotStart
 from worker.models.loader import DEMO_CHECKPOINT, LoadedModel, load
-from worker.settings import Attention, Dtype, Quantization, Switch, WorkerSettings
+from worker.settings import Attention, Dtype, Switch, WorkerSettings
 
 Checkpoints = Callable[[str], Path]
 
@@ -226,17 +226,6 @@ def test_a_device_that_is_not_there_is_refused(device: str, tiny_checkpoint: Che
 def test_flash_attention_without_its_conditions_is_refused(tiny_checkpoint: Checkpoints) -> None:
     message = refusal(model=str(tiny_checkpoint("llava")), device="cpu", attention=Attention.FLASH)
     assert message.startswith("VISIONQ_ATTENTION=flash_attention_2: needs a CUDA device, half precision")
-
-
-@pytest.mark.parametrize(
-    ("kind", "package"), [(Quantization.INT8, "optimum-quanto"), (Quantization.NF4, "bitsandbytes")]
-)
-def test_quantisation_without_its_library_is_refused(
-    kind: Quantization, package: str, tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.models.quantization.find_spec", lambda name: None)
-    message = refusal(model=str(tiny_checkpoint("llava")), quantization=kind)
-    assert message == f"VISIONQ_QUANTIZATION={kind}: needs {package}; install the `quantization` extra"
 
 
 def test_a_loaded_model_cannot_be_changed(tiny_checkpoint: Checkpoints) -> None:
