@@ -69,9 +69,14 @@ class Parts:
 
 def build(name: str, directory: Path) -> Path:
     """Save the tiny checkpoint of family `name` into `directory` and return `directory`. Same weights every time."""
+    return save(_BUILDERS[name], directory)
+
+
+def save(make: Callable[[], Parts], directory: Path, seed: int = 0) -> Path:
+    """Save what `make` makes, with weights drawn from `seed` on which images have an effect."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        parts = _BUILDERS[name]()
+        torch.manual_seed(seed)
+        parts = make()
     _make_images_matter(parts.model)
     tokenizer, generation = parts.processor.tokenizer, parts.model.generation_config
     generation.bos_token_id = tokenizer.bos_token_id
@@ -115,7 +120,7 @@ def _make_images_matter(model: PreTrainedModel) -> None:
                 weight.add_(torch.empty_like(weight).normal_(0, 0.02, generator=generator))
 
 
-def _tokenizer(
+def new_tokenizer(
     specials: list[str], *, bos: str, eos: str, pad: str, adds_bos: bool = True, named: dict[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE whose special tokens are those of the real family; `named` become attributes."""
@@ -146,12 +151,12 @@ def _tokenizer(
     )
 
 
-def _new(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     return model_class(config).eval()
 
 
 def _idefics2(*, sliding_window: int | None = None, can_split_images: bool = False) -> Parts:
-    tokenizer = _tokenizer(
+    tokenizer = new_tokenizer(
         ["<fake_token_around_image>", "<image>", "<end_of_utterance>"], bos="<s>", eos="</s>", pad="<unk>"
     )
     image_processor = transformers.Idefics2ImageProcessorPil(
@@ -168,12 +173,12 @@ def _idefics2(*, sliding_window: int | None = None, can_split_images: bool = Fal
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     end_of_utterance = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
-    model = _new(transformers.Idefics2ForConditionalGeneration, config)
+    model = new_model(transformers.Idefics2ForConditionalGeneration, config)
     return Parts(model, processor, [tokenizer.eos_token_id, end_of_utterance])
 
 
 def _llava() -> Parts:
-    tokenizer = _tokenizer(
+    tokenizer = new_tokenizer(
         ["<|im_start|>", "<|im_end|>", "<image>"],
         bos="<|im_start|>", eos="<|im_end|>", pad="<|endoftext|>", adds_bos=False,
     )  # fmt: skip
@@ -193,12 +198,12 @@ def _llava() -> Parts:
         vision_feature_layer=-1,
         image_seq_length=16,
     )
-    return Parts(_new(transformers.LlavaForConditionalGeneration, config), processor, tokenizer.eos_token_id)
+    return Parts(new_model(transformers.LlavaForConditionalGeneration, config), processor, tokenizer.eos_token_id)
 
 
 def _idefics3() -> Parts:
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = _tokenizer(
+    tokenizer = new_tokenizer(
         ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *tiles],
         bos="<|begin_of_text|>", eos="<|end_of_text|>", pad="<|finetune_right_pad_id|>",
     )  # fmt: skip
@@ -214,12 +219,12 @@ def _idefics3() -> Parts:
         pad_token_id=tokenizer.pad_token_id,
     )
     end_of_utterance = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
-    model = _new(transformers.Idefics3ForConditionalGeneration, config)
+    model = new_model(transformers.Idefics3ForConditionalGeneration, config)
     return Parts(model, processor, [tokenizer.eos_token_id, end_of_utterance])
 
 
 def _gemma3() -> Parts:
-    tokenizer = _tokenizer(
+    tokenizer = new_tokenizer(
         ["<start_of_turn>", "<end_of_turn>"],
         bos="<bos>", eos="<eos>", pad="<pad>",
         named={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
@@ -238,12 +243,12 @@ def _gemma3() -> Parts:
         eoi_token_id=tokenizer.convert_tokens_to_ids("<end_of_image>"),
     )  # fmt: skip
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    model = _new(transformers.Gemma3ForConditionalGeneration, config)
+    model = new_model(transformers.Gemma3ForConditionalGeneration, config)
     return Parts(model, processor, [tokenizer.eos_token_id, end_of_turn])
 
 
 def _paligemma() -> Parts:
-    tokenizer = _tokenizer(["<image>"], bos="<bos>", eos="<eos>", pad="<pad>", adds_bos=False)
+    tokenizer = new_tokenizer(["<image>"], bos="<bos>", eos="<eos>", pad="<pad>", adds_bos=False)
     image_processor = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
     image_processor.image_seq_length = 16
     processor = transformers.PaliGemmaProcessor(image_processor, tokenizer)
@@ -254,12 +259,12 @@ def _paligemma() -> Parts:
         projection_dim=64,
         hidden_size=64,
     )
-    model = _new(transformers.PaliGemmaForConditionalGeneration, config)
+    model = new_model(transformers.PaliGemmaForConditionalGeneration, config)
     return Parts(model, processor, tokenizer.eos_token_id)
 
 
 def _blip2() -> Parts:
-    tokenizer = _tokenizer(["<image>"], bos="<s>", eos="</s>", pad="<pad>")
+    tokenizer = new_tokenizer(["<image>"], bos="<s>", eos="</s>", pad="<pad>")
     image_processor = transformers.BlipImageProcessorPil(size={"height": 32, "width": 32})
     processor = transformers.Blip2Processor(image_processor, tokenizer, num_query_tokens=4)
     config = transformers.Blip2Config(
@@ -278,11 +283,11 @@ def _blip2() -> Parts:
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    return Parts(_new(transformers.Blip2ForConditionalGeneration, config), processor, tokenizer.eos_token_id)
+    return Parts(new_model(transformers.Blip2ForConditionalGeneration, config), processor, tokenizer.eos_token_id)
 
 
 def _git() -> Parts:
-    tokenizer = _tokenizer([], bos="[CLS]", eos="[SEP]", pad="[PAD]")
+    tokenizer = new_tokenizer([], bos="[CLS]", eos="[SEP]", pad="[PAD]")
     image_processor = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
@@ -296,7 +301,7 @@ def _git() -> Parts:
         intermediate_size=96,
         max_position_embeddings=256,
     )
-    return Parts(_new(transformers.GitForCausalLM, config), processor, tokenizer.eos_token_id)
+    return Parts(new_model(transformers.GitForCausalLM, config), processor, tokenizer.eos_token_id)
 
 
 _BUILDERS: dict[str, Callable[[], Parts]] = {

@@ -23,11 +23,12 @@ class Slot(Enum):
     """A place in a turn where something other than text stands."""
 
     IMAGE = "image"
+    VIDEO = "video"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
-    """One turn: who speaks, and texts and image places in order."""
+    """One turn: who speaks, and texts and places of media in order."""
 
     role: Role
     parts: tuple[str | Slot, ...]
@@ -44,10 +45,9 @@ class Conversation:
         """Whether the model goes on with the last turn instead of answering it."""
         return self.turns[-1].role is Role.ASSISTANT
 
-    @property
-    def num_images(self) -> int:
-        """Image places in all turns."""
-        return sum(part is Slot.IMAGE for turn in self.turns for part in turn.parts)
+    def count(self, slot: Slot) -> int:
+        """Return the number of such places in all turns."""
+        return sum(part is slot for turn in self.turns for part in turn.parts)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -66,39 +66,62 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class SpreadMedia:
-    """All pictures of a conversation in the order of its image places, and how many of them are stills and frames."""
+    """What stands at a conversation's places, per kind in order: pictures (stills, frames) and whole clips.
+
+    num_images, num_frames: stills, and frames of clips in either form.
+    """
 
     pictures: tuple[Image.Image, ...]
+    clips: tuple[DecodedClip, ...]
     num_images: int
     num_frames: int
 
 
-def spread(turns: Sequence[Turn], media: Sequence[DecodedMedia]) -> tuple[Conversation, SpreadMedia]:
-    """Put every medium at its part's place; a clip becomes one image place per frame, in time order.
+def spread(
+    turns: Sequence[Turn], media: Sequence[DecodedMedia], *, keep_clips: bool = False
+) -> tuple[Conversation, SpreadMedia]:
+    """Put every medium at its part's place; a clip stays whole or becomes one image place per frame, in time order.
 
     `media` has one entry per part that is not text, in the order of the parts; otherwise ValueError.
     """
+    num_parts = sum(not isinstance(part, TextPart) for turn in turns for part in turn.content)
+    if num_parts != len(media):
+        raise ValueError(f"{len(media)} media for {num_parts} parts")
     waiting = iter(media)
-    chat_turns: list[ChatTurn] = []
-    pictures: list[Image.Image] = []
-    num_frames = 0
-    for turn in turns:
-        parts: list[str | Slot] = []
-        for part in turn.content:
-            if isinstance(part, TextPart):
-                parts.append(part.text)
-                continue
-            medium = next(waiting, None)
-            if medium is None:
-                raise ValueError(f"{len(media)} media for more parts than that")
-            frames = medium.frames if isinstance(medium, DecodedClip) else (medium.pixels,)
-            num_frames += len(frames) if isinstance(medium, DecodedClip) else 0
-            pictures.extend(frames)
-            parts.extend([Slot.IMAGE] * len(frames))
-        chat_turns.append(ChatTurn(turn.role, tuple(parts)))
-    if next(waiting, None) is not None:
-        raise ValueError(f"{len(media)} media for fewer parts than that")
-    return Conversation(tuple(chat_turns)), SpreadMedia(tuple(pictures), len(pictures) - num_frames, num_frames)
+    conversation = Conversation(
+        tuple(
+            ChatTurn(
+                turn.role,
+                tuple(
+                    place
+                    for part in turn.content
+                    for place in (
+                        (part.text,) if isinstance(part, TextPart) else _places(next(waiting), keep_clips=keep_clips)
+                    )
+                ),
+            )
+            for turn in turns
+        )
+    )
+    clips = tuple(medium for medium in media if isinstance(medium, DecodedClip))
+    return conversation, SpreadMedia(
+        pictures=tuple(picture for medium in media for picture in _pictures(medium, keep_clips=keep_clips)),
+        clips=clips if keep_clips else (),
+        num_images=len(media) - len(clips),
+        num_frames=sum(len(clip.frames) for clip in clips),
+    )
+
+
+def _places(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Slot, ...]:
+    if isinstance(medium, DecodedClip) and keep_clips:
+        return (Slot.VIDEO,)
+    return (Slot.IMAGE,) * len(_pictures(medium, keep_clips=keep_clips))
+
+
+def _pictures(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Image.Image, ...]:
+    if isinstance(medium, DecodedClip):
+        return () if keep_clips else medium.frames
+    return (medium.pixels,)
 
 
 def render(processor: ProcessorMixin, conversation: Conversation) -> str:

@@ -22,16 +22,19 @@ MARK = "\ufdd0"
 class ControlTokens:
     """A tokenizer's added tokens, and where text spells them.
 
+    `placeholders` are words that a processor replaces by media, whether or not the tokenizer knows them.
     Added tokens of white space or of a single character are words like any other (Gemma lists line breaks so).
     Safe to use from many threads: nothing changes after construction.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholders: Iterable[str] = ()) -> None:
         added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+        words = set(placeholders) - {token.content for token in added}
         ids = {tokenizer.convert_tokens_to_ids(token.content) for token in added}
         #: Without the unknown token, which any rare word may become.
         self.ids = frozenset(ids - {tokenizer.unk_token_id})
-        self._pattern = _any_of(added, lambda content: content)
+        replaced = [AddedToken(word, normalized=False) for word in sorted(words)]
+        self._pattern = _any_of([*added, *replaced], lambda content: content)
         self._start = re.compile(f"(?=(?:{self._pattern.pattern}))(.)", re.DOTALL)
         self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
         self._normalized = _any_of((token for token in added if token.normalized), self._normalize)

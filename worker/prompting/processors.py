@@ -29,7 +29,7 @@ class Processors:
         self.plain: ProcessorMixin = loaded.processor
         self.marked: ProcessorMixin = copy.copy(loaded.processor)
         self.marked.tokenizer = literal_tokenizer(loaded.tokenizer)
-        self.control = ControlTokens(loaded.tokenizer)
+        self.control = ControlTokens(loaded.tokenizer, _placeholders(loaded))
         for processor in (self.plain, self.marked):
             # The first call settles the tokenizer's truncation and padding; changing them under other threads fails.
             processor.tokenizer("", return_tensors=None)
@@ -37,6 +37,11 @@ class Processors:
     def control_ids(self, tensors: Mapping[str, Tensor]) -> Counter[int]:
         """Count the control tokens in a prompt's ids."""
         return Counter(token for token in tensors["input_ids"][0].tolist() if token in self.control.ids)
+
+
+def _placeholders(loaded: LoadedModel) -> set[str]:
+    tokens = [getattr(loaded.processor, name, None) for name in ("image_token", "video_token")]
+    return {str(token) for token in (*tokens, loaded.capabilities.video_token) if token}
 
 
 def tensors_of(encoded: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from api_stub.contract.job import Turn
 from worker.errors import InvalidRequest
-from worker.media.types import DecodedMedia
+from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.capabilities import Capabilities
 from worker.models.inputs import ModelInputs
-from worker.prompting.chat import Conversation, SpreadMedia, render, spread
+from worker.prompting.chat import Conversation, Slot, SpreadMedia, render, spread
+from worker.prompting.clips import video_options
 from worker.prompting.literals import MARK
 from worker.prompting.processors import Processors, tensors_of
 
@@ -41,19 +41,27 @@ class TemplatedPrompts:
 
         Raises InvalidRequest when the model cannot be asked this, or the template or the processor refuses it.
         """
-        conversation, pictures = spread(turns, media)
-        if conversation.num_images and self._capabilities.image_token is None:
-            raise InvalidRequest(f"media: this model's chat template shows no images, got {conversation.num_images}")
+        conversation, shown = spread(turns, media, keep_clips=self._keeps_clips(media))
+        num_images = conversation.count(Slot.IMAGE)
+        if num_images and self._capabilities.image_token is None:
+            raise InvalidRequest(f"media: this model's chat template shows no images, got {num_images}")
         processor, prompt = self._render(conversation)
-        tensors = self._process(processor, prompt, pictures)
+        tensors = self._process(processor, prompt, shown)
         if processor is self._marked:
-            self._check_control_tokens(tensors, conversation, pictures)
+            self._check_control_tokens(tensors, conversation, shown)
         return ModelInputs(
             tensors=tensors,
-            num_images=pictures.num_images,
-            num_frames=pictures.num_frames,
+            num_images=shown.num_images,
+            num_frames=shown.num_frames,
             is_continuation=conversation.is_continuation,
         )
+
+    def _keeps_clips(self, media: Sequence[DecodedMedia]) -> bool:
+        """Whether clips are given as clips: all of a prompt's or none, so that the model sees them alike."""
+        clips = [medium for medium in media if isinstance(medium, DecodedClip)]
+        has_images, num_lengths = len(clips) < len(media), len({len(clip.frames) for clip in clips})
+        can = self._capabilities
+        return can.native_video and (can.can_mix_media or not has_images) and (can.can_mix_lengths or num_lengths <= 1)
 
     def _render(self, conversation: Conversation) -> tuple[ProcessorMixin, str]:
         """Return a prompt whose control tokens are the template's alone, and the processor that reads it.
@@ -76,32 +84,31 @@ class TemplatedPrompts:
         return f"{MARK}{self._control.mark(text)}{MARK}"
 
     def _count_of_shape(self, shape: Conversation) -> Counter[str]:
-        """Count the template's own control tokens, and see that every image has its place."""
+        """Count the template's own control tokens, and see that every image and clip has its place."""
         counts = self._control.count_in(render(self._plain, shape))
-        image_token = self._capabilities.image_token
-        if image_token is not None and counts[image_token] != shape.num_images:
-            raise InvalidRequest(
-                f"messages: the model's chat template shows {counts[image_token]} of {shape.num_images} images"
-            )
+        tokens = {Slot.IMAGE: self._capabilities.image_token, Slot.VIDEO: self._capabilities.video_token}
+        for slot, token in tokens.items():
+            if token is not None and counts[token] != shape.count(slot):
+                raise InvalidRequest(
+                    f"messages: the model's chat template shows {counts[token]} of {shape.count(slot)} {slot.value}s"
+                )
         return counts
 
-    def _process(self, processor: ProcessorMixin, prompt: str, pictures: SpreadMedia) -> dict[str, Tensor]:
-        """Run the processor as transformers' own chat path does: no second BOS, images nested per conversation."""
-        options: dict[str, Any] = {}
+    def _process(self, processor: ProcessorMixin, prompt: str, shown: SpreadMedia) -> dict[str, Tensor]:
+        """Run the processor as transformers' own chat path does: no second BOS, media nested per conversation."""
+        options = video_options(processor, shown.clips)
         if self._bos_token is not None and prompt.startswith(self._bos_token):
             options["add_special_tokens"] = False
-        images = [list(pictures.pictures)] if pictures.pictures else None
+        images = [list(shown.pictures)] if shown.pictures else None
         try:
             encoded = processor(text=prompt, images=images, return_tensors="pt", **options)
         except ValueError as error:
             raise InvalidRequest(f"messages: the model's processor refuses them: {error}") from error
         return tensors_of(encoded)
 
-    def _check_control_tokens(
-        self, tensors: dict[str, Tensor], conversation: Conversation, pictures: SpreadMedia
-    ) -> None:
+    def _check_control_tokens(self, tensors: dict[str, Tensor], conversation: Conversation, shown: SpreadMedia) -> None:
         """The last wall: the ids hold as many control tokens as the same conversation with harmless text."""
-        harmless = self._process(self._plain, render(self._plain, _shape(conversation)), pictures)
+        harmless = self._process(self._plain, render(self._plain, _shape(conversation)), shown)
         if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
             raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
 

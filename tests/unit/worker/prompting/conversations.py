@@ -51,9 +51,9 @@ def clip(seed: int, num_frames: int) -> DecodedClip:
 
 
 def upstream(
-    processor: ProcessorMixin, turns: Sequence[Turn], media: Sequence[DecodedMedia]
+    processor: ProcessorMixin, turns: Sequence[Turn], media: Sequence[DecodedMedia], *, keep_clips: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return what `apply_chat_template(..., tokenize=True)` makes of the conversation, clips as frames."""
+    """Return what `apply_chat_template(..., tokenize=True)` makes of the conversation, clips as frames or whole."""
     waiting = iter(media)
     messages = []
     for turn in turns:
@@ -61,10 +61,16 @@ def upstream(
         for part in turn.content:
             if isinstance(part, TextPart):
                 content.append({"type": "text", "text": part.text})
+                continue
+            medium = next(waiting)
+            if isinstance(medium, DecodedClip) and keep_clips:
+                content.append({"type": "video", "video": list(medium.frames)})
             else:
-                content.extend({"type": "image", "image": frame} for frame in frames_of(next(waiting)))
+                content.extend({"type": "image", "image": frame} for frame in frames_of(medium))
         messages.append({"role": turn.role.value, "content": content})
     is_continuation = turns[-1].role is Role.ASSISTANT
+    clips = [medium for medium in media if isinstance(medium, DecodedClip)] if keep_clips else []
+    video = {"do_sample_frames": False, "video_metadata": [metadata_of(clip) for clip in clips]} if clips else {}
     encoded = processor.apply_chat_template(
         messages,
         tokenize=True,
@@ -72,8 +78,19 @@ def upstream(
         return_tensors="pt",
         add_generation_prompt=not is_continuation,
         continue_final_message=is_continuation,
+        processor_kwargs=video,
     )
     return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+
+
+def metadata_of(clip: DecodedClip) -> dict[str, object]:
+    """Return upstream's description of a clip of one frame per second, every frame of which was sampled."""
+    return {
+        "total_num_frames": len(clip.frames),
+        "fps": 1.0,
+        "duration": float(len(clip.frames)),
+        "frames_indices": list(range(len(clip.frames))),
+    }
 
 
 def frames_of(medium: DecodedMedia) -> tuple[Image.Image, ...]:

@@ -13,10 +13,8 @@ from PIL import Image
 
 from api_stub.contract.job import CaptionJob, Job, Message, VideoQaJob, VqaJob
 from tests.tiny.families import picture
-from tests.unit.worker.engine.harness import Outbox, request
+from tests.unit.worker.engine.harness import request, running_engine
 from tests.unit.worker.prompting.conversations import IMAGE, assistant, clip, image, user
-from worker.engine.core import EngineCore
-from worker.engine.scheduler import SchedulerLimits
 from worker.errors import CannotStart, InvalidRequest
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
@@ -60,15 +58,12 @@ def sequential(loaded: LoadedModel, images: Sequence[Image.Image], text: str, ma
 
 def batched(loaded: LoadedModel, prompts: Sequence[ModelInputs], max_new_tokens: int) -> list[str]:
     """Return the texts of an engine that runs all prompts at once."""
-    core = EngineCore(loaded.model, loaded.tokenizer, SchedulerLimits(max_num_seqs=5, max_prefill_tokens=64), 200)
     requests = [request(inputs, max_new_tokens) for inputs in prompts]
-    outbox = Outbox()
-    with torch.inference_mode():
+    with running_engine(loaded, max_num_seqs=5, max_model_len=200) as (engine, outbox):
         for each in requests:
-            core.add(each, submitted_at=0.0)
-        while not core.scheduler.is_idle:
-            for output in core.step():
-                outbox.outputs[output.request_id].append(output)
+            engine.submit(each)
+        for each in requests:
+            assert outbox.finish(each.request_id).error is None
     return [outbox.text(each.request_id) for each in requests]
 
 

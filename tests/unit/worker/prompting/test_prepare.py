@@ -175,9 +175,9 @@ def test_images_that_a_template_would_drop_are_refused(loaded_family: Loaded) ->
 
 
 def test_media_and_parts_must_agree(builder_of: Builders) -> None:
-    with pytest.raises(ValueError, match="1 media"):
+    with pytest.raises(ValueError, match="1 media for 0 parts"):
         builder_of("llava").prepare((user("What?"),), (image(1),))
-    with pytest.raises(ValueError, match="0 media"):
+    with pytest.raises(ValueError, match="0 media for 1 parts"):
         builder_of("llava").prepare((user(IMAGE, "What?"),), ())
 
 
