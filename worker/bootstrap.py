@@ -17,6 +17,7 @@ from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
 from api_stub.ledger.rows import Bell
 from worker.answers import Answers
+from worker.engine.backend import PagedConfig
 from worker.engine.engine import Engine, EngineConfig
 from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
@@ -31,7 +32,7 @@ from worker.media.policy import MediaPolicy
 from worker.models.loader import LoadedModel, load
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
-from worker.settings import WorkerSettings, export
+from worker.settings import KVBackend, WorkerSettings, export
 from worker.streaming.publisher import Publisher
 from worker.tryout import TriedOut, try_out
 
@@ -162,8 +163,22 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
     context = loaded.max_context
     if settings.max_model_len > context:
         raise CannotStart(f"VISIONQ_MAX_MODEL_LEN: {settings.max_model_len} is above the model's context of {context}")
-    automatic = min(context, CPU_MAX_MODEL_LEN) if loaded.device.type == "cpu" else context
-    return EngineConfig(max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len or automatic)
+    on_cpu = loaded.device.type == "cpu"
+    automatic = min(context, CPU_MAX_MODEL_LEN) if on_cpu else context
+    num_batched = settings.max_num_batched_tokens or max(512 if on_cpu else 2048, 2 * settings.max_num_seqs)
+    if num_batched <= settings.max_num_seqs:
+        raise CannotStart(
+            f"VISIONQ_MAX_NUM_BATCHED_TOKENS: {num_batched} leaves nothing for prompts beside "
+            f"VISIONQ_MAX_NUM_SEQS={settings.max_num_seqs}"
+        )
+    is_paged = settings.kv_backend is KVBackend.PAGED or (settings.kv_backend is KVBackend.AUTO and not on_cpu)
+    sizes = PagedConfig(settings.kv_block_size, settings.kv_blocks, settings.kv_memory_fraction)
+    return EngineConfig(
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len or automatic,
+        max_num_batched_tokens=num_batched,
+        paged=sizes if is_paged else None,
+    )
 
 
 def media_policy(settings: WorkerSettings) -> MediaPolicy:

@@ -55,6 +55,14 @@ class Quantization(StrEnum):
     NF4 = "nf4"
 
 
+class KVBackend(StrEnum):
+    """Where keys and values live; auto is paged on a GPU and slots on a CPU."""
+
+    AUTO = "auto"
+    SLOTS = "slots"
+    PAGED = "paged"
+
+
 class LogFormat(StrEnum):
     """How log lines look."""
 
@@ -107,6 +115,25 @@ class WorkerSettings(BaseSettings):
         default=0,
         ge=0,
         description="Tokens of prompt and answer per job; 0: the checkpoint's context, at most 4096 on a CPU",
+    )
+    max_num_batched_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=65_536,
+        description="Tokens of prompts and answers read in one step; 0: 2048 on a GPU, 512 on a CPU, "
+        "at least twice `max_num_seqs`",
+    )
+    kv_backend: KVBackend = Field(
+        default=KVBackend.AUTO,
+        validation_alias=AliasChoices("kv_backend", "VISIONQ_KV"),
+        description="Keys and values: `paged` blocks, `slots` of full length, `auto`: paged on a GPU, slots on a CPU",
+    )
+    kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens of one paged block")
+    kv_blocks: int = Field(
+        default=0, ge=0, description="Paged blocks; 0: enough for `max_num_seqs` full jobs, as far as memory goes"
+    )
+    kv_memory_fraction: float = Field(
+        default=0.9, gt=0, lt=1, description="Share of the free GPU memory that paged blocks may take at boot"
     )
     prepare_ahead: int = Field(default=4, ge=0, le=256, description="Jobs fetched and prepared beyond `max_num_seqs`")
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0: torch's own choice")

@@ -1,26 +1,26 @@
-"""One step of the engine: decode, prefill, sample, make text.
+"""One step of the engine: start, run, sample, make text.
 
-Knows requests and tensors, no threads. A request that cannot be prefilled fails alone; a decode step that fails takes
-the running requests with it and the engine goes on with empty rows.
+Knows requests and tensors, no threads and no KV back end. A request whose prompt cannot be read fails alone; a step
+that fails takes the requests in it along and the engine goes on with the others.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.result import FinishReason
+from worker.engine.batch import Chunk, NoRoom, Runner, StepLogits
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
 from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput
-from worker.engine.runner import SlotRunner
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.step_times import Stage, StepClock
 from worker.errors import WorkerError
 
 logger = logging.getLogger(__name__)
@@ -32,16 +32,22 @@ MAX_FAILED_STEPS = 3
 class EngineCore:
     """Everything of an engine but its thread. All methods belong to one thread under `torch.inference_mode`.
 
-    is_dead: the device is lost or decode steps keep failing; call nothing but `end` then.
+    is_dead: the device is lost or steps keep failing; call nothing but `end` then.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: SchedulerLimits, row_length: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        runner: Runner,
+        limits: SchedulerLimits,
+        clock: StepClock | None = None,
     ) -> None:
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, runner)
         self.is_dead = False
         self._eos_token_ids = frozenset(eos_token_ids(model, tokenizer))
-        self._runner = SlotRunner(model, limits.max_num_seqs, row_length)
+        self._runner = runner
+        self._clock = clock or StepClock()
         self._sampler = Sampler(sorted(self._eos_token_ids))
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._texts: dict[str, Detokenizer] = {}
@@ -55,68 +61,77 @@ class EngineCore:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Decode one token for what runs, prefill what the scheduler admits, sample for all, say what is new."""
+        """Start what fits, feed one batch to the model, sample for those that get a token, say what is new."""
         outputs: list[RequestOutput] = []
-        decoded = self._decode(outputs)
-        prefilled = self._prefill(outputs)
-        tokens = self._sample(decoded + prefilled, outputs)
-        self._append(tokens, outputs)
+        self._clock.begin()
+        self._start_waiting(outputs)
+        self._clock.lap(Stage.OPEN)
+        chunks = self.scheduler.schedule()
+        self._clock.lap(Stage.SCHEDULE)
+        self._clock.feed(chunks)
+        logits = self._run(chunks, outputs)
+        self._clock.lap(Stage.MODEL)
+        tokens = self._sample(logits, outputs)
+        self._clock.lap(Stage.SAMPLE)
+        self._append(logits.requests, tokens, outputs)
+        self._clock.lap(Stage.DETOKENISE)
         return outputs
 
     def end(self, request: Request, reason: Ended, error: ErrorInfo | None = None) -> RequestOutput:
         """End a waiting or running request without an answer; text that was held back is dropped."""
+        text = self._texts.pop(request.request_id)
         if self.is_dead:
-            return self._end(request, reason, error, release=_leave_rows)
-        return self._end(request, reason, error, release=self._runner.release)
+            # A row may be moved over the gap, which a lost device cannot do.
+            request.row = -1
+        self.scheduler.end(request)
+        return RequestOutput(request.request_id, "", text.offset, 0, finish=_finish(request, reason, error))
 
-    def _decode(self, outputs: list[RequestOutput]) -> list[Tensor]:
-        """Return logits [B, V] of the running requests, in row order, if there are any."""
-        if not self.scheduler.running:
-            return []
-        try:
-            logits = self._runner.decode(self.scheduler.running)
-        except Exception as error:
-            logger.exception("decode step failed", extra={"action": "engine.decode"})
-            self._fail_running(error, outputs)
-            return []
-        self._num_failed_steps = 0
-        return [logits]
-
-    def _prefill(self, outputs: list[RequestOutput]) -> list[Tensor]:
-        """Start the requests that the scheduler admits; return logits [1, V] of each, in row order."""
-        started: list[Tensor] = []
-        for request in [] if self.is_dead else self.scheduler.admit():
+    def _start_waiting(self, outputs: list[RequestOutput]) -> None:
+        """Open the requests that the scheduler lets in; one that cannot be opened fails alone."""
+        while not self.is_dead and (request := self.scheduler.next_to_start()) is not None:
             try:
-                started.append(self._runner.prefill(request, row=self.scheduler.num_running))
+                self._runner.open(request)
+            except NoRoom:
+                return
             except Exception as error:
-                facts = {"action": "engine.prefill", "job_id": request.request_id}
-                logger.warning("prefill failed", extra=facts, exc_info=True)
-                self._note_death(error)
-                outputs.append(self.end(request, Ended.FAILED, _error_info(error, "prefill")))
+                logger.warning("prompt cannot be opened", extra=_facts(request), exc_info=True)
+                self._fail_prompt(request, error, outputs)
             else:
                 self.scheduler.start(request)
-        return started
 
-    def _sample(self, logits: list[Tensor], outputs: list[RequestOutput]) -> list[int]:
-        """Return one token per running request."""
-        if not logits:
-            return []
+    def _run(self, chunks: Sequence[Chunk], outputs: list[RequestOutput]) -> StepLogits:
+        """Feed the batch; one that fails takes the requests in it along."""
+        if not chunks:
+            return StepLogits()
         try:
-            rows = logits[0] if len(logits) == 1 else torch.cat(logits)
-            return self._sampler.sample(rows, self.scheduler.running)
+            logits = self._runner.run(chunks)
+        except Exception as error:
+            logger.exception("decode step failed", extra={"action": "engine.decode"})
+            self._fail_batch([chunk.request for chunk in chunks], error, outputs)
+            return StepLogits()
+        if any(request.output_ids for request in logits.requests):
+            # A prompt that could be read says nothing about decoding.
+            self._num_failed_steps = 0
+        for request, reason in logits.failed:
+            self._fail_prompt(request, reason, outputs)
+        return logits
+
+    def _sample(self, logits: StepLogits, outputs: list[RequestOutput]) -> list[int] | None:
+        """Return one token per request of `logits`, None when there are none or sampling failed."""
+        if logits.logits is None:
+            return None
+        try:
+            return self._sampler.sample(logits.logits, logits.requests)
         except Exception as error:
             logger.exception("sampling failed", extra={"action": "engine.sample"})
-            self._fail_running(error, outputs)
-            return []
+            self._fail_batch(logits.requests, error, outputs)
+            return None
 
-    def _append(self, tokens: Sequence[int], outputs: list[RequestOutput]) -> None:
-        """Give each running request its token; end those that are done."""
+    def _append(self, requests: Sequence[Request], tokens: Sequence[int] | None, outputs: list[RequestOutput]) -> None:
+        """Give each request its token; end those that are done."""
         now = time.monotonic()
-        batch = list(self.scheduler.running)
-        # All rows grow before any ends: a row that moves must know its length.
-        for request, token in zip(batch, tokens, strict=True):
+        for request, token in zip(requests, tokens or (), strict=tokens is not None):
             request.output_ids.append(token)
-        for request in batch:
             output = self._advance(request, now)
             if output is not None:
                 outputs.append(output)
@@ -144,22 +159,18 @@ class EngineCore:
 
     def _finish(self, request: Request, reason: FinishReason) -> Finish:
         del self._texts[request.request_id]
-        self.scheduler.end(request, self._runner.release)
+        self.scheduler.end(request)
         return _finish(request, reason)
 
-    def _end(
-        self, request: Request, reason: Ended, error: ErrorInfo | None, release: Callable[[Request, Request], None]
-    ) -> RequestOutput:
-        text = self._texts.pop(request.request_id)
-        self.scheduler.end(request, release)
-        return RequestOutput(request.request_id, "", text.offset, 0, finish=_finish(request, reason, error))
+    def _fail_prompt(self, request: Request, error: Exception, outputs: list[RequestOutput]) -> None:
+        self._note_death(error)
+        outputs.append(self.end(request, Ended.FAILED, _error_info(error, "prefill")))
 
-    def _fail_running(self, error: Exception, outputs: list[RequestOutput]) -> None:
+    def _fail_batch(self, requests: Sequence[Request], error: Exception, outputs: list[RequestOutput]) -> None:
         self._num_failed_steps += 1
         self._note_death(error)
         info = _error_info(error, "a decode step")
-        running = list(self.scheduler.running)
-        outputs += [self._end(request, Ended.FAILED, info, release=_leave_rows) for request in running]
+        outputs += [self.end(request, Ended.FAILED, info) for request in requests]
         if not self.is_dead:
             self._runner.reset()
 
@@ -178,8 +189,8 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return []
 
 
-def _leave_rows(_request: Request, _last: Request) -> None:
-    """Move nothing: the rows are about to be forgotten."""
+def _facts(request: Request) -> dict[str, str]:
+    return {"action": "engine.prefill", "job_id": request.request_id}
 
 
 def _finish(request: Request, reason: FinishReason | Ended, error: ErrorInfo | None = None) -> Finish:

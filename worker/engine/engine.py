@@ -16,9 +16,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
+from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
 from worker.engine.scheduler import SchedulerLimits
+from worker.engine.step_times import Stage, StepClock
 from worker.errors import EngineDead, PromptTooLong
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,14 @@ class EngineConfig:
 
     max_num_seqs: requests that decode together.
     max_model_len: tokens of prompt and answer together; the length of a KV row.
-    max_prefill_tokens: prompt tokens read between two decode steps; a longer prompt is read alone.
+    max_num_batched_tokens: tokens fed in one step, see `SchedulerLimits`.
+    paged: sizes of a paged KV back end; None, or a model that is not suited, takes rows.
     """
 
     max_num_seqs: int
     max_model_len: int
-    max_prefill_tokens: int = 512
+    max_num_batched_tokens: int = 512
+    paged: PagedConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Engine:
 
     `outbox` is called on the engine thread with all outputs of one step and must return at once: decoding waits for
     it. Every submitted request gets exactly one output with `finish`, also when it is cancelled, when the engine
-    stops and when it dies.
+    stops and when it dies. `clock` is told where the time of the steps goes.
     """
 
     def __init__(
@@ -70,9 +74,12 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         config: EngineConfig,
         outbox: Callable[[list[RequestOutput]], None],
+        clock: StepClock | None = None,
     ) -> None:
-        limits = SchedulerLimits(config.max_num_seqs, config.max_prefill_tokens)
-        self._core = EngineCore(model, tokenizer, limits, config.max_model_len)
+        limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
+        runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged)
+        self._clock = clock or StepClock()
+        self._core = EngineCore(model, tokenizer, runner, limits, self._clock)
         self._row_length = config.max_model_len
         self._context_length: int | None = getattr(
             model.config.get_text_config(decoder=True), "max_position_embeddings", None
@@ -161,6 +168,7 @@ class Engine:
             while not self._core.is_dead and self._take_messages():
                 if not self._core.scheduler.is_idle:
                     self._tell(self._core.step())
+                    self._clock.lap(Stage.HAND_OVER)
                 self._last_step_at = time.monotonic()
         except Exception:
             logger.exception("engine thread failed", extra={"action": "engine.run"})

@@ -1,4 +1,4 @@
-"""Prefill: one prompt through the model's own, unmodified forward, images and all.
+"""Prefill: how a prompt, images and all, becomes something the engine can feed to a text model.
 
 Nothing here knows a model family. Where the first generated token stands is read at the decoder's door, from the
 position ids that the model hands to its own text decoder; that covers multi-axis rotary positions too.
@@ -6,16 +6,20 @@ position ids that the model hands to its own text decoder; that covers multi-axi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache
 
+from worker.engine.attention import PROMPT, PromptStep
+from worker.engine.entrances import Entrances
 from worker.models.inputs import ModelInputs
+
+#: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
+_ORDINARY: Final = frozenset({"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +36,86 @@ class Prefilled:
     first_position: int
 
 
-class Prefill:
-    """Runs prompts through one model, one at a time. Engine thread only."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the text decoder would get it.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._decoder: nn.Module = model.get_decoder()
-        parameters = inspect.signature(model.forward).parameters
-        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    embeds: [T, hidden]. positions: [T], or [axes, T] with multi-axis rotary positions.
+    is_whole: it must go through the model's forward in one piece, because the decoder gets more than embeddings
+        (deepstack features) or the model's mask lets tokens look ahead (bidirectional image spans).
+    first_position: position id of the first new token.
+    """
 
-    def run(self, inputs: ModelInputs) -> Prefilled:
-        """Read one prompt. Raises whatever the model raises."""
-        cache = DynamicCache()
-        seen: list[Tensor | None] = []
+    embeds: Tensor
+    positions: Tensor
+    is_whole: bool
+    first_position: int
 
-        def read_positions(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(kwargs.get("position_ids"))
+    @property
+    def num_tokens(self) -> int:
+        return self.embeds.shape[0]
 
-        hook = self._decoder.register_forward_pre_hook(read_positions, with_kwargs=True)
-        try:
-            output = self._model(
-                **self._on_device(inputs.tensors), past_key_values=cache, use_cache=True, **self._extra
-            )
-        finally:
-            hook.remove()
-        positions = seen[0] if seen else None
-        # Models that hand no positions down count the tokens of the text, as `generate` does for them.
-        first_position = inputs.num_prompt_tokens if positions is None else int(positions.max()) + 1
-        return Prefilled(output.logits[:, -1], cache, first_position)
 
-    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device, dtype = self._model.device, self._model.dtype
-        return {
-            name: tensor.to(device, dtype) if torch.is_floating_point(tensor) else tensor.to(device)
-            for name, tensor in tensors.items()
-        }
+def prefill(entrances: Entrances, inputs: ModelInputs) -> Prefilled:
+    """Read one prompt into a cache of its own. Raises whatever the model raises."""
+    cache = DynamicCache()
+    with entrances.watching() as seen:
+        output = entrances.model(
+            **entrances.on_device(inputs), past_key_values=cache, use_cache=True, **entrances.last_logits_only
+        )
+    positions = seen.get("position_ids")
+    # Models that hand no positions down count the tokens of the text, as `generate` does for them.
+    first_position = inputs.num_prompt_tokens if positions is None else int(positions.max()) + 1
+    return Prefilled(output.logits[:, -1], cache, first_position)
+
+
+def capture(entrances: Entrances, inputs: ModelInputs) -> Prompt:
+    """Run the model up to its decoder's door and take the prompt from there. Raises whatever the model raises."""
+    # The model makes its masks before the door, so they must be real ones.
+    with entrances.attending(PROMPT):
+        seen = entrances.run_to_the_door(inputs)
+    embeds: Tensor = seen["inputs_embeds"][0]
+    positions = _positions(seen.get("position_ids"), embeds)
+    return Prompt(
+        embeds=embeds,
+        positions=positions,
+        is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask")),
+        first_position=int(positions.max()) + 1,
+    )
+
+
+def read_whole(entrances: Entrances, inputs: ModelInputs, step: PromptStep) -> Tensor:
+    """Run a whole prompt through the model's forward, storing keys and values; return logits [1, V]."""
+    with entrances.attending(PROMPT):
+        output = entrances.model(
+            **entrances.on_device(inputs), use_cache=False, kv_step=step, **entrances.last_logits_only
+        )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _positions(given: Tensor | None, embeds: Tensor) -> Tensor:
+    if given is None:
+        return torch.arange(embeds.shape[0], device=embeds.device)
+    if given.ndim == 2:
+        return given[0]
+    # Four axes are three rotary ones behind the plain count that masks are made of.
+    return given[-3:, 0]
+
+
+def _has_more_than_embeddings(seen: Mapping[str, Any]) -> bool:
+    return any(
+        isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and len(value) > 0)
+        for name, value in seen.items()
+        if name not in _ORDINARY
+    )
+
+
+def _looks_ahead(mask: object) -> bool:
+    """Whether a mask of the model's own lets any token see a later one; 2-dimensional ones only mark padding."""
+    if isinstance(mask, Mapping):
+        return any(_looks_ahead(each) for each in mask.values())
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return False
+    may_look = mask if mask.dtype == torch.bool else mask == 0
+    return bool(may_look.triu(diagonal=1).any())

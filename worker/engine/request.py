@@ -80,7 +80,7 @@ class RequestState(StrEnum):
 
 NEXT_STATES: Final[Mapping[RequestState, frozenset[RequestState]]] = {
     RequestState.WAITING: frozenset({RequestState.RUNNING, RequestState.ENDED}),
-    RequestState.RUNNING: frozenset({RequestState.ENDED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.ENDED: frozenset(),
 }
 
@@ -89,12 +89,14 @@ NEXT_STATES: Final[Mapping[RequestState, frozenset[RequestState]]] = {
 class Request:
     """A request as scheduler, runner and sampler see it. Compared by identity.
 
-    output_ids: generated tokens, the end token included.
-    num_prompt_cached: KV entries the prompt takes, known after prefill; more than the prompt's tokens where a family
-        puts image features in front of the text.
-    first_position: position id of the first generated token, known after prefill; with multi-axis rotary positions it
-        differs from `num_prompt_cached`.
-    row: index in the batch while running.
+    output_ids: generated tokens, the end token included. A preempted request keeps them.
+    num_prompt_cached: KV entries the prompt takes, known once a runner has opened the request; more than the prompt's
+        tokens where a family puts image features in front of the text.
+    num_cached_tokens: KV entries written so far. The newest token's are written by the step that it is fed to.
+    first_position: position id of the first generated token; with multi-axis rotary positions it differs from
+        `num_prompt_cached`.
+    is_chunkable: the prompt may be read in pieces.
+    row: index in the tables of the KV back end while it holds the request, else −1.
     """
 
     generation: GenerationRequest
@@ -102,7 +104,9 @@ class Request:
     state: RequestState = RequestState.WAITING
     output_ids: list[int] = field(default_factory=list)
     num_prompt_cached: int = 0
+    num_cached_tokens: int = 0
     first_position: int = 0
+    is_chunkable: bool = False
     row: int = -1
     first_token_at: float | None = None
 
@@ -129,9 +133,19 @@ class Request:
         return self.sampling.max_new_tokens
 
     @property
-    def num_cached_tokens(self) -> int:
-        """KV entries written so far: the newest token's are written by the step that it is fed to."""
-        return self.num_prompt_cached + len(self.output_ids) - 1
+    def num_tokens(self) -> int:
+        """KV entries of prompt and answer once everything known has been fed."""
+        return self.num_prompt_cached + len(self.output_ids)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens to feed before the next one can be sampled."""
+        return self.num_tokens - self.num_cached_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether feeding the newest token is all that the next one needs."""
+        return self.num_unread == 1 and bool(self.output_ids)
 
     @property
     def next_position(self) -> int:

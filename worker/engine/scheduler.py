@@ -1,34 +1,65 @@
-"""Decides which requests run: first come, first served, into a batch of bounded size.
+"""Decides what each step feeds to the model: first come, first served, under a budget of tokens.
 
-Knows requests and counts, no tensors and no KV back end. `running` is the batch in row order; it stays without gaps
-because the last row takes the place of one that leaves.
+Knows requests and counts, no tensors. Every running stream gets its token in every step; what the budget leaves goes
+to prompts, piece by piece, so that a long prompt never stalls a stream. When KV space runs out the youngest request
+gives its space up and is read again later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
+from worker.engine.batch import Chunk
 from worker.engine.request import Request, RequestState
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_num_seqs: rows of the batch. max_prefill_tokens: prompt tokens read between two decode steps, so that
-    running streams do not stall; a longer prompt is read alone."""
+    """max_num_seqs: requests that run together. max_num_batched_tokens: tokens fed in one step, prompts and streams
+    together; only a prompt that cannot be read in pieces may exceed it, and is then the only prompt of its step.
+
+    Raises ValueError when the streams alone would use the budget up.
+    """
 
     max_num_seqs: int
-    max_prefill_tokens: int
+    max_num_batched_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens of {self.max_num_batched_tokens} leaves nothing for prompts beside "
+                f"max_num_seqs of {self.max_num_seqs}"
+            )
+
+
+class KVSpace(Protocol):
+    """Where keys and values go; a runner."""
+
+    def has_room(self, num_tokens: int, num_running: int) -> bool:
+        """Whether a request of that size may start."""
+
+    def grow(self, request: Request) -> bool:
+        """Make room for the newest token."""
+
+    def release(self, request: Request) -> None:
+        """Give the request's space up."""
 
 
 class Scheduler:
-    """Waiting and running requests of one engine. Engine thread only; counts may be read from any thread."""
+    """Waiting and running requests of one engine. Engine thread only; counts may be read from any thread.
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    running: oldest first. A request that has to go back to the queue is the youngest, so it is next to run again.
+    """
+
+    def __init__(self, limits: SchedulerLimits, space: KVSpace) -> None:
         self._limits = limits
-        self._waiting: dict[str, Request] = {}
+        self._space = space
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._running_by_id: dict[str, Request] = {}
         self.running: list[Request] = []
+        self.num_preempted = 0
 
     @property
     def num_waiting(self) -> int:
@@ -50,45 +81,79 @@ class Scheduler:
         """Return the waiting or running request of that id."""
         return self._waiting.get(request_id) or self._running_by_id.get(request_id)
 
-    def admit(self) -> list[Request]:
-        """Take the requests that are to be prefilled in this step out of the queue, oldest first."""
-        admitted: list[Request] = []
-        num_free = self._limits.max_num_seqs - len(self.running)
-        num_left = self._limits.max_prefill_tokens
-        for request in self._waiting.values():
-            num_left -= request.inputs.num_prompt_tokens
-            if len(admitted) == num_free or (admitted and num_left < 0):
-                break
-            admitted.append(request)
-        for request in admitted:
-            del self._waiting[request.request_id]
-        return admitted
+    def next_to_start(self) -> Request | None:
+        """Return the oldest waiting request if there is a place, budget and space for it in this step."""
+        if not self._waiting or len(self.running) == self._limits.max_num_seqs:
+            return None
+        if sum(request.num_unread for request in self.running) >= self._limits.max_num_batched_tokens:
+            return None
+        request = next(iter(self._waiting.values()))
+        num_tokens = request.inputs.num_prompt_tokens + len(request.output_ids)
+        return request if self._space.has_room(num_tokens, len(self.running)) else None
 
     def start(self, request: Request) -> None:
-        """Give a prefilled request the next row."""
+        """Move the oldest waiting request, which a runner has opened, to the running ones."""
+        del self._waiting[request.request_id]
         request.enter(RequestState.RUNNING)
-        request.row = len(self.running)
         self.running.append(request)
         self._running_by_id[request.request_id] = request
 
-    def end(self, request: Request, release: Callable[[Request, Request], None]) -> None:
-        """Take a request out, wherever it is.
+    def schedule(self) -> list[Chunk]:
+        """Return what this step feeds: streams first, then prompts, both oldest first."""
+        self._make_room()
+        chunks = [Chunk(request, 1) for request in self.running if request.is_decoding]
+        num_left = self._limits.max_num_batched_tokens - len(chunks)
+        is_first = True
+        for request in self.running:
+            if request.is_decoding:
+                continue
+            num_tokens = _piece(request, num_left, is_first=is_first)
+            if num_tokens == 0:
+                break
+            chunks.append(Chunk(request, num_tokens))
+            num_left -= num_tokens
+            is_first = False
+        return chunks
 
-        `release(request, last)` is called for a running one before the request of the last row, `last`, moves into
-        its row, so that a KV back end can move that row too.
-        """
+    def end(self, request: Request) -> None:
+        """Take a request out, wherever it is, and give its space up."""
         if request.state is RequestState.RUNNING:
-            last = self.running[-1]
-            release(request, last)
-            self.running.pop()
-            if last is not request:
-                self.running[request.row] = last
-                last.row = request.row
+            self.running.remove(request)
             del self._running_by_id[request.request_id]
         else:
             self._waiting.pop(request.request_id, None)
+        self._space.release(request)
         request.enter(RequestState.ENDED)
 
     def everything(self) -> list[Request]:
         """Return running and waiting requests."""
         return [*self.running, *self._waiting.values()]
+
+    def _make_room(self) -> None:
+        """Give every stream room for its newest token, the oldest first."""
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            if request.is_decoding and not self._space.grow(request):
+                self._preempt()
+            else:
+                index += 1
+
+    def _preempt(self) -> None:
+        """Send the youngest running request back to the head of the queue; it keeps its tokens."""
+        youngest = self.running.pop()
+        del self._running_by_id[youngest.request_id]
+        self._space.release(youngest)
+        youngest.num_cached_tokens = 0
+        youngest.enter(RequestState.WAITING)
+        self._waiting[youngest.request_id] = youngest
+        self._waiting.move_to_end(youngest.request_id, last=False)
+        self.num_preempted += 1
+
+
+def _piece(request: Request, num_left: int, *, is_first: bool) -> int:
+    """Return how many tokens of a prompt this step reads, 0 for none."""
+    num_prompt_left = request.num_prompt_cached - request.num_cached_tokens
+    if request.is_chunkable or num_prompt_left <= 0:
+        return max(0, min(request.num_unread, num_left))
+    return num_prompt_left if is_first or num_prompt_left <= num_left else 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from api_stub.contract.sampling import SamplingParams
 from tests.tiny.jobs import TinyModel
+from worker.engine.backend import PagedConfig
 from worker.engine.engine import Engine, EngineConfig
 from worker.engine.request import Finish, GenerationRequest, RequestOutput
 from worker.models.inputs import ModelInputs
@@ -61,10 +62,13 @@ def request(inputs: ModelInputs, max_new_tokens: int = 8, **sampling: object) ->
 
 
 @contextmanager
-def running_engine(tiny: TinyModel, max_num_seqs: int = 8, max_model_len: int = 512) -> Iterator[tuple[Engine, Outbox]]:
+def running_engine(
+    tiny: TinyModel, max_num_seqs: int = 8, max_model_len: int = 512, paged: PagedConfig | None = None
+) -> Iterator[tuple[Engine, Outbox]]:
     """Start an engine for the block and end it afterwards."""
     outbox = Outbox()
-    engine = Engine(tiny.model, tiny.tokenizer, EngineConfig(max_num_seqs, max_model_len), outbox.steps.put)
+    config = EngineConfig(max_num_seqs, max_model_len, paged=paged)
+    engine = Engine(tiny.model, tiny.tokenizer, config, outbox.steps.put)
     engine.start()
     try:
         yield engine, outbox

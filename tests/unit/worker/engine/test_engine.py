@@ -351,7 +351,7 @@ def test_a_long_queue_does_not_stall_a_running_stream(idefics2: TinyModel) -> No
     early = request(idefics2.inputs("early"), max_new_tokens=60)
     crowd = [request(idefics2.inputs(f"number {number}", [picture(number)]), max_new_tokens=2) for number in range(30)]
     outbox = Outbox()
-    config = EngineConfig(max_num_seqs=40, max_model_len=512, max_prefill_tokens=64)
+    config = EngineConfig(max_num_seqs=40, max_model_len=512, max_num_batched_tokens=64)
     engine = Engine(idefics2.model, idefics2.tokenizer, config, outbox.steps.put)
     for each in [early, *crowd]:
         engine.submit(each)

@@ -1,9 +1,11 @@
-"""Whatever joins, leaves or is cancelled: every answer is the one that sequential `generate` gives."""
+"""Whatever joins, leaves, is cancelled or sent back: every answer is the one that sequential `generate` gives."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -11,12 +13,44 @@ import torch
 from tests.tiny.families import FAMILIES, picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
+from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest
+from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner_slots import SlotRunner
 from worker.engine.scheduler import SchedulerLimits
+from worker.models.inputs import ModelInputs
 
 NUM_JOBS = 24
 NUM_CANCELLED = 6
+MAX_MODEL_LEN = 512
+LIMITS = SchedulerLimits(max_num_seqs=7, max_num_batched_tokens=24)
+
+BACKENDS = {
+    "slots": None,
+    "paged": PagedConfig(block_size=8),
+    "paged-whole": PagedConfig(block_size=8, reads_whole=True),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt and what sequential `generate` says to it."""
+
+    inputs: ModelInputs
+    max_new_tokens: int
+    expected: list[int]
+
+
+@cache
+def jobs_of(tiny: TinyModel) -> list[Job]:
+    """Return mixed jobs; some end after a token or two."""
+    chance = random.Random(7)
+    jobs = []
+    for inputs in mixed_inputs(tiny, NUM_JOBS):
+        max_new_tokens = chance.choice([1, 2, chance.randint(3, 40), chance.randint(3, 40)])
+        jobs.append(Job(inputs, max_new_tokens, tiny.generate(inputs, max_new_tokens)))
+    return jobs
 
 
 def run_with_random_arrivals(
@@ -30,41 +64,73 @@ def run_with_random_arrivals(
             while coming and chance.random() < 0.5:
                 core.add(coming.pop(0), submitted_at=0.0)
             outputs = core.step()
-            for running in list(core.scheduler.running):
-                if running.request_id in cancelled and len(running.output_ids) >= 2 and chance.random() < 0.3:
-                    outputs.append(core.end(running, Ended.CANCELLED))
+            for each in core.scheduler.everything():
+                if each.request_id in cancelled and len(each.output_ids) >= 2 and chance.random() < 0.3:
+                    outputs.append(core.end(each, Ended.CANCELLED))
             for output in outputs:
                 outbox.outputs[output.request_id].append(output)
     return outbox
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_one_of_24_mixed_jobs_equals_sequential_generate(
-    tiny_model: Callable[[str], TinyModel], name: str
-) -> None:
-    tiny, chance = tiny_model(name), random.Random(7)
-    requests = [
-        request(inputs, max_new_tokens=chance.choice([1, 2, chance.randint(3, 40), chance.randint(3, 40)]))
-        for inputs in mixed_inputs(tiny, NUM_JOBS)
-    ]
-    cancelled = {each.request_id for each in chance.sample(requests, NUM_CANCELLED)}
-    core = EngineCore(tiny.model, tiny.tokenizer, SchedulerLimits(max_num_seqs=7, max_prefill_tokens=128), 512)
-
-    outbox = run_with_random_arrivals(core, requests, cancelled, seed=3)
-
-    reasons = {}
-    for each in requests:
-        expected = tiny.generate(each.inputs, each.sampling.max_new_tokens or 0)
-        text = tiny.tokenizer.decode(expected, skip_special_tokens=True).lstrip()
+def check_answers(tiny: TinyModel, jobs: list[Job], requests: list[GenerationRequest], outbox: Outbox) -> set[str]:
+    """Compare every stream with `generate`; a cancelled one must be a prefix. Return the reasons of all ends."""
+    reasons: set[str] = set()
+    for job, each in zip(jobs, requests, strict=True):
+        text = tiny.tokenizer.decode(job.expected, skip_special_tokens=True).lstrip()
         finish = outbox.finish(each.request_id)
-        reasons[each.request_id] = finish.reason
+        reasons.add(finish.reason)
         if finish.reason is Ended.CANCELLED:
             assert text.startswith(outbox.text(each.request_id))
             continue
         assert outbox.text(each.request_id) == text
-        assert finish.num_completion_tokens == len(expected)
-        assert sum(output.num_tokens for output in outbox.outputs[each.request_id]) == len(expected)
-    assert set(reasons.values()) >= {"length", Ended.CANCELLED}
+        assert finish.num_completion_tokens == len(job.expected)
+        outputs = outbox.outputs[each.request_id]
+        assert sum(output.num_tokens for output in outputs) == len(job.expected)
+        assert [output.is_first for output in outputs].count(True) == 1
+    return reasons
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_one_of_24_mixed_jobs_equals_sequential_generate(
+    tiny_model: Callable[[str], TinyModel], name: str, backend: str
+) -> None:
+    tiny = tiny_model(name)
+    jobs = jobs_of(tiny)
+    requests = [request(job.inputs, max_new_tokens=job.max_new_tokens) for job in jobs]
+    cancelled = {each.request_id for each in random.Random(7).sample(requests, NUM_CANCELLED)}
+    runner = build_runner(tiny.model, LIMITS.max_num_seqs, MAX_MODEL_LEN, BACKENDS[backend])
+    assert isinstance(runner, SlotRunner if backend == "slots" or name == "git" else PagedRunner)
+    num_free = runner.num_free_blocks if isinstance(runner, PagedRunner) else 0
+
+    outbox = run_with_random_arrivals(
+        EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS), requests, cancelled, seed=3
+    )
+
+    assert check_answers(tiny, jobs, requests, outbox) >= {"length", Ended.CANCELLED}
+    if isinstance(runner, PagedRunner):
+        assert runner.num_free_blocks == num_free
+
+
+@pytest.mark.parametrize("name", ["idefics2-window", "llava", "gemma3", "paligemma", "blip2"])
+def test_requests_that_are_sent_back_go_on_where_they_were(tiny_model: Callable[[str], TinyModel], name: str) -> None:
+    """So few blocks that streams push each other out. Gemma3 and PaliGemma read their prompts whole again."""
+    tiny = tiny_model(name)
+    prompts = [tiny.inputs(f"What is number {n}?", [picture(n)]) for n in range(10)]
+    jobs = [Job(inputs, 40, tiny.generate(inputs, 40)) for inputs in prompts]
+    requests = [request(job.inputs, max_new_tokens=40) for job in jobs]
+    cancelled = {each.request_id for each in random.Random(5).sample(requests, 3)}
+    longest = max(inputs.num_prompt_tokens for inputs in prompts) + 40
+    runner = build_runner(tiny.model, 7, longest, PagedConfig(block_size=4, num_blocks=longest * 2 // 4))
+    assert isinstance(runner, PagedRunner)
+    num_free = runner.num_free_blocks
+    core = EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS)
+
+    outbox = run_with_random_arrivals(core, requests, cancelled, seed=3)
+
+    check_answers(tiny, jobs, requests, outbox)
+    assert core.scheduler.num_preempted >= 3
+    assert runner.num_free_blocks == num_free
 
 
 @pytest.mark.parametrize("name", FAMILIES)

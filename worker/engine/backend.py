@@ -1,0 +1,160 @@
+"""Chooses and builds the KV back end of a model, by trying it at load time.
+
+Paged blocks need a text model that calls the registered attention function in every layer and attends as it does;
+whether that holds is found out by feeding a few tokens both ways. Rows serve every model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from worker.engine.attention import FLAT, LayoutStep
+from worker.engine.entrances import Entrances
+from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
+from worker.engine.kv_paged import LayerShape, PagedKV
+from worker.engine.kv_slots import FULL, SLIDING
+from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner_slots import SlotRunner
+from worker.errors import CannotStart
+
+logger = logging.getLogger(__name__)
+
+#: Tokens of the load-time probe and where it cuts them: a piece, a piece that continues it, one decode step.
+PROBE_TOKENS: Final = 12
+PROBE_CUT: Final = 5
+PROBE_BLOCK_SIZE: Final = 4
+#: How far outputs may lie apart, as a share of the largest: rounding, not another answer.
+TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class PagedConfig:
+    """Sizes of a paged back end.
+
+    block_size: tokens of a block. num_blocks: 0 takes what `max_num_seqs` full requests need, on a GPU at most
+    `memory_fraction` of the memory that is free. reads_whole: see `PagedRunner`.
+    """
+
+    block_size: int = 16
+    num_blocks: int = 0
+    memory_fraction: float = 0.9
+    reads_whole: bool = False
+
+
+class Unsuited(Exception):
+    """Raised when a model cannot be served from paged blocks."""
+
+
+@torch.inference_mode()
+def build_runner(
+    model: PreTrainedModel, max_num_seqs: int, max_model_len: int, paged: PagedConfig | None
+) -> PagedRunner | SlotRunner:
+    """Return a paged runner if it is asked for and the model is suited, else rows.
+
+    Raises CannotStart when memory does not hold one full request, or when neither back end can serve the model.
+    """
+    if paged is not None:
+        entrances = Entrances(model)
+        try:
+            layout = probe(entrances)
+        except Unsuited as reason:
+            facts = {"action": "engine.probe", "kv_backend": "slots", "reason": str(reason)}
+            logger.warning("model cannot be served from paged blocks", extra=facts)
+        else:
+            num_blocks = _num_blocks(paged, layout, max_num_seqs, max_model_len)
+            kv = PagedKV(layout, num_blocks, paged.block_size)
+            facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
+            logger.info("serving from paged blocks", extra=facts)
+            return PagedRunner(entrances, kv, max_num_seqs, max_model_len, reads_whole=paged.reads_whole)
+    return SlotRunner(model, max_num_seqs, max_model_len)
+
+
+def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
+    """Return the shapes of the layers' keys and values after a trial. Raises Unsuited with the reason."""
+    config = entrances.text_config
+    unknown = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if unknown:
+        raise Unsuited(f"layers of type {', '.join(sorted(unknown))}")
+    try:
+        layout = _layout(entrances)
+        if len(layout) != config.num_hidden_layers:
+            raise Unsuited(f"{len(layout)} of {config.num_hidden_layers} layers call the attention function")
+        _compare(entrances, layout)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
+        raise Unsuited(f"{type(error).__name__} in the trial") from error
+    return layout
+
+
+def _probe_embeds(entrances: Entrances) -> Tensor:
+    device = entrances.model.device
+    return entrances.embed(torch.arange(1, PROBE_TOKENS + 1, device=device) % entrances.text_config.vocab_size)
+
+
+def _layout(entrances: Entrances) -> Mapping[int, LayerShape]:
+    embeds, step = _probe_embeds(entrances), LayoutStep()
+    positions = torch.arange(PROBE_TOKENS, device=embeds.device)[None]
+    with entrances.attending(FLAT):
+        entrances.text_forward(inputs_embeds=embeds[None], position_ids=positions, use_cache=False, kv_step=step)
+    return step.layout
+
+
+def _compare(entrances: Entrances, layout: Mapping[int, LayerShape]) -> None:
+    """Feed tokens in two pieces and a decode step; the decoder must end each as when it gets them one by one."""
+    embeds = _probe_embeds(entrances)
+    positions = torch.arange(PROBE_TOKENS, device=embeds.device)
+    expected = _one_by_one(entrances, embeds)
+    num_blocks = PROBE_TOKENS // PROBE_BLOCK_SIZE
+    # Backwards, so that a back end which ignored the table would be found out.
+    blocks = torch.arange(num_blocks, 0, -1, device=embeds.device)
+    forward = FlatForward(entrances, PagedKV(layout, num_blocks + 1, PROBE_BLOCK_SIZE))
+    last = PROBE_TOKENS - 1
+    with entrances.listening() as said:
+        for start, end in ((0, PROBE_CUT), (PROBE_CUT, last)):
+            entries = positions[start:end]
+            slots = blocks[entries // PROBE_BLOCK_SIZE] * PROBE_BLOCK_SIZE + entries % PROBE_BLOCK_SIZE
+            used = blocks[: -(-end // PROBE_BLOCK_SIZE)]
+            forward.mixed(None, [PromptPiece(embeds[start:end], entries, slots, used, end, is_last=True)])
+        newest = positions[last:]
+        ids = (newest + 1) % entrances.text_config.vocab_size
+        forward.decode(DecodeInputs(ids, newest, newest, blocks[None]))
+    expected = expected[[PROBE_CUT - 1, last - 1, last]]
+    got = torch.cat([each[0, -1:].to(expected.device) for each in said]).float()
+    error = (got - expected).abs().max() / expected.abs().max()
+    if not error <= TOLERANCE.get(entrances.model.dtype, 0.0):
+        raise Unsuited(f"the decoder's output differs by {float(error):.1e} of its largest value")
+
+
+def _one_by_one(entrances: Entrances, embeds: Tensor) -> Tensor:
+    """Return what the decoder itself says of each token, [n, dim]. More at a time might see what comes after them."""
+    cache = DynamicCache()
+    said = []
+    for place in range(embeds.shape[0]):
+        positions = torch.tensor([[place]], device=embeds.device)
+        newest = embeds[None, place : place + 1]
+        output = entrances.decoder(inputs_embeds=newest, position_ids=positions, past_key_values=cache, use_cache=True)
+        said.append(output[0][0, -1])
+    return torch.stack(said).float()
+
+
+def _num_blocks(config: PagedConfig, layout: Mapping[int, LayerShape], max_num_seqs: int, max_model_len: int) -> int:
+    """Return how many blocks to take, the trash block included."""
+    per_request = -(-max_model_len // config.block_size)
+    num_blocks = config.num_blocks or max_num_seqs * per_request + 1
+    device = next(iter(layout.values())).device
+    if not config.num_blocks and device.type == "cuda":
+        num_free_bytes = torch.cuda.mem_get_info(device)[0] * config.memory_fraction
+        block_bytes = config.block_size * sum(shape.num_bytes for shape in layout.values())
+        num_blocks = min(num_blocks, int(num_free_bytes // block_bytes))
+    if num_blocks <= per_request:
+        raise CannotStart(
+            f"VISIONQ_MAX_MODEL_LEN: a request of {max_model_len} tokens takes {per_request} blocks of keys and values "
+            f"beside a spare one, memory has room for {num_blocks}"
+        )
+    return num_blocks

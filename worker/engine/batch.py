@@ -1,0 +1,64 @@
+"""What one step feeds to the model and what comes back: the words that scheduler, core and runners share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from worker.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` tokens of a request, from `request.num_cached_tokens` on."""
+
+    request: Request
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """What a step made.
+
+    requests, logits: those that get a token now and the logits [B, V] for it, in the same order; None without any.
+    failed: requests whose own prompt could not be read, and why.
+    """
+
+    requests: Sequence[Request] = ()
+    logits: Tensor | None = None
+    failed: Sequence[tuple[Request, Exception]] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """Runs the model and keeps the keys and values: all that the rest of the engine knows of a KV back end.
+
+    Engine thread only, under `torch.inference_mode`.
+    """
+
+    def has_room(self, num_tokens: int, num_running: int) -> bool:
+        """Whether a request of `num_tokens` tokens may be opened beside `num_running` that grow."""
+
+    def open(self, request: Request) -> None:
+        """Take a waiting request in: room for what it has, its `num_prompt_cached` and `is_chunkable`.
+
+        Raises NoRoom, PromptTooLong, and whatever the model raises for images it cannot read.
+        """
+
+    def grow(self, request: Request) -> bool:
+        """Make room for the request's newest token; False when there is none."""
+
+    def run(self, chunks: Sequence[Chunk]) -> StepLogits:
+        """Feed the chunks and count them in `num_cached_tokens`. Raises what the model raises for the whole batch."""
+
+    def release(self, request: Request) -> None:
+        """Give up what the request holds, if anything."""
+
+    def reset(self) -> None:
+        """Start over after a failed step; every request that took part in it has been released."""
+
+
+class NoRoom(Exception):
+    """Raised when a request has to wait for others to end."""

@@ -1,0 +1,109 @@
+"""Where an unmodified vision-language model can be entered: its forward, its text decoder's door, its embedding.
+
+Nothing here knows a model family.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from worker.models.inputs import ModelInputs
+
+
+class _AtTheDoor(Exception):
+    """Ends a forward where the text decoder would begin."""
+
+
+class Entrances:
+    """One model, as the engine calls it. Engine thread only; a model serves one engine at a time.
+
+    decoder: the text model whose forward gets embeddings and positions.
+    text_config: what the text model's layers read.
+    text_forward: takes embeddings of text and returns logits; the model itself, unless its forward insists on an image
+        (BLIP-2): then the decoder, which has the head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.decoder: nn.Module = model.get_decoder()
+        self.text_config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+        parameters = inspect.signature(model.forward).parameters
+        pixel_values = parameters.get("pixel_values")
+        needs_image = pixel_values is not None and pixel_values.default is inspect.Parameter.empty
+        self.text_forward: nn.Module = self.decoder if needs_image else model
+        self.last_logits_only: Mapping[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings [n, hidden] of text tokens [n]."""
+        embeddings: Tensor = self.model.get_input_embeddings()(ids[None])[0]
+        return embeddings
+
+    def on_device(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        """Return a prompt's tensors where the model is and, pixels, in its type."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: tensor.to(device, dtype) if torch.is_floating_point(tensor) else tensor.to(device)
+            for name, tensor in inputs.tensors.items()
+        }
+
+    @contextmanager
+    def attending(self, name: str) -> Iterator[None]:
+        """Let the text model, and it alone, use another attention function for the block.
+
+        The vision tower keeps its own: a function without a mask function would silently drop its masks.
+        """
+        before = self.text_config._attn_implementation
+        # The public setter walks over all modules, too slow for every step.
+        self.text_config._attn_implementation_internal = name
+        try:
+            yield
+        finally:
+            self.text_config._attn_implementation_internal = before
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, Any]]:
+        """Yield a dict that gets the decoder's keyword arguments when it is called."""
+        seen: dict[str, Any] = {}
+
+        def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.update(kwargs)
+
+        hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """Yield a list that gets what the decoder returns: hidden states, or logits where it has the head."""
+        said: list[Tensor] = []
+        hook = self.decoder.register_forward_hook(lambda _module, _args, output: said.append(output[0]))
+        try:
+            yield said
+        finally:
+            hook.remove()
+
+    def run_to_the_door(self, inputs: ModelInputs) -> dict[str, Any]:
+        """Run the model's own forward on a prompt, images and all, and return what its decoder would get."""
+        seen: dict[str, Any] = {}
+
+        def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.update(kwargs)
+            raise _AtTheDoor
+
+        hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**self.on_device(inputs), use_cache=False)
+        except _AtTheDoor:
+            return seen
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(self.model).__name__} does not call its decoder")

@@ -1,0 +1,107 @@
+"""One forward over the tokens of many requests in one row: what goes in, and the call itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.engine.attention import FLAT, DecodeRows, FlatStep, Span
+from worker.engine.entrances import Entrances
+from worker.engine.kv_paged import PagedKV
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """One token each of B requests; a padding row has length 0 and a table of trash blocks.
+
+    ids, positions: of the newest tokens, [B]. lengths: entries cached before them, [B]. block_table: [B, W].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: Tensor
+    block_table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPiece:
+    """A piece of one prompt. embeds: [n, hidden]; positions: [n] or [axes, n]; slots: [n]; see `Span` for the rest.
+
+    is_last: the prompt ends here, so the logits of the last token are wanted.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    slots: Tensor
+    blocks: Tensor
+    kv_len: int
+    is_last: bool
+
+
+class FlatForward:
+    """Feeds decode rows and pieces of prompts to the text model in one forward. Engine thread only.
+
+    num_axes: axes of the model's position ids, 1 until a prompt with more comes by.
+    """
+
+    def __init__(self, entrances: Entrances, kv: PagedKV) -> None:
+        self._entrances = entrances
+        self._kv = kv
+        self.num_axes = 1
+
+    def decode(self, inputs: DecodeInputs) -> Tensor:
+        """Return logits [B, V]. Only tensors go in and nothing waits for the device: fit for a CUDA graph."""
+        return self._run(
+            self._entrances.embed(inputs.ids), self._spread(inputs.positions), self._decode_step(inputs), None
+        )
+
+    def mixed(self, inputs: DecodeInputs | None, pieces: Sequence[PromptPiece]) -> Tensor:
+        """Return logits of the decode rows and of the last token of each prompt that ends, [B + ends, V]."""
+        embeds = [piece.embeds for piece in pieces]
+        positions = [self._spread(piece.positions) for piece in pieces]
+        slots = [piece.slots for piece in pieces]
+        step = FlatStep(self._kv, slots[0])
+        num_decode = 0
+        if inputs is not None:
+            step = self._decode_step(inputs)
+            num_decode = inputs.ids.shape[0]
+            embeds.insert(0, self._entrances.embed(inputs.ids))
+            positions.insert(0, self._spread(inputs.positions))
+            slots.insert(0, step.slots)
+        step.slots = torch.cat(slots)
+        step.spans = [Span(piece.embeds.shape[0], piece.kv_len, piece.blocks) for piece in pieces]
+        ends = itertools.accumulate((span.num_tokens for span in step.spans), initial=num_decode - 1)
+        next(ends)
+        wanted = [*range(num_decode), *(end for end, piece in zip(ends, pieces, strict=True) if piece.is_last)]
+        last = torch.tensor(wanted, dtype=torch.long).to(embeds[0].device)
+        return self._run(torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
+
+    def _decode_step(self, inputs: DecodeInputs) -> FlatStep:
+        block_size = self._kv.block_size
+        blocks = inputs.block_table.gather(1, (inputs.lengths // block_size)[:, None])[:, 0]
+        slots = blocks * block_size + inputs.lengths % block_size
+        return FlatStep(self._kv, slots, DecodeRows(inputs.block_table, inputs.lengths + 1))
+
+    def _run(self, embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None) -> Tensor:
+        """Return logits of the tokens `last` points at, of all without it."""
+        positions = positions[None] if positions.ndim == 1 else positions[:, None]
+        with self._entrances.attending(FLAT):
+            output = self._entrances.text_forward(
+                inputs_embeds=embeds[None],
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=0 if last is None else last,
+                kv_step=step,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _spread(self, positions: Tensor) -> Tensor:
+        """Text stands at the same place on every axis."""
+        if positions.ndim == 2 or self.num_axes == 1:
+            return positions
+        return positions.expand(self.num_axes, -1)

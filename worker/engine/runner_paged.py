@@ -1,0 +1,173 @@
+"""Runs the model over paged keys and values: streams and pieces of prompts of many requests in one forward.
+
+A prompt is first taken from the model at its decoder's door (`prefill.capture`). Most can then be read in pieces; those
+that cannot go through the model's own forward in one, beside the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.attention import PromptStep
+from worker.engine.batch import Chunk, NoRoom, StepLogits
+from worker.engine.entrances import Entrances
+from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
+from worker.engine.kv_paged import BlockPool, BlockTables, PagedKV
+from worker.engine.prefill import Prompt, capture, read_whole
+from worker.engine.request import Request
+from worker.engine.runner_slots import check_room
+
+logger = logging.getLogger(__name__)
+
+
+class PagedRunner:
+    """A `Runner` with a block table per running request.
+
+    reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
+    """
+
+    def __init__(
+        self, entrances: Entrances, kv: PagedKV, num_rows: int, max_model_len: int, *, reads_whole: bool = False
+    ) -> None:
+        self._entrances = entrances
+        self._kv = kv
+        self._max_model_len = max_model_len
+        self._reads_whole = reads_whole
+        self._forward = FlatForward(entrances, kv)
+        self._tables = BlockTables(BlockPool(kv.num_blocks), kv.block_size, num_rows, max_model_len)
+        self._prompts: dict[Request, Prompt] = {}
+        self._device = entrances.model.device
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request holds."""
+        return self._tables.num_free_blocks
+
+    def has_room(self, num_tokens: int, num_running: int) -> bool:
+        """Whether the blocks suffice, one more for each stream set aside: else it might be sent away at once."""
+        return self._tables.num_blocks(num_tokens) + num_running <= self._tables.num_free_blocks
+
+    def open(self, request: Request) -> None:
+        """Run images and embedding, take blocks for the prompt and what was generated before. See `Runner`."""
+        prompt = capture(self._entrances, request.inputs)
+        check_room(prompt.num_tokens, request, self._max_model_len)
+        row = self._tables.open(prompt.num_tokens + len(request.output_ids))
+        if row is None:
+            raise NoRoom
+        request.row = row
+        request.num_prompt_cached = prompt.num_tokens
+        request.first_position = prompt.first_position
+        request.is_chunkable = not (prompt.is_whole or self._reads_whole)
+        self._prompts[request] = prompt
+        if prompt.positions.ndim == 2:
+            self._forward.num_axes = prompt.positions.shape[0]
+
+    def grow(self, request: Request) -> bool:
+        """Make room for the newest token."""
+        return self._tables.grow(request.row, request.num_tokens)
+
+    def run(self, chunks: Sequence[Chunk]) -> StepLogits:
+        """Feed streams and pieces in one forward, then prompts that must stay whole, each in its own."""
+        streams = [chunk.request for chunk in chunks if chunk.request.is_decoding]
+        pieces = [chunk for chunk in chunks if not chunk.request.is_decoding and not self._is_whole(chunk.request)]
+        requests: list[Request] = []
+        logits: list[Tensor] = []
+        failed: list[tuple[Request, Exception]] = []
+        if streams or pieces:
+            logits.append(self._run_flat(streams, pieces))
+            requests += self._count([*(Chunk(request, 1) for request in streams), *pieces])
+        for chunk in chunks:
+            if self._is_whole(chunk.request) and chunk.request.num_unread:
+                try:
+                    read = self._run_whole(chunk.request)
+                except Exception as error:
+                    facts = {"action": "engine.prefill", "job_id": chunk.request.request_id}
+                    logger.warning("prefill failed", extra=facts, exc_info=True)
+                    failed.append((chunk.request, error))
+                else:
+                    done = self._count([chunk])
+                    logits += [read] * len(done)
+                    requests += done
+        return StepLogits(requests, torch.cat(logits) if requests else None, failed)
+
+    def release(self, request: Request) -> None:
+        """Give blocks and prompt up."""
+        self._prompts.pop(request, None)
+        if request.row >= 0:
+            self._tables.close(request.row)
+            request.row = -1
+
+    def reset(self) -> None:
+        """Give temporary memory back; the blocks of other requests are as they were."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _is_whole(self, request: Request) -> bool:
+        """Whether the next chunk is a prompt that cannot be cut."""
+        return not request.is_chunkable and request.num_cached_tokens < request.num_prompt_cached
+
+    def _count(self, chunks: Sequence[Chunk]) -> list[Request]:
+        """Count what was fed; return the requests that get a token for it."""
+        for chunk in chunks:
+            request = chunk.request
+            request.num_cached_tokens += chunk.num_tokens
+            if request.num_cached_tokens >= request.num_prompt_cached:
+                self._prompts.pop(request, None)
+        return [chunk.request for chunk in chunks if chunk.request.num_unread == 0]
+
+    def _run_flat(self, streams: Sequence[Request], pieces: Sequence[Chunk]) -> Tensor:
+        inputs = self._decode_inputs(streams) if streams else None
+        if inputs is not None and not pieces:
+            return self._forward.decode(inputs)
+        return self._forward.mixed(inputs, [self._piece(chunk) for chunk in pieces])
+
+    def _run_whole(self, request: Request) -> Tensor:
+        slots = self._tables.slots(request.row, 0, request.num_prompt_cached)
+        return read_whole(self._entrances, request.inputs, PromptStep(self._kv, slots.to(self._device)))
+
+    def _decode_inputs(self, streams: Sequence[Request]) -> DecodeInputs:
+        """Say what every stream feeds: one tensor of numbers and one of blocks go to the device."""
+        lengths = [request.num_cached_tokens for request in streams]
+        ids = [request.output_ids[-1] for request in streams]
+        positions = [request.next_position for request in streams]
+        rows = torch.tensor([request.row for request in streams])
+        width = self._tables.num_blocks(max(lengths) + 1)
+        table = self._tables.table[:, :width].index_select(0, rows)
+        numbers = torch.tensor([ids, positions, lengths]).to(self._device, non_blocking=True)
+        return DecodeInputs(numbers[0], numbers[1], numbers[2], table.to(self._device, non_blocking=True))
+
+    def _piece(self, chunk: Chunk) -> PromptPiece:
+        """Return the next tokens of a prompt, and of the answer so far where a preempted request is read again."""
+        request, row = chunk.request, chunk.request.row
+        start = request.num_cached_tokens
+        end = start + chunk.num_tokens
+        embeds, positions = self._tokens(request, start, end)
+        return PromptPiece(
+            embeds=embeds,
+            positions=positions,
+            slots=self._tables.slots(row, start, end).to(self._device),
+            blocks=self._tables.blocks(row, end).to(self._device),
+            kv_len=end,
+            is_last=end == request.num_tokens,
+        )
+
+    def _tokens(self, request: Request, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return embeddings [n, hidden] and positions [n] or [axes, n] of tokens `start` to `end`."""
+        num_prompt = request.num_prompt_cached
+        embeds: list[Tensor] = []
+        positions: list[Tensor] = []
+        if start < num_prompt:
+            prompt = self._prompts[request]
+            embeds.append(prompt.embeds[start:end])
+            positions.append(prompt.positions[..., start:end])
+        first, last = max(start - num_prompt, 0), end - num_prompt
+        if last > first:
+            ids = torch.tensor(request.output_ids[first:last], device=self._device)
+            embeds.append(self._entrances.embed(ids))
+            places = torch.arange(request.first_position + first, request.first_position + last, device=self._device)
+            positions.append(places.expand(*positions[0].shape[:-1], -1) if positions else places)
+        return torch.cat(embeds), torch.cat(positions, dim=-1)
