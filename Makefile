@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VISION ?= .venv-vision
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -10,10 +11,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # An installation is up to date while its stamp is younger than what it was made from.
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+VISION_STAMP := $(VISION)/.installed
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench
+.PHONY: help demo test vision check bench
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -24,12 +26,16 @@ demo: $(RUN_STAMP) ## set up, then caption a picture and answer questions about 
 test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
+vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
+	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)
+
 check: $(DEV_STAMP) ## lint, types, import floors, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
+	$(MAKE) vision
 
 bench: $(DEV_STAMP) ## measure what the queue costs per job on this machine, beside bare Celery
 	$(BIN)/visionq-worker bench queue $(ARGS)
@@ -48,3 +54,10 @@ $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
 	$(PIP_INSTALL) -e ".[worker,quantization,local,dev]"
 	@touch $@ $(RUN_STAMP)
+
+# A folder in front of $(VENV)'s packages and not in it: the other tests show that everything else works without
+# torchvision. Without its dependencies, which would replace a CPU's torch with CUDA's.
+$(VISION_STAMP): $(DEV_STAMP)
+	rm -rf $(VISION)
+	$(PIP_INSTALL) --no-deps --target $(VISION) torchvision num2words
+	@touch $@
