@@ -24,7 +24,10 @@ def would_run(target: str, venv: Path) -> str:
     [
         ("demo", ["-m venv", '".[worker,local]"', "visionq demo"]),
         ("test", ["-m venv", '".[worker,quantization,local,dev]"', "-m pytest"]),
-        ("check", ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest", "tests/vision"]),
+        (
+            "check",
+            ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest", "tests/vision"],
+        ),
         ("vision", ["-m venv", "--no-deps --target", "torchvision num2words", "-m pytest tests/vision"]),
         ("bench", ["-m venv", "visionq-worker bench queue"]),
     ],
