@@ -13,6 +13,8 @@ from worker.answers import Answer
 from worker.lifecycle.attempt import StopReason
 from worker.models.inputs import ModelInputs
 
+#: Attempts of a job that does not fit into memory.
+MAX_OOM_ATTEMPTS: Final = 3
 #: Replies of a Redis that will take the same command later: starting, full, a replica, a script running.
 _PASSING_REPLIES: Final = ("LOADING", "OOM", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "MISCONF")
 
@@ -30,6 +32,13 @@ def used(inputs: ModelInputs, num_completion_tokens: int) -> Usage:
 def failed_body(info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody:
     """Return the end of a job that failed for `info`, with what it had said by then."""
     return FailedBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+
+
+def retried_or_failed(attempt: int, info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody | RetryReason:
+    """Return the end of an attempt that met an error; what did not fit beside other jobs may fit later."""
+    if info.code is ErrorCode.OUT_OF_MEMORY and attempt < MAX_OOM_ATTEMPTS:
+        return RetryReason.OUT_OF_MEMORY
+    return failed_body(info, answer, usage)
 
 
 def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody | RetryReason | None:

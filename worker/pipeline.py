@@ -21,9 +21,9 @@ from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
 from worker.answers import Answer, Answers
-from worker.endings import failed_body, is_passing, stopped_body, used
+from worker.endings import failed_body, is_passing, retried_or_failed, stopped_body, used
 from worker.engine.request import Finish, GenerationRequest
-from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, WorkerError
+from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, OutOfMemory, WorkerError
 from worker.intake import Accepted
 from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
 from worker.media.collect import AnyMediaPart, MediaCollector, media_parts
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 #: Between two tries to tell the ledger how a job ended, while Redis is away.
 FINISH_PAUSE_S: Final = 0.2
+#: Before a job that did not fit into memory is tried again, per attempt made: its neighbours end, or a worker with
+#: more room takes it.
+OOM_PAUSE_S: Final = 2.0
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
 
@@ -116,7 +119,11 @@ class Pipeline:
             self._on_engine_dead()
             return RetryReason.GIVEN_BACK
         except WorkerError as error:
-            return failed_body(error.info(), answer, usage)
+            return retried_or_failed(attempt.claim.attempt, error.info(), answer, usage)
+        except MemoryError:
+            logger.warning("job did not fit into memory", extra=_facts(attempt), exc_info=True)
+            info = OutOfMemory("preparing the job did not fit into the worker's memory").info()
+            return retried_or_failed(attempt.claim.attempt, info, answer, usage)
         except Exception as error:
             logger.exception("job broke", extra=_facts(attempt))
             info = ErrorInfo.of(
@@ -206,7 +213,8 @@ class Pipeline:
         while attempt.stop_reason is not StopReason.LOST:
             try:
                 if isinstance(body, RetryReason):
-                    return "given_back" if self._ledger.give_back(job_id, fence, body) else "lost"
+                    delay_s = OOM_PAUSE_S * attempt.claim.attempt if body is RetryReason.OUT_OF_MEMORY else 0.0
+                    return "given_back" if self._ledger.give_back(job_id, fence, body, delay_s) else "lost"
                 return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
             except redis.RedisError as error:
                 logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})

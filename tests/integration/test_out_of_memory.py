@@ -1,0 +1,162 @@
+"""A request that does not fit into memory is tried again, then fails alone; the worker goes on."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis
+import torch
+from torch import nn
+
+from api_stub.contract import names
+from api_stub.contract.job import TaskName, VqaJob
+from api_stub.contract.sampling import SamplingParams
+from api_stub.contract.view import JobView
+from api_stub.ledger.rows import Bell
+from tests.servers import eventually
+from worker import pipeline
+from worker.bootstrap import Runtime, build
+from worker.intake import Knock
+from worker.settings import WorkerSettings
+
+LONG_QUESTION = "Is this long? " * 40
+LONG = 150  # tokens: the long question has more, the others have fewer
+
+
+class Memory:
+    """Stands for a device that is too small: a pre-hook of the first decoder layer that raises what torch raises."""
+
+    def __init__(self) -> None:
+        self.num_failures = 0
+        self.is_too_large: Callable[[torch.Tensor], bool] = lambda states: False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        if self.num_failures and self.is_too_large(states):
+            self.num_failures -= 1
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+
+class Worker:
+    """A whole worker in this process, its Celery apart: messages are handed over by threads."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._threads = ThreadPoolExecutor(16)
+        runtime.ring = self.ring
+        runtime.start()
+        runtime.on_ready()
+
+    def ring(self, bell: Bell) -> None:
+        self._threads.submit(self._handle, Knock(bell.job_id, TaskName.VQA, 6, None))
+
+    def ask(self, question: str) -> str:
+        """Submit a job and return its id."""
+        job_id = str(uuid.uuid4())
+        sampling = SamplingParams(max_new_tokens=24, min_new_tokens=24)
+        submission = self.runtime.ledger.submit(job_id, VqaJob(question=question, sampling=sampling).resolved(job_id))
+        assert submission
+        self._threads.submit(self._handle, Knock(job_id, TaskName.VQA, 6, None))
+        return job_id
+
+    def ended(self, job_id: str) -> JobView:
+        """Wait for a job's end."""
+        eventually(lambda: self._view(job_id).finished_at is not None, 60, "the job ends")
+        return self._view(job_id)
+
+    def stop(self) -> None:
+        self.runtime.stop()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _view(self, job_id: str) -> JobView:
+        view = self.runtime.ledger.view(job_id)
+        assert view is not None
+        return view
+
+    def _handle(self, knock: Knock) -> None:
+        accepted = self.runtime.intake.accept(knock)
+        if accepted is not None:
+            self.runtime.pipeline.run(accepted)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def worker(redis_url: str, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    from worker.models.loader import load
+
+    def load_into_little_memory(settings: WorkerSettings) -> object:
+        loaded = load(settings)
+        loaded.model.model.text_model.layers[0].register_forward_pre_hook(memory, with_kwargs=True)
+        return loaded
+
+    monkeypatch.setattr("worker.bootstrap.load", load_into_little_memory)
+    monkeypatch.setattr(pipeline, "OOM_PAUSE_S", 0.05)
+    settings = WorkerSettings(redis_url=redis_url, sweep_s=0.1, torch_threads=1, max_num_seqs=8)
+    worker = Worker(build(settings))
+    yield worker
+    worker.stop()
+
+
+def retries(client: redis.Redis, job_id: str) -> list[str]:
+    """Reasons of a job's retries."""
+    events = [json.loads(fields["event"]) for _, fields in client.xrange(names.events_key(job_id))]
+    return [event["reason"] for event in events if event["type"] == "job.retrying"]
+
+
+def test_a_request_that_did_not_fit_once_is_tried_again(
+    worker: Worker, memory: Memory, redis_client: redis.Redis
+) -> None:
+    memory.num_failures, memory.is_too_large = 1, lambda states: states.shape[1] >= LONG
+    small = [worker.ask(f"hello {number}") for number in range(4)]
+    large = worker.ask(LONG_QUESTION)
+    view = worker.ended(large)
+    assert (view.status, view.attempt) == ("completed", 2)
+    assert retries(redis_client, large) == ["out_of_memory"]
+    assert {(worker.ended(job_id).status, worker.ended(job_id).attempt) for job_id in small} == {("completed", 1)}
+
+
+def test_a_request_that_never_fits_fails_alone_and_the_worker_goes_on(
+    worker: Worker, memory: Memory, redis_client: redis.Redis
+) -> None:
+    memory.num_failures, memory.is_too_large = 99, lambda states: states.shape[1] >= LONG
+    large = worker.ask(LONG_QUESTION)
+    small = [worker.ask(f"hello {number}") for number in range(4)]
+    view = worker.ended(large)
+    assert view.error is not None
+    assert (view.status, view.attempt, view.error.code, view.error.retryable) == ("failed", 3, "out_of_memory", True)
+    assert "GiB" not in view.error.message
+    assert retries(redis_client, large) == ["out_of_memory"] * 2
+    small.append(worker.ask("and afterwards?"))
+    assert {worker.ended(job_id).status for job_id in small} == {"completed"}
+    assert worker.runtime.exit_status == 0
+
+
+def test_a_decode_step_that_did_not_fit_costs_no_job(worker: Worker, memory: Memory) -> None:
+    memory.num_failures, memory.is_too_large = (
+        1,
+        lambda states: max(states.shape[:2]) > 2 and min(states.shape[:2]) == 1,
+    )
+    jobs = [worker.ask(f"hello {number}") for number in range(6)]
+    assert {worker.ended(job_id).status for job_id in jobs} == {"completed"}
+    assert memory.num_failures == 0
+
+
+def test_media_that_do_not_fit_into_memory_are_no_bug(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.runtime.pipeline._prompts, "prepare", prepare)
+        view = worker.ended(worker.ask("hello"))
+    assert view.error is not None
+    assert (view.attempt, view.error.code) == (3, "out_of_memory")
+    assert worker.ended(worker.ask("hello")).status == "completed"
