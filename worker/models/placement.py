@@ -49,12 +49,11 @@ def free_gpu_bytes() -> dict[int, int]:
 
 
 def require_on_gpus(value: str, model: PreTrainedModel) -> None:
-    """Refuse a model of which accelerate has left a part on a CPU or a disk: each token would wait for it."""
-    elsewhere = [name for name, device in getattr(model, "hf_device_map", {}).items() if str(device) in ("cpu", "disk")]
-    if elsewhere and model.device.type != "cpu":
-        raise CannotStart(
-            f"VISIONQ_DEVICE={value}: the GPUs are too small; left over: {elsewhere[0]} and {len(elsewhere) - 1} more"
-        )
+    """Refuse a spread model of which accelerate has left a part on a CPU or a disk: each token would wait for it."""
+    devices = {name: str(device) for name, device in getattr(model, "hf_device_map", {}).items()}
+    elsewhere = [name or "everything" for name, device in devices.items() if device in ("cpu", "disk")]
+    if elsewhere and set(devices.values()) != {"cpu"}:
+        raise CannotStart(f"VISIONQ_DEVICE={value}: the GPUs are too small; left over: {', '.join(elsewhere[:3])}")
 
 
 def _device(value: str, num_gpus: int) -> torch.device:
