@@ -25,6 +25,7 @@ from worker.intake import Intake
 from worker.lifecycle.attempt import Attempts
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.heartbeat import Heartbeat
+from worker.media.cache import MediaCache
 from worker.media.clip_index import FFMPEG_ENVIRONMENT, calm_opencv
 from worker.media.collect import MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
@@ -118,7 +119,7 @@ def build(settings: WorkerSettings) -> Runtime:
             ledger=ledger,
             attempts=attempts,
             answers=answers,
-            media=MediaCollector(fetcher, policy),
+            media=MediaCollector(fetcher, policy, MediaCache(settings.media_cache_bytes)),
             prompts=prompts,
             engine=engine,
             events=publisher,

@@ -7,10 +7,8 @@ another worker owns the job). Events go out through the publisher on the way. Kn
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final, Protocol
 
 import redis
@@ -155,19 +153,18 @@ class Pipeline:
         self, attempt: Attempt, job: Job, parts: Sequence[AnyMediaPart], watch: Stopwatch
     ) -> list[DecodedMedia]:
         num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
-        with tempfile.TemporaryDirectory(prefix="visionq-") as directory:
-            with watch.fetch:
-                fetched = self._media.fetch(
-                    parts,
-                    Path(directory),
-                    should_stop=attempt.check,
-                    on_progress=lambda done, total: self._progress(attempt, Stage.FETCHING, done, total),
-                )
-            self._progress(attempt, Stage.PREPARING, 0, len(parts))
-            with watch.prepare:
-                return self._media.decode(
-                    parts, fetched, task=job.task, num_frames=num_frames, should_stop=attempt.check
-                )
+        with watch.fetch:
+            collected = self._media.collect(
+                parts,
+                task=job.task,
+                num_frames=num_frames,
+                should_stop=attempt.check,
+                on_progress=lambda done, total: self._progress(attempt, Stage.FETCHING, done, total),
+            )
+        watch.fetch.seconds -= collected.decode_s
+        watch.prepare.seconds += collected.decode_s
+        self._progress(attempt, Stage.PREPARING, 0, len(parts))
+        return collected.media
 
     def _generate(self, attempt: Attempt, job: Job, inputs: ModelInputs, answer: Answer, watch: Stopwatch) -> Finish:
         """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""

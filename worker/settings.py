@@ -151,6 +151,9 @@ class WorkerSettings(BaseSettings):
     max_image_pixels: int = Field(default=50_000_000, ge=1, description="Pixels of one image")
     max_video_bytes: int = Field(default=512 * MEBIBYTE, ge=1, description="Bytes of one clip")
     max_video_seconds: float = Field(default=3_600.0, gt=0, description="Length of one clip")
+    media_cache_bytes: int = Field(
+        default=256 * MEBIBYTE, ge=0, description="Decoded images and clips kept between jobs; 0: none"
+    )
     storage_timeout_s: float = Field(default=10.0, gt=0, description="Silence of storage that counts as a fault")
     storage_retries: int = Field(default=3, ge=0, le=20, description="Retries of a faulty read before the job fails")
     log_format: LogFormat = Field(default=LogFormat.JSON, description="`json` or `text`")

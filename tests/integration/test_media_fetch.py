@@ -37,7 +37,7 @@ from worker.errors import (
     MediaUnsupported,
     StorageUnavailable,
 )
-from worker.media.fetch import MediaFetcher, s3_client
+from worker.media.fetch import FetchedMedia, MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaFormat, MediaKind
 
@@ -73,7 +73,14 @@ def storage(s3_server: S3Server, s3_client: S3Client) -> Iterator[FaultyStorage]
 
 @pytest.fixture
 def fetch(storage: FaultyStorage, tmp_path: Path) -> Callable[..., object]:
-    return lambda uri, should_stop=go_on: fetcher_at(storage.url).fetch(uri, tmp_path, should_stop=should_stop)
+    return lambda uri, should_stop=go_on: fetched_by(fetcher_at(storage.url), uri, tmp_path, should_stop)
+
+
+def fetched_by(
+    fetcher: MediaFetcher, uri: str, directory: Path, should_stop: Callable[[], None] = go_on
+) -> FetchedMedia:
+    """Both steps at once."""
+    return fetcher.read(fetcher.head(uri, should_stop=should_stop), directory, should_stop=should_stop)
 
 
 def fetcher_at(url: str, policy: MediaPolicy = POLICY, retries: int = 2) -> MediaFetcher:
@@ -85,8 +92,8 @@ def test_an_object_arrives_whole_with_its_kind_by_content(s3_client: S3Client, f
     stored = s3_client.put_object(Bucket="media", Key="whole.txt", Body=body, ContentType="text/plain")
     fetched = fetch("s3://media/whole.txt")
     assert fetched.path.read_bytes() == body
-    assert (fetched.kind, fetched.format, fetched.num_bytes) == (MediaKind.IMAGE, MediaFormat.PNG, len(body))
-    assert fetched.etag == stored["ETag"].strip('"')
+    assert (fetched.kind, fetched.format, fetched.stored.num_bytes) == (MediaKind.IMAGE, MediaFormat.PNG, len(body))
+    assert fetched.stored.etag == stored["ETag"]
     assert list(tmp_path.iterdir()) == [fetched.path]
 
 
@@ -94,7 +101,7 @@ def test_an_object_arrives_whole_with_its_kind_by_content(s3_client: S3Client, f
 def test_a_key_never_names_the_file(s3_client: S3Client, s3_server: S3Server, tmp_path: Path, key: str) -> None:
     body = png(side=20)
     s3_client.put_object(Bucket="media", Key=key, Body=body)
-    fetched = fetcher_at(s3_server.url).fetch(f"s3://media/{quote(key)}", tmp_path, should_stop=go_on)
+    fetched = fetched_by(fetcher_at(s3_server.url), f"s3://media/{quote(key)}", tmp_path)
     assert fetched.path.read_bytes() == body
     assert fetched.path.parent == tmp_path
     assert fetched.path.name.startswith("media-")
@@ -112,12 +119,12 @@ def test_a_named_version_is_read_and_not_the_newest(s3_client: S3Client, fetch) 
 def test_a_foreign_bucket_is_refused_before_any_network(tmp_path: Path) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(MediaForbidden, match="'private' is not one that this worker may read"):
-        fetcher_at(nobody).fetch("s3://private/secret.png", tmp_path, should_stop=go_on)
+        fetched_by(fetcher_at(nobody), "s3://private/secret.png", tmp_path)
 
 
 def test_a_malformed_uri_is_an_invalid_request(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="s3:// URI"):
-        fetcher_at("http://127.0.0.1:9").fetch("file:///etc/passwd", tmp_path, should_stop=go_on)
+        fetched_by(fetcher_at("http://127.0.0.1:9"), "file:///etc/passwd", tmp_path)
 
 
 @pytest.mark.parametrize("uri", ["s3://media/nothing.png", "s3://absent/nothing.png"])
@@ -203,7 +210,7 @@ def test_a_passing_fault_is_retried_and_the_bytes_are_right(
     storage.plan = plan
     fetched = fetch("s3://media/retried.png")
     assert fetched.path.read_bytes() == body
-    assert fetched.num_bytes == len(body)
+    assert fetched.stored.num_bytes == len(body)
     assert not any(storage.plan.values()), "every fault was met"
     assert list(tmp_path.iterdir()) == [fetched.path]
 
@@ -236,7 +243,7 @@ def test_a_lasting_fault_ends_as_storage_unavailable(
 def test_nobody_listening_is_storage_unavailable_without_an_endpoint_in_the_message(tmp_path: Path) -> None:
     port = free_port()
     with pytest.raises(StorageUnavailable) as caught:
-        fetcher_at(f"http://127.0.0.1:{port}").fetch("s3://media/any.png", tmp_path, should_stop=go_on)
+        fetched_by(fetcher_at(f"http://127.0.0.1:{port}"), "s3://media/any.png", tmp_path)
     assert str(port) not in str(caught.value)
     assert "test-secret" not in str(caught.value)
 
@@ -252,7 +259,7 @@ def test_a_job_leaves_a_silent_socket_at_once(s3_client: S3Client, storage: Faul
             raise Stopped
 
     with pytest.raises(Stopped):
-        patient.fetch("s3://media/silent.png", tmp_path, should_stop=should_stop)
+        fetched_by(patient, "s3://media/silent.png", tmp_path, should_stop)
     assert time.monotonic() < stop_at + 1.0
     assert list(tmp_path.iterdir()) == []
 
@@ -270,7 +277,7 @@ def test_a_job_is_stopped_while_it_waits_for_its_next_try(storage: FaultyStorage
 
     started = time.monotonic()
     with pytest.raises(Stopped):
-        slow.fetch("s3://media/any.png", tmp_path, should_stop=should_stop)
+        fetched_by(slow, "s3://media/any.png", tmp_path, should_stop)
     assert time.monotonic() < started + 2.0
 
 

@@ -1,84 +1,114 @@
 """All media of one job: fetched, decoded and put in the order in which the conversation names them.
 
-In: the job's turns. Out: one DecodedMedia per media part. An object named twice is fetched and decoded once.
+In: the job's media parts. Out: one DecodedMedia per part. What earlier jobs made of the same state of an object comes
+from the cache; an object named twice is headed, read and decoded once.
 """
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from api_stub.contract.job import ImagePart, MediaPart, TaskName, TextPart, Turn, VideoPart
 from worker.errors import MediaUnsupported, RequestError
-from worker.media.fetch import FetchedMedia, MediaFetcher
+from worker.media.cache import Made, MediaCache, MediaKey
+from worker.media.fetch import FetchedMedia, MediaFetcher, StoredObject
 from worker.media.image import decode_image
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedMedia
+from worker.media.types import DecodedClip, DecodedMedia
 from worker.media.video import sample_clip
 
 AnyMediaPart = ImagePart | VideoPart | MediaPart
 
 
-class MediaCollector:
-    """Fetches and decodes for many jobs at once; holds nothing of any of them."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An object as a job wants it: which kinds will do, and how many frames if it is a clip."""
 
-    def __init__(self, fetcher: MediaFetcher, policy: MediaPolicy) -> None:
+    uri: str
+    kinds: tuple[MediaKind, ...]
+    num_frames: int
+    task: TaskName
+
+    @classmethod
+    def of(cls, part: AnyMediaPart, task: TaskName, num_frames: int) -> Wanted:
+        """Return what a part asks for; a part of either kind takes an image, and in a video question a clip too."""
+        if isinstance(part, VideoPart):
+            return cls(part.uri, (MediaKind.VIDEO,), part.num_frames or num_frames, task)
+        if isinstance(part, MediaPart) and task is TaskName.VIDEO_QA:
+            return cls(part.uri, (MediaKind.VIDEO, MediaKind.IMAGE), num_frames, task)
+        return cls(part.uri, (MediaKind.IMAGE,), num_frames, task)
+
+    def key(self, stored: StoredObject, kind: MediaKind, policy: MediaPolicy) -> MediaKey:
+        """Return the key of the object in a state and as one kind."""
+        return MediaKey(stored.identity, kind, self.num_frames if kind is MediaKind.VIDEO else 0, policy)
+
+    def check(self, kind: MediaKind) -> None:
+        """Raise MediaUnsupported where a clip stands for an image or the reverse."""
+        if kind in self.kinds:
+            return
+        if kind is MediaKind.VIDEO:
+            raise MediaUnsupported(f"{self.uri}: a video where {self.task.value} takes an image")
+        raise MediaUnsupported(f"{self.uri}: an image where a video was named")
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A job's media in the order of its parts. `decode_s` is the part of the time that went into this job's own
+    decoding."""
+
+    media: list[DecodedMedia]
+    decode_s: float
+
+
+class MediaCollector:
+    """Fetches and decodes for many jobs at once; holds nothing of any of them but what the cache keeps."""
+
+    def __init__(self, fetcher: MediaFetcher, policy: MediaPolicy, cache: MediaCache) -> None:
         self._fetcher = fetcher
         self._policy = policy
+        self._cache = cache
 
-    def fetch(
+    def collect(
         self,
         parts: Sequence[AnyMediaPart],
-        directory: Path,
-        *,
-        should_stop: Callable[[], None],
-        on_progress: Callable[[int, int], None],
-    ) -> dict[str, FetchedMedia]:
-        """Bring every distinct object of `parts` into `directory`.
-
-        `on_progress(done, total)` is called before each and at the end; not at all without media.
-        """
-        uris = list(dict.fromkeys(part.uri for part in parts))
-        fetched: dict[str, FetchedMedia] = {}
-        for done, uri in enumerate(uris):
-            on_progress(done, len(uris))
-            fetched[uri] = self._fetcher.fetch(uri, directory, should_stop=should_stop)
-        if uris:
-            on_progress(len(uris), len(uris))
-        return fetched
-
-    def decode(
-        self,
-        parts: Sequence[AnyMediaPart],
-        fetched: dict[str, FetchedMedia],
         *,
         task: TaskName,
         num_frames: int,
         should_stop: Callable[[], None],
-    ) -> list[DecodedMedia]:
-        """Decode every part. Raises MediaUnsupported where a clip stands for an image or the reverse."""
-        kinds = [_checked_kind(part, fetched[part.uri].kind, task) for part in parts]
-        if task is TaskName.VIDEO_QA and MediaKind.VIDEO not in kinds:
-            raise MediaUnsupported(f"media: a video question needs at least 1 video, got {len(parts)} images")
-        decoded: dict[tuple[str, int], DecodedMedia] = {}
-        media: list[DecodedMedia] = []
-        for part, kind in zip(parts, kinds, strict=True):
-            should_stop()
-            frames = (part.num_frames or num_frames) if isinstance(part, VideoPart) else num_frames
-            key = (part.uri, frames if kind is MediaKind.VIDEO else 0)
-            if key not in decoded:
-                decoded[key] = self._decode(part.uri, fetched[part.uri], frames, should_stop)
-            media.append(decoded[key])
-        return media
+        on_progress: Callable[[int, int], None],
+    ) -> Collected:
+        """Bring and decode every distinct object of `parts`, in order.
 
-    def _decode(self, uri: str, media: FetchedMedia, num_frames: int, should_stop: Callable[[], None]) -> DecodedMedia:
-        try:
-            if media.kind is MediaKind.VIDEO:
-                return sample_clip(media.path, num_frames, self._policy, should_stop=should_stop)
-            return decode_image(media.path, self._policy)
-        except RequestError as error:
-            raise type(error)(f"{uri}: {error}") from error  # the decoders see a file, the producer knows a URI
+        `on_progress(done, total)` is called before each object and at the end. `should_stop` raises to give the job
+        up. Files live in a directory of the job's own, which goes when this returns.
+
+        Raises MediaUnsupported where a clip stands for an image or the reverse, or a video question has no clip, and
+        what the fetcher and the decoders raise.
+        """
+        wanted = [Wanted.of(part, task, num_frames) for part in parts]
+        uris = list(dict.fromkeys(part.uri for part in parts))
+        media: dict[Wanted, DecodedMedia] = {}
+        with tempfile.TemporaryDirectory(prefix="visionq-") as directory:
+            work = _Work(self._fetcher, self._policy, Path(directory), should_stop)
+            for done, uri in enumerate(uris):
+                on_progress(done, len(uris))
+                stored = self._fetcher.head(uri, should_stop=should_stop)
+                for one in dict.fromkeys(one for one in wanted if one.uri == uri):
+                    media[one] = self._one(one, stored, work)
+        on_progress(len(uris), len(uris))
+        in_order = [media[one] for one in wanted]
+        if task is TaskName.VIDEO_QA and not any(isinstance(medium, DecodedClip) for medium in in_order):
+            raise MediaUnsupported(f"media: a video question needs at least 1 video, got {len(parts)} images")
+        return Collected(in_order, work.decode_s)
+
+    def _one(self, wanted: Wanted, stored: StoredObject, work: _Work) -> DecodedMedia:
+        asked = tuple(wanted.key(stored, kind, self._policy) for kind in wanted.kinds)
+        return self._cache.get_or_make(asked, lambda: work.make(wanted, stored), should_stop=work.should_stop)
 
 
 def media_parts(turns: Sequence[Turn]) -> list[AnyMediaPart]:
@@ -86,11 +116,32 @@ def media_parts(turns: Sequence[Turn]) -> list[AnyMediaPart]:
     return [part for turn in turns for part in turn.content if not isinstance(part, TextPart)]
 
 
-def _checked_kind(part: AnyMediaPart, kind: MediaKind, task: TaskName) -> MediaKind:
-    is_clip = kind is MediaKind.VIDEO
-    wants_image = isinstance(part, ImagePart) or (isinstance(part, MediaPart) and task is not TaskName.VIDEO_QA)
-    if is_clip and wants_image:
-        raise MediaUnsupported(f"{part.uri}: a video where {task.value} takes an image")
-    if not is_clip and isinstance(part, VideoPart):
-        raise MediaUnsupported(f"{part.uri}: an image where a video was named")
-    return kind
+@dataclass(slots=True)
+class _Work:
+    """What one job reads and decodes itself: its files, by URI, and the seconds it spent decoding them."""
+
+    fetcher: MediaFetcher
+    policy: MediaPolicy
+    directory: Path
+    should_stop: Callable[[], None]
+    files: dict[str, FetchedMedia] = field(default_factory=dict)
+    decode_s: float = 0.0
+
+    def make(self, wanted: Wanted, stored: StoredObject) -> Made:
+        if wanted.uri not in self.files:
+            self.files[wanted.uri] = self.fetcher.read(stored, self.directory, should_stop=self.should_stop)
+        fetched = self.files[wanted.uri]
+        wanted.check(fetched.kind)
+        started_at = time.monotonic()
+        media = self._decode(wanted, fetched)
+        self.decode_s += time.monotonic() - started_at
+        return Made(wanted.key(fetched.stored, fetched.kind, self.policy), media)
+
+    def _decode(self, wanted: Wanted, fetched: FetchedMedia) -> DecodedMedia:
+        self.should_stop()
+        try:
+            if fetched.kind is MediaKind.VIDEO:
+                return sample_clip(fetched.path, wanted.num_frames, self.policy, should_stop=self.should_stop)
+            return decode_image(fetched.path, self.policy)
+        except RequestError as error:
+            raise type(error)(f"{wanted.uri}: {error}") from error  # decoders see a file, the producer knows a URI

@@ -1,7 +1,7 @@
 """Read one object from S3 into a file: allow-listed buckets only, sizes capped, faults retried.
 
-In: a media URI and a directory of the caller's. Out: a file there and what its first bytes say it is. The name of the
-file never comes from the key. Decoding is not done here.
+In: a media URI. Out, in two steps: which state of the object storage has, and a file in a directory of the caller's
+with what its first bytes say it is. The name of the file never comes from the key. Decoding is not done here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkstemp
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -31,6 +31,7 @@ from worker.errors import (
     StorageUnavailable,
     WorkerError,
 )
+from worker.media.cache import ObjectIdentity
 from worker.media.faults import STORAGE_ERRORS, is_passing, translate
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
@@ -41,10 +42,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CHUNK_BYTES = 64 * 1024
 POLL_S = 0.1
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """One state of an object, as storage told it. `media` is the reference by which a job named it."""
+
+    media: S3Object
+    num_bytes: int
+    etag: str
+    version_id: str | None
+
+    @property
+    def identity(self) -> ObjectIdentity:
+        """What tells this state from every other state of every object."""
+        return ObjectIdentity(self.media.bucket, self.media.key, self.version_id, self.etag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +71,7 @@ class FetchedMedia:
 
     path: Path
     format: MediaFormat
-    num_bytes: int
-    etag: str
-    version_id: str | None
+    stored: StoredObject
 
     @property
     def kind(self) -> MediaKind:
@@ -99,29 +115,43 @@ class MediaFetcher:
         self._retries = retries
         self._first_backoff_s = first_backoff_s
 
-    def fetch(self, uri: str, directory: Path, *, should_stop: Callable[[], None]) -> FetchedMedia:
-        """Read the object at `uri` into a new file in `directory`, which must exist.
+    def head(self, uri: str, *, should_stop: Callable[[], None]) -> StoredObject:
+        """Ask for the state of the object at `uri` without reading it.
 
         `should_stop` raises to give the job up (cancel, deadline, lost lease); it is called on the calling thread at
-        least every `POLL_S`, also while storage is silent, and what it raises passes through.
-        Each try heads the object and reads exactly that state (If-Match); an object that changes meanwhile is read
-        anew. Passing faults are retried up to `retries` times with exponential backoff and jitter.
+        least every `POLL_S`, also while storage is silent, and what it raises passes through. Passing faults are
+        retried up to `retries` times with exponential backoff and jitter.
 
         Raises InvalidRequest, MediaForbidden (before any network for a foreign bucket), MediaNotFound, MediaTooLarge,
-        MediaCorrupt (no bytes), MediaUnsupported (first bytes of no known format), StorageUnavailable.
+        MediaCorrupt (no bytes), StorageUnavailable.
         """
         media = self._allowed(uri)
-        failed_tries = 0
-        while True:
-            should_stop()
+        return self._retrying(lambda _: self._aside(media, lambda _: self._head(media), should_stop), should_stop)
+
+    def read(self, stored: StoredObject, directory: Path, *, should_stop: Callable[[], None]) -> FetchedMedia:
+        """Read an object in the state that `head` told into a new file in `directory`, which must exist.
+
+        Exactly that state is asked for (If-Match). Each retry heads the object anew, so what is returned is of a later
+        state when the object changed meanwhile: `FetchedMedia.stored` is what was really read.
+
+        Stops and raises as `head`, and MediaUnsupported (first bytes of no known format).
+        """
+
+        def one_try(failed_tries: int) -> FetchedMedia:
+            descriptor, name = mkstemp(dir=directory, prefix="media-")
+
+            def download(abandoned: threading.Event) -> FetchedMedia:
+                with open(descriptor, "wb") as sink:  # noqa: PTH123 - a descriptor has no Path
+                    state = self._head(stored.media) if failed_tries else stored
+                    return self._download(state, sink, Path(name), abandoned)
+
             try:
-                return self._try_once(media, directory, should_stop)
-            except _Passing as fault:
-                failed_tries += 1
-                if failed_tries > self._retries:
-                    raise StorageUnavailable(f"{fault.final} (tried {failed_tries} times)") from fault
-                logger.warning("storage fault, trying again", extra={"action": "retry_fetch", "attempt": failed_tries})
-            _wait(self._backoff_s(failed_tries), should_stop)
+                return self._aside(stored.media, download, should_stop)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+
+        return self._retrying(one_try, should_stop)
 
     def _allowed(self, uri: str) -> S3Object:
         try:
@@ -132,100 +162,99 @@ class MediaFetcher:
             raise MediaForbidden(f"bucket {media.bucket!r} is not one that this worker may read")
         return media
 
+    def _retrying(self, one_try: Callable[[int], T], should_stop: Callable[[], None]) -> T:
+        """Call `one_try` with the number of tries that failed before, until one does not fail in passing."""
+        failed_tries = 0
+        while True:
+            should_stop()
+            try:
+                return one_try(failed_tries)
+            except _Passing as fault:
+                failed_tries += 1
+                if failed_tries > self._retries:
+                    raise StorageUnavailable(f"{fault.final} (tried {failed_tries} times)") from fault
+                logger.warning("storage fault, trying again", extra={"action": "retry_fetch", "attempt": failed_tries})
+            _wait(self._backoff_s(failed_tries), should_stop)
+
     def _backoff_s(self, failed_tries: int) -> float:
         """Exponential, capped, with "equal jitter" (AWS Architecture Blog, Exponential Backoff And Jitter)."""
         ceiling = min(MAX_BACKOFF_S, self._first_backoff_s * 2 ** (failed_tries - 1))
         return random.uniform(ceiling / 2, ceiling)
 
-    def _try_once(self, media: S3Object, directory: Path, should_stop: Callable[[], None]) -> FetchedMedia:
-        """Read on a thread of its own: a job must be able to leave a silent socket behind.
+    def _aside(self, media: S3Object, ask: Callable[[threading.Event], T], should_stop: Callable[[], None]) -> T:
+        """Call `ask` on a thread of its own: a job must be able to leave a silent socket behind.
 
-        An abandoned thread ends at its next chunk or its socket's timeout; it writes only to the file it was given.
+        An abandoned thread, told by the event it is given, ends at its next chunk or its socket's timeout; it writes
+        only to the file it was given. Raises _Passing or the job's error.
         """
-        descriptor, name = mkstemp(dir=directory, prefix="media-")
-        path = Path(name)
-        download = _Download(self._client, self._policy, media, path, descriptor)
-        download.start()
+        abandoned, outcome = threading.Event(), Future[T]()
+
+        def run() -> None:
+            try:
+                answer = ask(abandoned)
+            except STORAGE_ERRORS as error:
+                final = translate(error, media)
+                outcome.set_exception(_Passing(final) if is_passing(error) else final)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the job runs
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(answer)
+
+        threading.Thread(target=run, name="media-fetch", daemon=True).start()
         try:
-            while not download.is_done(POLL_S):
+            while not wait([outcome], timeout=POLL_S).done:
                 should_stop()
-            return download.outcome()
+            return outcome.result()
         except BaseException:
-            download.abandoned.set()
-            path.unlink(missing_ok=True)
+            abandoned.set()
             raise
 
+    def _head(self, media: S3Object) -> StoredObject:
+        answer = self._client.head_object(Bucket=media.bucket, Key=media.key, **_version(media))
+        stored = StoredObject(media, answer["ContentLength"], answer["ETag"], answer.get("VersionId"))
+        _check_size(stored, stored.num_bytes, max(self._policy.max_image_bytes, self._policy.max_video_bytes))
+        return stored
 
-class _Download(threading.Thread):
-    """One try at one object."""
-
-    def __init__(self, client: S3Client, policy: MediaPolicy, media: S3Object, path: Path, descriptor: int) -> None:
-        super().__init__(name="media-fetch", daemon=True)
-        self.abandoned = threading.Event()
-        self._client = client
-        self._policy = policy
-        self._media = media
-        self._path = path
-        self._descriptor = descriptor
-        self._outcome: Future[FetchedMedia] = Future()
-
-    def is_done(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s`; return whether the try has ended."""
-        return bool(wait([self._outcome], timeout=timeout_s).done)
-
-    def outcome(self) -> FetchedMedia:
-        """Return what was fetched, or raise _Passing or the job's error."""
-        return self._outcome.result()
-
-    def run(self) -> None:
-        try:
-            with open(self._descriptor, "wb") as sink:  # noqa: PTH123 - a descriptor has no Path
-                fetched = self._read(sink)
-        except STORAGE_ERRORS as error:
-            final = translate(error, self._media)
-            self._outcome.set_exception(_Passing(final) if is_passing(error) else final)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the job runs
-            self._outcome.set_exception(error)
-        else:
-            self._outcome.set_result(fetched)
-
-    def _read(self, sink: IO[bytes]) -> FetchedMedia:
-        media = self._media
-        version: dict[str, Any] = {"VersionId": media.version_id} if media.version_id else {}
-        head = self._client.head_object(Bucket=media.bucket, Key=media.key, **version)
-        num_bytes, etag = head["ContentLength"], head["ETag"]
-        self._check_size(num_bytes, max(self._policy.max_image_bytes, self._policy.max_video_bytes))
-        answer = self._client.get_object(Bucket=media.bucket, Key=media.key, IfMatch=etag, **version)
+    def _download(self, stored: StoredObject, sink: IO[bytes], path: Path, abandoned: threading.Event) -> FetchedMedia:
+        media = stored.media
+        answer = self._client.get_object(Bucket=media.bucket, Key=media.key, IfMatch=stored.etag, **_version(media))
         with closing(answer["Body"]) as body:
-            found = self._save(body, sink, num_bytes)
-        return FetchedMedia(self._path, found, num_bytes, etag.strip('"'), answer.get("VersionId"))
+            found = self._save(body, sink, stored, abandoned)
+        return FetchedMedia(path, found, replace(stored, etag=answer["ETag"], version_id=answer.get("VersionId")))
 
-    def _save(self, body: StreamingBody, sink: IO[bytes], num_bytes: int) -> MediaFormat:
+    def _save(
+        self, body: StreamingBody, sink: IO[bytes], stored: StoredObject, abandoned: threading.Event
+    ) -> MediaFormat:
         """Copy the body; the first chunk decides the format, and so the cap, before the rest is read."""
         chunk = body.read(CHUNK_BYTES)
         try:
             found = sniff(chunk[:HEAD_BYTES])
         except MediaUnsupported as error:
-            raise MediaUnsupported(f"{self._media.uri}: {error}") from error
+            raise MediaUnsupported(f"{stored.media.uri}: {error}") from error
         max_bytes = self._policy.max_image_bytes
         if found.kind is MediaKind.VIDEO:
             max_bytes = self._policy.max_video_bytes
-        self._check_size(num_bytes, max_bytes)
+        _check_size(stored, stored.num_bytes, max_bytes)
         num_read = 0
-        while chunk and not self.abandoned.is_set():
+        while chunk and not abandoned.is_set():
             num_read += len(chunk)
-            self._check_size(num_read, max_bytes)
+            _check_size(stored, num_read, max_bytes)
             sink.write(chunk)
             chunk = body.read(CHUNK_BYTES)
-        if num_read != num_bytes:
-            raise _Passing(StorageUnavailable(f"{self._media.uri}: {num_read} of {num_bytes} bytes arrived"))
+        if num_read != stored.num_bytes:
+            raise _Passing(StorageUnavailable(f"{stored.media.uri}: {num_read} of {stored.num_bytes} bytes arrived"))
         return found
 
-    def _check_size(self, num_bytes: int, max_bytes: int) -> None:
-        if num_bytes == 0:
-            raise MediaCorrupt(f"{self._media.uri} is empty (0 bytes)")
-        if num_bytes > max_bytes:
-            raise MediaTooLarge(f"{self._media.uri} has {num_bytes} bytes, the limit is {max_bytes}")
+
+def _version(media: S3Object) -> dict[str, Any]:
+    return {"VersionId": media.version_id} if media.version_id else {}
+
+
+def _check_size(stored: StoredObject, num_bytes: int, max_bytes: int) -> None:
+    if num_bytes == 0:
+        raise MediaCorrupt(f"{stored.media.uri} is empty (0 bytes)")
+    if num_bytes > max_bytes:
+        raise MediaTooLarge(f"{stored.media.uri} has {num_bytes} bytes, the limit is {max_bytes}")
 
 
 def _wait(seconds: float, should_stop: Callable[[], None]) -> None:
