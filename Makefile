@@ -37,8 +37,9 @@ check: $(DEV_STAMP) ## lint, types, import floors, tests
 	$(MAKE) test
 	$(MAKE) vision
 
-bench: $(DEV_STAMP) ## measure what the queue costs per job on this machine, beside bare Celery
-	$(BIN)/visionq-worker bench queue $(ARGS)
+bench: $(DEV_STAMP) ## measure the engine beside plain generate (ARGS go there), then the queue beside bare Celery
+	$(BIN)/visionq-worker bench engine $(ARGS)
+	$(BIN)/visionq-worker bench queue
 
 # Without pip (Debian keeps it in python3-venv) a half-made environment must not look made.
 $(BIN)/python:
@@ -52,7 +53,7 @@ $(RUN_STAMP): $(PINS) | $(BIN)/python
 
 $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[worker,quantization,local,dev]"
+	$(PIP_INSTALL) -e ".[worker,quantization,local,bench,dev]"
 	@touch $@ $(RUN_STAMP)
 
 # A folder in front of $(VENV)'s packages and not in it: the other tests show that everything else works without

@@ -23,13 +23,13 @@ def would_run(target: str, venv: Path) -> str:
     ("target", "steps"),
     [
         ("demo", ["-m venv", '".[worker,local]"', "visionq demo"]),
-        ("test", ["-m venv", '".[worker,quantization,local,dev]"', "-m pytest"]),
+        ("test", ["-m venv", '".[worker,quantization,local,bench,dev]"', "-m pytest"]),
         (
             "check",
             ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest", "tests/vision"],
         ),
         ("vision", ["-m venv", "--no-deps --target", "torchvision num2words", "-m pytest tests/vision"]),
-        ("bench", ["-m venv", "visionq-worker bench queue"]),
+        ("bench", ["-m venv", "visionq-worker bench engine", "visionq-worker bench queue"]),
     ],
 )
 def test_a_target_starts_from_nothing(target: str, steps: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""One way of answering a set of jobs, measured: who said what and when, and what it took.
+
+In: jobs. Out: a `Run`. All times are seconds of `time.perf_counter`.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from worker.engine.step_times import Step
+from worker.models.inputs import ModelInputs
+
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_STATUS: Final = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchJob:
+    """A prompt and how many tokens it wants, greedily."""
+
+    job_id: str
+    inputs: ModelInputs
+    max_new_tokens: int
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one job got. told_at: when a reader saw something new, the first entry is the first token's time."""
+
+    text: str = ""
+    num_tokens: int = 0
+    told_at: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """cpu_s: of all threads. peak_bytes: of the device, on a CPU resident memory; None where nobody counts it."""
+
+    started_at: float
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Answers by job id in the jobs' order, the cost of all, and an engine's steps."""
+
+    name: str
+    answers: Mapping[str, Answer]
+    cost: Cost
+    steps: Sequence[Step] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(answer.num_tokens for answer in self.answers.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.cost.wall_s
+
+    @property
+    def first_token_s(self) -> list[float]:
+        """Seconds from the beginning, when all jobs were handed in, to each first token."""
+        return [answer.told_at[0] - self.cost.started_at for answer in self.answers.values() if answer.told_at]
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Seconds between two pieces of one answer."""
+        return [gap for answer in self.answers.values() for gap in gaps(answer.told_at)]
+
+
+#: Answers jobs; returns the answers and, for an engine, its steps.
+Answering = Callable[[Sequence[BenchJob]], tuple[Mapping[str, Answer], Sequence[Step]]]
+#: A way of answering: sets up what a serving process would have ready, and takes it down.
+Mode = Callable[[], AbstractContextManager[Answering]]
+
+_WARM_UP_TOKENS: Final = 2
+
+
+def measure(name: str, mode: Mode, jobs: Sequence[BenchJob]) -> Run:
+    """Answer the jobs, warm, and count time and memory."""
+    gc.collect()
+    with mode() as answering, _peak_memory() as peak:
+        answering([BenchJob(job.job_id, job.inputs, _WARM_UP_TOKENS) for job in jobs[:2]])
+        cpu_s, started_at = time.process_time(), time.perf_counter()
+        answers, steps = answering(jobs)
+        wall_s, cpu_s = time.perf_counter() - started_at, time.process_time() - cpu_s
+    ordered = {job.job_id: answers[job.job_id] for job in jobs}
+    return Run(name, ordered, Cost(started_at, wall_s, cpu_s, peak()), steps)
+
+
+def gaps(times: Sequence[float]) -> list[float]:
+    """Return the differences between neighbours."""
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return a value that `percent` of the values do not exceed (nearest rank); 0 without values."""
+    if not values:
+        return 0.0
+    rank = max(0, -int(-percent * len(values) // 100) - 1)
+    return sorted(values)[rank]
+
+
+@contextmanager
+def _peak_memory() -> Iterator[Callable[[], int | None]]:
+    """Count the peak from here on; the caller asks after the block."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+        return
+    try:
+        # Linux: sets the high-water mark of resident memory back (proc(5)).
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        yield lambda: None
+        return
+    yield _resident_peak_bytes
+
+
+def _resident_peak_bytes() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
