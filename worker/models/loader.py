@@ -233,7 +233,8 @@ def _refusing(settings: WorkerSettings, problem: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers and tokenizers document no closed set; tokenizers raises bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, AttributeError) and find_spec("torchvision") is None:
-            # Video processors exist as empty names without torchvision.
+        # Without torchvision some processors are empty names, others say so when they are made.
+        may_be_torchvision = isinstance(error, AttributeError) or "orchvision" in reason
+        if may_be_torchvision and find_spec("torchvision") is None:
             reason = f"the family may need torchvision, install the `vision` extra ({reason})"
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: {problem}: {reason}") from error
