@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.unit.worker.prompting import test_literals as literals
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, assistant, clip, image, system, upstream, user
 from tests.unit.worker.prompting.test_prepare import CONVERSATIONS, Asked
 from worker.media.types import DecodedClip
+from worker.models.capabilities import probe
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
 from worker.prompting.prepare import PromptBuilder
@@ -93,8 +95,6 @@ def test_images_and_clips_mix_where_the_family_can_and_clips_are_frames_elsewher
 
 
 def test_templates_without_a_place_for_clips_get_frames(loaded_family: Loaded) -> None:
-    from worker.models.capabilities import probe
-
     loaded = loaded_family("qwen2-vl")
     processor = AutoProcessor.from_pretrained(loaded.model.name_or_path)
     processor.chat_template = processor.chat_template.replace("part['type'] == 'video'", "false")
@@ -104,6 +104,33 @@ def test_templates_without_a_place_for_clips_get_frames(loaded_family: Loaded) -
         (user(VIDEO, "What moves?"),), (clip(1, 3),)
     )
     assert inputs.tensors["image_grid_thw"].shape[0] == inputs.num_frames == 3
+
+
+def test_a_video_processor_that_cannot_process_is_not_used(
+    loaded_family: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = loaded_family("qwen2-vl")
+    processor = AutoProcessor.from_pretrained(loaded.model.name_or_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no frames today")
+
+    monkeypatch.setattr(type(processor.video_processor), "preprocess", fail)
+    assert not probe(processor, loaded.model.config).native_video
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "smolvlm"])
+def test_32_threads_prepare_what_one_thread_prepares(name: str, builder_of: Builders) -> None:
+    """Processors write into the metadata that they are given."""
+    asked: list[Asked] = [
+        ((user("See <video>", *[VIDEO] * (1 + number % 2)),), [clip(number, 2 + number % 3)] * (1 + number % 2))
+        for number in range(48)
+    ]
+    expected = [builder_of(name).prepare(*one) for one in asked]
+    with ThreadPoolExecutor(32) as threads:
+        prepared = list(threads.map(lambda one: builder_of(name).prepare(*one), asked))
+    for one, other in zip(prepared, expected, strict=True):
+        assert_same(one, dict(other.tensors))
 
 
 def timed_clip(times_s: tuple[float, ...], duration_s: float, fps: float) -> DecodedClip:

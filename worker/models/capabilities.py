@@ -49,17 +49,18 @@ class Capabilities:
 
 
 def probe(processor: ProcessorMixin, config: PreTrainedConfig) -> Capabilities:
-    """Ask processor and config what they can do. Renders a few tiny conversations, runs no model."""
+    """Ask processor and config what they can do. Renders a few conversations, shows a few frames, runs no model."""
     has_chat_template = getattr(processor, "chat_template", None) is not None
+    takes_clips = has_chat_template and _takes_clips(processor, 2)
     captioner = None if has_chat_template else captioner_of(processor)
     fallback = FALLBACK_CAPTION_PROMPT if captioner is None else captioner.default_prompt
     return Capabilities(
         has_chat_template=has_chat_template,
         has_system_role=has_chat_template and _has_system_role(processor),
         image_token=_media_token(processor, "image") if has_chat_template else None,
-        video_token=_media_token(processor, "video") if has_chat_template and _takes_clips(processor) else None,
-        can_mix_media=_takes_clips(processor) and not _shared_tensors(processor),
-        can_mix_lengths=_takes_clips(processor) and _takes_any_lengths(processor),
+        video_token=_media_token(processor, "video") if takes_clips else None,
+        can_mix_media=takes_clips and not _shared_tensors(processor),
+        can_mix_lengths=takes_clips and _takes_clips(processor, 2, 4),
         default_caption_prompt=getattr(config, "default_caption_prompt", None) or fallback,
         captioner=captioner,
     )
@@ -69,23 +70,22 @@ def _has_system_role(processor: ProcessorMixin) -> bool:
     return _render(processor, [_turn("system", "x"), _turn("user", "x")]) is not None
 
 
-def _takes_clips(processor: ProcessorMixin) -> bool:
-    return getattr(processor, "video_processor", None) is not None
+def _takes_clips(processor: ProcessorMixin, *num_frames: int) -> bool:
+    """Give the video processor clips of these lengths; some cannot stack clips that differ (LLaVA-OneVision)."""
+    video_processor = getattr(processor, "video_processor", None)
+    if video_processor is None:
+        return False
+    clips = [np.zeros((length, 32, 32, 3), np.uint8) for length in num_frames]
+    try:
+        video_processor(clips, do_sample_frames=False, return_tensors="pt")
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        return False
+    return True
 
 
 def _shared_tensors(processor: ProcessorMixin) -> set[str]:
     """Return the tensors that images and clips both claim: one would silently replace the other (SmolVLM)."""
     return set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
-
-
-def _takes_any_lengths(processor: ProcessorMixin) -> bool:
-    """Give the video processor a short and a longer clip; some families stack clips (LLaVA-OneVision)."""
-    clips = [np.zeros((num_frames, 32, 32, 3), np.uint8) for num_frames in (2, 4)]
-    try:
-        processor.video_processor(clips, do_sample_frames=False, return_tensors="pt")
-    except ValueError:
-        return False
-    return True
 
 
 def _media_token(processor: ProcessorMixin, kind: str) -> str | None:
