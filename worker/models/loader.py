@@ -33,12 +33,14 @@ from worker.models.capabilities import Capabilities, probe
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import expected_bytes, quantization_config
 from worker.models.remote import download
-from worker.settings import Attention, Dtype, Quantization, Switch, WorkerSettings
+from worker.settings import Attention, Dtype, Quantization, Switch, WorkerSettings, export
 
 logger = logging.getLogger(__name__)
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model" / "checkpoint"
 
+#: transformers would ask a public service to convert a hub checkpoint that has pickles only.
+_LIBRARY_ENVIRONMENT = {"DISABLE_SAFETENSORS_CONVERSION": "1"}
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -64,6 +66,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     """Load the checkpoint that the settings name. Raises CannotStart."""
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
+    export(_LIBRARY_ENVIRONMENT)
     disable_progress_bar()
     source = download(settings) if settings.model.startswith("s3://") else _source(settings.model)
     config = _read_config(settings, source)
@@ -115,7 +118,9 @@ def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
 def _read_config(settings: WorkerSettings, source: str | Path) -> PreTrainedConfig:
     """Read the config alone and refuse an architecture that is not served, before gigabytes are read."""
     problem = (
-        "its config cannot be read" if isinstance(source, Path) else "no such folder, nor a readable hub checkpoint"
+        "its config cannot be read"
+        if isinstance(source, Path)
+        else "no such folder, nor a readable hub checkpoint (gated ones need HF_TOKEN)"
     )
     with _refusing(settings, problem):
         config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))

@@ -208,7 +208,7 @@ def test_weights_of_another_model_are_refused_not_replaced_by_noise(own_checkpoi
 def test_a_hub_id_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(model="nobody/nothing-here")
-    assert message.startswith("VISIONQ_MODEL=nobody/nothing-here: no such folder, nor a readable hub checkpoint: ")
+    assert message.startswith("VISIONQ_MODEL=nobody/nothing-here: no such folder, nor a readable hub checkpoint (gated")
 
 
 def test_pickled_weights_are_refused(own_checkpoint: Checkpoints) -> None:
