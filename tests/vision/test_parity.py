@@ -17,7 +17,7 @@ from tests.unit.worker.engine.harness import request
 from tests.unit.worker.engine.test_parity import BACKENDS, LIMITS, NUM_CANCELLED, Job, check_answers
 from tests.unit.worker.engine.test_parity import run_with_random_arrivals as run
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, assistant, clip, image, user
-from worker.engine.backend import build_runner
+from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended
 from worker.engine.runner_paged import PagedRunner
@@ -92,6 +92,26 @@ def test_every_one_of_20_mixed_jobs_equals_sequential_generate(
     outbox = run(EngineCore(loaded.model, loaded.tokenizer, runner, LIMITS), requests, cancelled, seed=3)
 
     assert check_answers(loaded, jobs, requests, outbox) >= {"length", Ended.CANCELLED}
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_requests_about_clips_that_are_sent_back_go_on_where_they_were(
+    name: str, loaded_family: Loaded, builder_of: Builders
+) -> None:
+    """Blocks for two prompts and half of their answers. Positions behind a clip are not counts of tokens."""
+    loaded = loaded_family(name)
+    asked = ((user("What moves", VIDEO, f"in clip {number}?"),) for number in range(8))
+    prompts = [builder_of(name).prepare(turns, (clip(number, 4),)) for number, turns in enumerate(asked)]
+    jobs = [Job(inputs, 40, generate(loaded, inputs, 40)) for inputs in prompts]
+    requests = [request(job.inputs, max_new_tokens=40) for job in jobs]
+    longest = max(inputs.num_prompt_tokens for inputs in prompts)
+    runner = build_runner(loaded.model, 7, longest + 40, PagedConfig(block_size=4, num_blocks=(2 * longest + 40) // 4))
+    assert isinstance(runner, PagedRunner)
+    core = EngineCore(loaded.model, loaded.tokenizer, runner, LIMITS)
+
+    check_answers(loaded, jobs, requests, run(core, requests, set(), seed=3))
+
+    assert core.scheduler.num_preempted >= 2
 
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
