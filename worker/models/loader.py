@@ -29,11 +29,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from worker.errors import CannotStart
+from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import expected_bytes, quantization_config
 from worker.models.remote import download
-from worker.settings import Attention, Dtype, Quantization, Switch, WorkerSettings, export
+from worker.settings import Dtype, Quantization, Switch, WorkerSettings, export
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model" / "checkpoint"
 
 #: transformers would ask a public service to convert a hub checkpoint that has pickles only.
 _LIBRARY_ENVIRONMENT = {"DISABLE_SAFETENSORS_CONVERSION": "1"}
-_HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _load_model(
     placement: Placement,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    attention = _attention(settings, architecture, placement.device, dtype)
+    attention = attention_name(settings.attention, architecture, placement.device, dtype)
     quantization = quantization_config(settings.quantization, dtype)
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -189,22 +189,6 @@ def _load_model(
     require_on_gpus(settings.device, model)
     model.eval()
     return model
-
-
-def _attention(
-    settings: WorkerSettings, architecture: type[PreTrainedModel], device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Return the name for transformers; None leaves it the choice between SDPA and eager (GIT has no SDPA)."""
-    has_flash = find_spec("flash_attn") is not None
-    is_usable = has_flash and device.type == "cuda" and dtype in _HALF_PRECISION
-    if settings.attention is Attention.FLASH and not is_usable:
-        raise CannotStart(
-            f"VISIONQ_ATTENTION={settings.attention}: needs a CUDA device, half precision and the flash-attn package; "
-            f"here are {device.type}, {dtype} and {'the' if has_flash else 'no'} package"
-        )
-    if settings.attention is Attention.AUTO:
-        return Attention.FLASH.value if is_usable and architecture._supports_flash_attn else None
-    return settings.attention.value
 
 
 def _check_weights(settings: WorkerSettings, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
