@@ -7,6 +7,7 @@ message per free thread, results and retries never by Celery (the ledger writes 
 
 from __future__ import annotations
 
+import logging
 import ssl
 from typing import Final
 from urllib.parse import urlsplit
@@ -26,6 +27,8 @@ CONNECT_TIMEOUT_S: Final = 3.0
 HEALTH_CHECK_S: Final = 10
 #: A second net only: after this a message of a dead worker comes back once more and is skipped by the claim.
 VISIBILITY_TIMEOUT_S: Final = 600
+#: How the messages of Celery's consumer begin that quote a message's body.
+WITH_BODIES: Final = ("Received unregistered", "Received invalid", "Received and deleted", "Can't decode")
 
 
 def make_app(settings: WorkerSettings) -> Celery:
@@ -38,6 +41,7 @@ def make_app(settings: WorkerSettings) -> Celery:
         broker_read_url=url,
         broker_write_url=url,
         broker_use_ssl=_tls(url),
+        broker_transport="worker.broker:GuardedTransport",
         task_acks_late=True,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
@@ -99,6 +103,13 @@ def _tls(url: str) -> dict[str, object] | bool:
     return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if parts.scheme == "rediss" and "ssl_" not in parts.query else False
 
 
+def without_bodies(record: logging.LogRecord) -> bool:
+    """Keep users' texts out of the log: Celery writes whole bodies of messages that it cannot use."""
+    if isinstance(record.msg, str) and record.msg.lstrip().startswith(WITH_BODIES):
+        record.msg, record.args, record.exc_info = "message of an unknown task or format dropped", None, None
+    return True
+
+
 def ring(app: Celery, bell: Bell) -> None:
     """Send the doorbell of a job that is in the ledger."""
     app.send_task(
@@ -120,6 +131,7 @@ def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
     def on_shutting_down(**_: object) -> None:
         runtime.drain.begin()
 
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(without_bodies)
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
     worker: Worker = app.Worker(

@@ -16,9 +16,10 @@ from typing import Final, TypeVar
 import redis
 
 from api_stub.contract.error import InvalidJob
-from api_stub.contract.job import Job, TaskName, parse_job
+from api_stub.contract.job import Job, parse_job
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim, JobConflict, Refusal
+from worker.knock import Knock
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +27,6 @@ T = TypeVar("T")
 
 #: Waits between tries of a claim while Redis is away; after the last the reaper brings the job back.
 PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Knock:
-    """What a Celery message says. `fields` is None for a doorbell, else the kwargs of a plain message."""
-
-    job_id: str
-    task: TaskName
-    priority: int
-    fields: Mapping[str, object] | None
-    num_args: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +66,8 @@ class Intake:
         self._stopping.set()
 
     def _read(self, knock: Knock, fields: Mapping[str, object]) -> tuple[Job | None, str | None]:
-        if knock.num_args:
-            return None, f"args: {knock.num_args} positional arguments, send keyword arguments only"
+        if knock.problem is not None:
+            return None, knock.problem
         try:
             job = parse_job({"model": self._model, "priority": knock.priority} | dict(fields), knock.task)
         except InvalidJob as error:

@@ -9,7 +9,8 @@ import pytest
 from api_stub.contract.job import TaskName, VqaJob, parse_job
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
-from worker.intake import Intake, Knock
+from worker.intake import Intake
+from worker.knock import Knock
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def intake(ledger: Ledger) -> Intake:
     return Intake(ledger, worker="worker-1", model="default")
 
 
-def knock(fields: dict[str, object] | None, job_id: str | None = None, num_args: int = 0) -> Knock:
-    return Knock(job_id or str(uuid.uuid4()), TaskName.VQA, priority=3, fields=fields, num_args=num_args)
+def knock(fields: dict[str, object] | None, job_id: str | None = None, problem: str | None = None) -> Knock:
+    return Knock(job_id or str(uuid.uuid4()), TaskName.VQA, priority=3, fields=fields, problem=problem)
 
 
 def test_a_doorbell_claims_the_job_that_the_ledger_has(intake: Intake, ledger: Ledger) -> None:
@@ -65,17 +66,17 @@ def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(int
 
 
 @pytest.mark.parametrize(
-    ("fields", "num_args", "said"),
+    ("fields", "problem", "said"),
     [
-        ({"question": "hello", "colour": "red"}, 0, "colour"),
-        ({}, 1, "keyword"),
-        ({"question": "x" * 300_000}, 0, "262144"),
+        ({"question": "hello", "colour": "red"}, None, "colour"),
+        ({}, "send keyword arguments", "keyword"),
+        ({"question": "x" * 300_000}, None, "262144"),
     ],
 )
 def test_a_plain_message_that_is_no_job_is_claimed_with_its_problem(
-    fields: dict[str, object], num_args: int, said: str, intake: Intake
+    fields: dict[str, object], problem: str | None, said: str, intake: Intake
 ) -> None:
-    accepted = intake.accept(knock(fields, num_args=num_args))
+    accepted = intake.accept(knock(fields, problem=problem))
     assert accepted is not None
     assert accepted.claim.body == ""
     assert accepted.problem is not None
