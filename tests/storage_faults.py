@@ -69,7 +69,14 @@ class Before:
     action: Callable[[], object]
 
 
-Fault = Status | Truncate | Stall | Drip | Silence | Reset | Lie | Before
+@dataclass(frozen=True)
+class Unconditional:
+    """Do something first, then answer as a server that knows no If-Match."""
+
+    action: Callable[[], object]
+
+
+Fault = Status | Truncate | Stall | Drip | Silence | Reset | Lie | Before | Unconditional
 
 
 @dataclass
@@ -132,8 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
             body = f"<Error><Code>{fault.code}</Code></Error>".encode() if fault.code and method == "GET" else b""
             self._answer(fault.status, {"Content-Length": str(len(body))}, body)
         else:
-            if isinstance(fault, Before):
+            if isinstance(fault, Before | Unconditional):
                 fault.action()
+            if isinstance(fault, Unconditional):
+                del self.headers["If-Match"]
             status, headers, body = self._ask(method)
             if isinstance(fault, Lie):
                 headers["Content-Length"] = str(fault.num_bytes)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from api_stub.contract.job import ImagePart, MediaPart, TaskName, VideoPart
 from tests.servers import S3Server, eventually
-from tests.storage_faults import Before, FaultyStorage, Silence, Stall, Status, faulty_storage
+from tests.storage_faults import Before, FaultyStorage, Silence, Stall, Status, Unconditional, faulty_storage
 from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
 from worker.errors import MediaForbidden, MediaNotFound, MediaTooLarge, MediaUnsupported, StorageUnavailable
 from worker.media.cache import MediaCache
@@ -48,9 +48,10 @@ def go_on() -> None:
 
 
 def png(colour: tuple[int, int, int], side: int = 32) -> bytes:
+    """Return a plain picture; all have the same number of bytes, so that only the ETag tells them apart."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), colour).save(file, "PNG")
-    return file.getvalue()
+    return file.getvalue().ljust(200, b"\0")
 
 
 def put(client: S3Client, colour: tuple[int, int, int], key: str = "scene.png") -> str:
@@ -133,6 +134,15 @@ def test_what_is_read_is_kept_as_the_state_that_was_read(collect, storage: Fault
     put(s3_client, RED)
     assert colour_of(collect(SCENE)) == RED
     assert storage.seen[4:] == ["HEAD", "HEAD", "GET"]
+
+
+def test_a_storage_without_if_match_cannot_pass_one_state_off_as_another(
+    collect, storage: FaultyStorage, s3_client: S3Client
+) -> None:
+    storage.plan["GET"] = [Unconditional(lambda: put(s3_client, BLUE))]
+    assert colour_of(collect(SCENE)) == BLUE
+    put(s3_client, RED)
+    assert colour_of(collect(SCENE)) == RED
 
 
 def test_versions_are_different_objects_and_the_newest_is_also_its_version(

@@ -111,9 +111,10 @@ def test_a_named_version_is_read_and_not_the_newest(s3_client: S3Client, fetch) 
     s3_client.put_bucket_versioning(Bucket="media", VersioningConfiguration={"Status": "Enabled"})
     old, new = png((1, 2, 3), 20), png((9, 8, 7), 30)
     version = s3_client.put_object(Bucket="media", Key="versions.png", Body=old)["VersionId"]
-    s3_client.put_object(Bucket="media", Key="versions.png", Body=new)
-    assert fetch(f"s3://media/versions.png?versionId={version}").path.read_bytes() == old
-    assert fetch("s3://media/versions.png").path.read_bytes() == new
+    newer = s3_client.put_object(Bucket="media", Key="versions.png", Body=new)["VersionId"]
+    named, newest = fetch(f"s3://media/versions.png?versionId={version}"), fetch("s3://media/versions.png")
+    assert (named.path.read_bytes(), newest.path.read_bytes()) == (old, new)
+    assert [fetched.stored.identity.version_id for fetched in (named, newest)] == [version, newer]
 
 
 def test_a_foreign_bucket_is_refused_before_any_network(tmp_path: Path) -> None:
