@@ -6,7 +6,7 @@ User text is data to the template, never template source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -88,21 +88,7 @@ def spread(
     if num_parts != len(media):
         raise ValueError(f"{len(media)} media for {num_parts} parts")
     waiting = iter(media)
-    conversation = Conversation(
-        tuple(
-            ChatTurn(
-                turn.role,
-                tuple(
-                    place
-                    for part in turn.content
-                    for place in (
-                        (part.text,) if isinstance(part, TextPart) else _places(next(waiting), keep_clips=keep_clips)
-                    )
-                ),
-            )
-            for turn in turns
-        )
-    )
+    conversation = Conversation(tuple(_chat_turn(turn, waiting, keep_clips=keep_clips) for turn in turns))
     clips = tuple(medium for medium in media if isinstance(medium, DecodedClip))
     return conversation, SpreadMedia(
         pictures=tuple(picture for medium in media for picture in _pictures(medium, keep_clips=keep_clips)),
@@ -110,6 +96,16 @@ def spread(
         num_images=len(media) - len(clips),
         num_frames=sum(len(clip.frames) for clip in clips),
     )
+
+
+def _chat_turn(turn: Turn, waiting: Iterator[DecodedMedia], *, keep_clips: bool) -> ChatTurn:
+    parts: list[str | Slot] = []
+    for part in turn.content:
+        if isinstance(part, TextPart):
+            parts.append(part.text)
+        else:
+            parts.extend(_places(next(waiting), keep_clips=keep_clips))
+    return ChatTurn(turn.role, tuple(parts))
 
 
 def _places(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Slot, ...]:

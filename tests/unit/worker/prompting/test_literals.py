@@ -270,6 +270,18 @@ def test_literals_stay_text_with_tokenizers_of_any_make(name: str) -> None:
             assert text.strip() in tokenizer.decode(ids), text
 
 
+def test_a_placeholder_that_only_the_processor_knows_is_text_to_the_tokenizer_and_marked_in_users_text() -> None:
+    tokenizer = TOKENIZERS["bytes"]()
+    control = ControlTokens(tokenizer, ["<video>", "<image>"])
+    assert not ControlTokens(tokenizer).occur_in("a <video>")
+    assert control.occur_in("a <video>")
+    assert control.mark("a <video> <image>") == f"a <{MARK}video> <{MARK}image>"
+    assert control.count_in("<video><image>") == {"<video>": 1, "<image>": 1}
+    assert control.ids == ControlTokens(tokenizer).ids
+    ids = literal_tokenizer(tokenizer)(control.mark("a <video>"))["input_ids"]
+    assert tokenizer.decode(ids) == "a <video>"
+
+
 def test_another_spelling_is_found_only_where_the_tokenizer_finds_it() -> None:
     normalising = ControlTokens(TOKENIZERS["lower case, matched after normalisation"]())
     assert normalising.occur_in("an <IMAGE>")

@@ -28,7 +28,7 @@ from worker.errors import InvalidRequest
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
-from worker.prompting.chat import render, spread
+from worker.prompting.chat import Slot, render, spread
 from worker.prompting.prepare import PromptBuilder
 
 Builders = Callable[[str], PromptBuilder]
@@ -104,6 +104,17 @@ def test_two_clips_of_six_frames_are_twelve_images_at_the_clips_places(
     assert (inputs.num_images, inputs.num_frames) == (1, 12)
     prompt = render(loaded_family(name).processor, conversation)
     assert prompt.count(str(loaded_family(name).capabilities.image_token)) == 13
+
+
+def test_a_clip_that_is_kept_has_one_place_and_its_frames_still_count() -> None:
+    turns = (user("First", VIDEO, "then", IMAGE), assistant("A cat."), user(VIDEO, "and now?"))
+    media = (clip(1, 6), image(3), clip(2, 2))
+    conversation, shown = spread(turns, media, keep_clips=True)
+    assert [turn.parts for turn in conversation.turns] == [
+        ("First", Slot.VIDEO, "then", Slot.IMAGE), ("A cat.",), (Slot.VIDEO, "and now?"),
+    ]  # fmt: skip
+    assert (shown.pictures, shown.clips) == ((media[1].pixels,), (media[0], media[2]))
+    assert (shown.num_images, shown.num_frames) == (1, 8)
 
 
 def test_every_kind_of_job_can_be_prepared(builder_of: Builders) -> None:
