@@ -47,12 +47,12 @@ def start(
 
     try:
         runtime = build(settings)
+        runtime.start()
     except CannotStart as error:
         refuse(str(error))
     celery_app = make_app(settings)
     register(celery_app, runtime)
     runtime.ring = lambda bell: ring(celery_app, bell)
-    runtime.start()
     status = serve(celery_app, settings, runtime)
     runtime.stop()
     sys.exit(status)

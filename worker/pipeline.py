@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -40,6 +41,8 @@ FINISH_PAUSE_S: Final = 0.2
 OOM_PAUSE_S: Final = 2.0
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
+#: How long an attempt that has to stop waits for the rest of its text to reach Redis.
+PATIENCE_S: Final = 5.0
 
 
 class EngineDoor(Protocol):
@@ -54,6 +57,8 @@ class EngineDoor(Protocol):
 class EventDoor(Protocol):
     """What the pipeline needs of a publisher."""
 
+    @property
+    def is_alive(self) -> bool: ...
     def put(self, outgoing: Outgoing) -> None: ...
 
 
@@ -172,16 +177,23 @@ class Pipeline:
         with watch.generate:
             self._engine.submit(GenerationRequest(attempt.request_id, inputs, job.sampling))
             attempt.when_stopped(lambda: self._engine.cancel(attempt.request_id))
-            while (finish := answer.wait(WAIT_S)) is None:
-                if attempt.stop_reason is StopReason.LOST:
-                    raise Stopped(StopReason.LOST)
-                if not self._engine.is_alive:
-                    raise EngineDead("the engine ended while a request was running")
+            finish = self._wait(attempt, answer)
         if not isinstance(finish.reason, FinishReason):
             attempt.check()
-            if finish.error is None:
+            if finish.error is None or not self._engine.is_alive:
                 raise EngineDead("the engine stopped before the answer was complete")
             raise GenerationFailed(finish.error)
+        return finish
+
+    def _wait(self, attempt: Attempt, answer: Answer) -> Finish:
+        stopped_s = 0.0
+        while (finish := answer.wait(WAIT_S)) is None:
+            if not self._engine.is_alive or not self._events.is_alive:
+                raise EngineDead("the engine or the publisher ended while a request was running")
+            reason = attempt.stop_reason
+            if reason is StopReason.LOST or (reason is not None and stopped_s >= PATIENCE_S):
+                raise Stopped(reason)
+            stopped_s += WAIT_S if reason is not None else 0.0
         return finish
 
     def _result(
@@ -221,10 +233,14 @@ class Pipeline:
         return "lost"
 
     def _flush(self, attempt: Attempt) -> None:
-        """Wait until all events of the attempt are in Redis: the final event is the last one."""
+        """Wait until all events of the attempt are in Redis: the final event is the last one.
+
+        Not for ever: a Redis that is full takes an ending and no events, and the ending carries the text anyway.
+        """
         sent = threading.Event()
         self._events.put(Outgoing(attempt.stream, None, on_sent=sent.set))
-        while not sent.wait(WAIT_S) and attempt.stop_reason is not StopReason.LOST:
+        give_up_at = time.monotonic() + PATIENCE_S
+        while not sent.wait(WAIT_S) and attempt.stop_reason is not StopReason.LOST and time.monotonic() < give_up_at:
             pass
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:

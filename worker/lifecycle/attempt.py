@@ -92,19 +92,31 @@ class Attempts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._attempts: dict[str, Attempt] = {}
+        self._closed_for: StopReason | None = None
 
     def __len__(self) -> int:
         return len(self._attempts)
 
     def add(self, attempt: Attempt) -> None:
-        """Start holding the attempt's lease."""
+        """Start holding the attempt's lease. After `close` the attempt is stopped at once."""
         with self._lock:
             self._attempts[attempt.request_id] = attempt
+            reason = self._closed_for
+        if reason is not None:
+            attempt.stop(reason)
 
     def remove(self, attempt: Attempt) -> None:
         """Stop holding the attempt's lease."""
         with self._lock:
             self._attempts.pop(attempt.request_id, None)
+
+    def close(self, reason: StopReason) -> None:
+        """Stop all attempts, and every one that is added from now on."""
+        with self._lock:
+            self._closed_for = reason
+            attempts = tuple(self._attempts.values())
+        for attempt in attempts:
+            attempt.stop(reason)
 
     def held(self) -> tuple[Attempt, ...]:
         """Return the attempts at this moment."""

@@ -38,5 +38,4 @@ class Drain:
         timer.start()
 
     def _give_back(self) -> None:
-        for attempt in self._attempts.held():
-            attempt.stop(StopReason.DRAINED)
+        self._attempts.close(StopReason.DRAINED)

@@ -66,6 +66,13 @@ class Publisher(Generic[Step]):
         self._queue.put((step,))
 
     def _run(self) -> None:
+        try:
+            self._send_all()
+        except Exception:
+            # Readers would miss text: the pipeline sees that this thread is gone and gives its jobs back.
+            logger.exception("publisher ended", extra={"action": "publish"})
+
+    def _send_all(self) -> None:
         is_open = True
         while is_open:
             taken, is_open = self._take()

@@ -150,3 +150,6 @@ def test_a_drain_lets_jobs_run_for_its_time_and_then_stops_them(ledger: Ledger) 
     assert sum(isinstance(thread, threading.Timer) for thread in threading.enumerate()) == 1
     Drain(attempts, drain_s=0.0).begin()
     eventually(lambda: attempt.stop_reason is StopReason.DRAINED, 5, "drained")
+    late = Attempt(claim(ledger))
+    attempts.add(late)
+    assert late.stop_reason is StopReason.DRAINED, "a job that was claimed while the drain ended is given back too"

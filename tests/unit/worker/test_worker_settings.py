@@ -52,6 +52,17 @@ def test_a_bad_value_refuses_to_start_and_names_the_variable(
     assert "Traceback" not in finished.stderr
 
 
+def test_a_context_too_small_for_one_prompt_refuses_to_start(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONQ_REDIS_URL", redis_url)
+    monkeypatch.setenv("VISIONQ_MAX_MODEL_LEN", "20")
+    finished = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "start"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 78
+    assert "cannot start: VISIONQ_" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
 def test_a_model_that_is_not_there_refuses_to_start(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISIONQ_REDIS_URL", redis_url)
     monkeypatch.setenv("VISIONQ_MODEL", "/no/such/folder")
