@@ -32,11 +32,17 @@ class Space:
         return self.tables.num_blocks(num_tokens) + num_running <= self.tables.num_free_blocks
 
     def open(self, request: Request, *, is_chunkable: bool) -> None:
-        row = self.tables.open(request.inputs.num_prompt_tokens + len(request.output_ids))
-        assert row is not None
-        request.row = row
+        num_tokens = request.inputs.num_prompt_tokens + len(request.output_ids)
+        opened = self.tables.open(num_tokens, self.keys(request)[: (num_tokens - 1) // BLOCK_SIZE])
+        assert opened is not None
+        request.row, request.num_cached_tokens = opened
         request.num_prompt_cached = request.inputs.num_prompt_tokens
         request.is_chunkable = is_chunkable
+
+    def keys(self, request: Request) -> list[bytes]:
+        """Prompts of the same first token are alike as far as both go."""
+        first = int(request.prompt_ids[0])
+        return [bytes([first, number]) for number in range(request.inputs.num_prompt_tokens // BLOCK_SIZE)]
 
     def grow(self, request: Request) -> bool:
         return self.tables.grow(request.row, request.num_tokens)
@@ -58,9 +64,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.alive: list[Request] = []
         self.num_made = 0
 
-    @rule(num_tokens=st.integers(1, 24))
-    def arrive(self, num_tokens: int) -> None:
-        inputs = ModelInputs({"input_ids": torch.zeros(1, num_tokens, dtype=torch.long)})
+    @rule(num_tokens=st.integers(1, 24), kind=st.integers(0, 2))
+    def arrive(self, num_tokens: int, kind: int) -> None:
+        inputs = ModelInputs({"input_ids": torch.full((1, num_tokens), kind)})
         sampling = SamplingParams(max_new_tokens=MAX_TOKENS - num_tokens, seed=0)
         request = Request(GenerationRequest(str(self.num_made), inputs, sampling), submitted_at=0.0)
         self.num_made += 1
@@ -85,6 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in chunks:
             chunk.request.num_cached_tokens += chunk.num_tokens
             assert chunk.request.num_unread >= 0
+            self.space.tables.name(chunk.request.row, self.space.keys(chunk.request), chunk.request.num_cached_tokens)
             if chunk.request.num_unread == 0:
                 chunk.request.output_ids.append(1)
                 if len(chunk.request.output_ids) == chunk.request.max_new_tokens:
@@ -121,17 +128,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.is_idle == (not self.alive)
 
     @invariant()
-    def every_block_has_one_owner(self) -> None:
+    def a_request_that_waits_holds_nothing(self) -> None:
+        waiting = [request for request in self.alive if request.state is RequestState.WAITING]
+        assert all((request.row, request.num_cached_tokens) == (-1, 0) for request in waiting)
+
+    @invariant()
+    def every_block_is_free_or_owned_and_shared_by_equal_prefixes_only(self) -> None:
         tables = self.space.tables
-        rows = [request.row for request in self.scheduler.running]
-        assert len(set(rows)) == len(rows)
-        assert all(request.row == -1 for request in self.alive if request.state is RequestState.WAITING)
-        owned = tables.table[tables.table != TRASH_BLOCK].tolist()
-        assert len(set(owned)) == len(owned)
-        assert len(owned) + self.space.pool.num_free == NUM_BLOCKS - 1
-        for request in self.scheduler.running:
-            held = int((tables.table[request.row] != TRASH_BLOCK).sum())
-            assert held * BLOCK_SIZE >= max(request.num_cached_tokens, request.num_prompt_cached)
+        running = self.scheduler.running
+        assert len({request.row for request in running}) == len(running)
+        owners: dict[int, set[tuple[int, int]]] = {}
+        for request in running:
+            held = [block for block in tables.table[request.row].tolist() if block != TRASH_BLOCK]
+            assert len(set(held)) == len(held)
+            assert len(held) * BLOCK_SIZE >= max(request.num_cached_tokens, request.num_prompt_cached)
+            for place, block in enumerate(held):
+                owners.setdefault(block, set()).add((int(request.prompt_ids[0]), place))
+        assert all(len(prefixes) == 1 for prefixes in owners.values())
+        assert len(owners) + self.space.pool.num_free == NUM_BLOCKS - 1
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -39,13 +39,14 @@ class PagedConfig:
     """Sizes of a paged back end.
 
     block_size: tokens of a block. num_blocks: 0 takes what `max_num_seqs` full requests need, on a GPU at most
-    `memory_fraction` of the memory that is free. reads_whole: see `PagedRunner`.
+    `memory_fraction` of the memory that is free. reads_whole, reuses_prefixes: see `PagedRunner`.
     """
 
     block_size: int = 16
     num_blocks: int = 0
     memory_fraction: float = 0.9
     reads_whole: bool = False
+    reuses_prefixes: bool = True
 
 
 class Unsuited(Exception):
@@ -72,7 +73,14 @@ def build_runner(
             kv = PagedKV(layout, num_blocks, paged.block_size)
             facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
             logger.info("serving from paged blocks", extra=facts)
-            return PagedRunner(entrances, kv, max_num_seqs, max_model_len, reads_whole=paged.reads_whole)
+            return PagedRunner(
+                entrances,
+                kv,
+                max_num_seqs,
+                max_model_len,
+                reads_whole=paged.reads_whole,
+                reuses_prefixes=paged.reuses_prefixes,
+            )
     return SlotRunner(model, max_num_seqs, max_model_len)
 
 

@@ -36,7 +36,11 @@ class Runner(Protocol):
     """Runs the model and keeps the keys and values: all that the rest of the engine knows of a KV back end.
 
     Engine thread only, under `torch.inference_mode`.
+
+    num_reused_tokens: prompt tokens so far that did not have to be read, because an earlier prompt began alike.
     """
+
+    num_reused_tokens: int
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """Whether a request of `num_tokens` tokens may be opened beside `num_running` that grow."""

@@ -53,6 +53,11 @@ class EngineCore:
         self._texts: dict[str, Detokenizer] = {}
         self._num_failed_steps = 0
 
+    @property
+    def num_reused_tokens(self) -> int:
+        """Prompt tokens that did not have to be read."""
+        return self._runner.num_reused_tokens
+
     def add(self, generation: GenerationRequest, submitted_at: float) -> None:
         """Queue a request; `submitted_at` is monotonic."""
         self.scheduler.add(Request(generation, submitted_at))

@@ -108,6 +108,16 @@ class Engine:
         return self._core.scheduler.num_waiting + self._inbox.qsize()
 
     @property
+    def num_preempted(self) -> int:
+        """How often a request gave its KV space up to be read again later."""
+        return self._core.scheduler.num_preempted
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Prompt tokens that were not read because an earlier prompt began alike."""
+        return self._core.num_reused_tokens
+
+    @property
     def last_step_at(self) -> float:
         """Monotonic time at which the engine last finished a step or, idle, showed a sign of life."""
         return self._last_step_at

@@ -6,6 +6,7 @@ nobody owns it, padding rows write to it and unused places of a table point at i
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,26 +33,67 @@ class LayerShape:
 
 
 class BlockPool:
-    """Free blocks of a cache of `num_blocks`, the trash block not among them."""
+    """Blocks of a cache of `num_blocks`, the trash block not among them.
+
+    A full block may carry a key that says what it holds. It can then have several owners, and without any it is kept
+    until its place is needed, the one that was used longest ago first.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         # The lowest first: a fresh sequence gets neighbours.
         self._free = list(range(num_blocks - 1, TRASH_BLOCK, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._num_owners = [0] * num_blocks
+        self._by_key: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks without an owner."""
+        return len(self._free) + len(self._kept)
 
     def allocate(self, count: int) -> list[int] | None:
         """Return that many blocks, or None and take nothing."""
-        if count > len(self._free):
+        if count > self.num_free:
             return None
-        return [self._free.pop() for _ in range(count)]
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for block in blocks:
+            self._num_owners[block] = 1
+        return blocks
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the blocks of the longest run of leading keys that is known, and own them too."""
+        blocks = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            self._kept.pop(block, None)
+            self._num_owners[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def name(self, block: int, key: bytes) -> None:
+        """Say what an owned block holds from now on. It must not be written again. The first of its kind counts."""
+        if key not in self._by_key:
+            self._by_key[key] = block
+            self._keys[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Take blocks back."""
-        self._free.extend(reversed(blocks))
+        """Take one owner's blocks back. Last first: the start of a sequence is of use to more than its end."""
+        for block in reversed(blocks):
+            self._num_owners[block] -= 1
+            if self._num_owners[block] == 0:
+                if block in self._keys:
+                    self._kept[block] = None
+                else:
+                    self._free.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._kept.popitem(last=False)
+        del self._by_key[self._keys.pop(block)]
+        return block
 
 
 class BlockTables:
@@ -79,17 +121,27 @@ class BlockTables:
         """Return how many blocks that many tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def open(self, num_tokens: int) -> int | None:
-        """Return a row with blocks for `num_tokens` tokens, or None when blocks or rows are short."""
+    def open(self, num_tokens: int, keys: Sequence[bytes] = ()) -> tuple[int, int] | None:
+        """Return a row with blocks for `num_tokens` tokens and how many of these tokens its blocks hold already.
+
+        `keys` say what the first blocks would hold. Returns None when blocks or rows are short.
+        """
         if not self._free_rows:
             return None
-        blocks = self._pool.allocate(self.num_blocks(num_tokens))
-        if blocks is None:
+        found = self._pool.find(keys)
+        fresh = self._pool.allocate(self.num_blocks(num_tokens) - len(found))
+        if fresh is None:
+            self._pool.release(found)
             return None
         row = self._free_rows.pop()
-        self._blocks[row] = blocks
+        blocks = self._blocks[row] = found + fresh
         self.table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.long)
-        return row
+        return row, len(found) * self.block_size
+
+    def name(self, row: int, keys: Sequence[bytes], num_written: int) -> None:
+        """Say what those of a row's first blocks hold that `num_written` tokens fill."""
+        for block, key in zip(self._blocks[row][: num_written // self.block_size], keys, strict=False):
+            self._pool.name(block, key)
 
     def grow(self, row: int, num_tokens: int) -> bool:
         """Give a row blocks for `num_tokens` tokens in all; False, and nothing changes, when they are short."""

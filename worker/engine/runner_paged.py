@@ -18,6 +18,7 @@ from worker.engine.entrances import Entrances
 from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
 from worker.engine.kv_paged import BlockPool, BlockTables, PagedKV
 from worker.engine.prefill import Prompt, capture, read_whole
+from worker.engine.prefix import PrefixKeys
 from worker.engine.request import Request
 from worker.engine.runner_slots import check_room
 
@@ -28,10 +29,19 @@ class PagedRunner:
     """A `Runner` with a block table per running request.
 
     reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
+    reuses_prefixes: do not read again what another prompt that began alike left in full blocks.
+    num_reused_tokens: prompt tokens that did not have to be read.
     """
 
     def __init__(
-        self, entrances: Entrances, kv: PagedKV, num_rows: int, max_model_len: int, *, reads_whole: bool = False
+        self,
+        entrances: Entrances,
+        kv: PagedKV,
+        num_rows: int,
+        max_model_len: int,
+        *,
+        reads_whole: bool = False,
+        reuses_prefixes: bool = True,
     ) -> None:
         self._entrances = entrances
         self._kv = kv
@@ -39,7 +49,10 @@ class PagedRunner:
         self._reads_whole = reads_whole
         self._forward = FlatForward(entrances, kv)
         self._tables = BlockTables(BlockPool(kv.num_blocks), kv.block_size, num_rows, max_model_len)
+        self._prefixes = PrefixKeys() if reuses_prefixes else None
         self._prompts: dict[Request, Prompt] = {}
+        self._keys: dict[Request, list[bytes]] = {}
+        self.num_reused_tokens = 0
         self._device = entrances.model.device
 
     @property
@@ -55,14 +68,21 @@ class PagedRunner:
         """Run images and embedding, take blocks for the prompt and what was generated before. See `Runner`."""
         prompt = capture(self._entrances, request.inputs)
         check_room(prompt.num_tokens, request, self._max_model_len)
-        row = self._tables.open(prompt.num_tokens + len(request.output_ids))
-        if row is None:
+        request.is_chunkable = not (prompt.is_whole or self._reads_whole)
+        num_tokens = prompt.num_tokens + len(request.output_ids)
+        keys: list[bytes] = []
+        if request.is_chunkable and self._prefixes is not None:
+            # The last token is always fed: its logits are wanted.
+            keys = self._prefixes.keys(prompt, self._kv.block_size)[: (num_tokens - 1) // self._kv.block_size]
+        opened = self._tables.open(num_tokens, keys)
+        if opened is None:
             raise NoRoom
-        request.row = row
+        request.row, request.num_cached_tokens = opened
+        self.num_reused_tokens += request.num_cached_tokens
         request.num_prompt_cached = prompt.num_tokens
         request.first_position = prompt.first_position
-        request.is_chunkable = not (prompt.is_whole or self._reads_whole)
         self._prompts[request] = prompt
+        self._keys[request] = keys
         if prompt.positions.ndim == 2:
             self._forward.num_axes = prompt.positions.shape[0]
 
@@ -96,7 +116,7 @@ class PagedRunner:
 
     def release(self, request: Request) -> None:
         """Give blocks and prompt up."""
-        self._prompts.pop(request, None)
+        self._forget(request)
         if request.row >= 0:
             self._tables.close(request.row)
             request.row = -1
@@ -105,6 +125,10 @@ class PagedRunner:
         """Give temporary memory back; the blocks of other requests are as they were."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _forget(self, request: Request) -> None:
+        self._prompts.pop(request, None)
+        self._keys.pop(request, None)
 
     def _is_whole(self, request: Request) -> bool:
         """Whether the next chunk is a prompt that cannot be cut."""
@@ -115,8 +139,10 @@ class PagedRunner:
         for chunk in chunks:
             request = chunk.request
             request.num_cached_tokens += chunk.num_tokens
+            if request in self._keys:
+                self._tables.name(request.row, self._keys[request], request.num_cached_tokens)
             if request.num_cached_tokens >= request.num_prompt_cached:
-                self._prompts.pop(request, None)
+                self._forget(request)
         return [chunk.request for chunk in chunks if chunk.request.num_unread == 0]
 
     def _run_flat(self, streams: Sequence[Request], pieces: Sequence[Chunk]) -> Tensor:

@@ -37,6 +37,7 @@ class SlotRunner:
         self._cache = SlotCache(num_rows, row_length)
         self._masks = SlotMasks(text_config, model.dtype)
         self._rows: list[Request] = []
+        self.num_reused_tokens = 0
         self._device = model.device
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:

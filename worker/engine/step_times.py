@@ -34,7 +34,8 @@ class Step:
     """What one step fed and what its stages took.
 
     num_streams: requests fed one token. num_prompt_tokens: tokens of prompts beside them. num_entries: KV entries that
-    the streams had before. at_s: its beginning, seconds of `time.perf_counter`.
+    the streams had before. at_s: its beginning, seconds of `time.perf_counter`. cpu_s: seconds that the engine thread
+    itself computed, which other threads and processes leave alone.
     """
 
     at_s: float
@@ -42,6 +43,7 @@ class Step:
     num_prompt_tokens: int = 0
     num_entries: int = 0
     stage_s: dict[Stage, float] = field(default_factory=dict)
+    cpu_s: dict[Stage, float] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:
@@ -66,10 +68,10 @@ class StepTimes(StepClock):
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self._lapped_at = 0.0
+        self._lapped_at = self._cpu_at = 0.0
 
     def begin(self) -> None:
-        self._lapped_at = time.perf_counter()
+        self._lapped_at, self._cpu_at = time.perf_counter(), time.thread_time()
         self.steps.append(Step(self._lapped_at))
 
     def feed(self, chunks: Sequence[Chunk]) -> None:
@@ -81,10 +83,11 @@ class StepTimes(StepClock):
             else:
                 step.num_prompt_tokens += chunk.num_tokens
         # What the looking took is nobody's.
-        self._lapped_at = time.perf_counter()
+        self._lapped_at, self._cpu_at = time.perf_counter(), time.thread_time()
 
     def lap(self, stage: Stage) -> None:
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.thread_time()
         step = self.steps[-1]
-        step.stage_s[stage] = step.stage_s.get(stage, 0.0) + now - self._lapped_at
-        self._lapped_at = now
+        step.stage_s[stage] = now - self._lapped_at
+        step.cpu_s[stage] = cpu - self._cpu_at
+        self._lapped_at, self._cpu_at = now, cpu
