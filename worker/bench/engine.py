@@ -127,6 +127,7 @@ def _setting(
         dtype=str(loaded.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         load=load_average,
+        num_cpus=os.cpu_count() or 1,
         num_jobs=options.num_jobs,
         concurrency=options.concurrency,
         new_tokens=options.new_tokens,

@@ -30,6 +30,8 @@ TIMEOUT_S: Final = 600.0
 TOKEN_BUDGET: Final = 512
 #: Tokens that each stream has got when the long prompt arrives, and what it wants in all.
 TOKENS_BEFORE, STREAM_TOKENS = 8, 96
+#: What a step does beside the model's and the sampler's work.
+OVERHEAD: Final = (Stage.SCHEDULE, Stage.DETOKENISE, Stage.HAND_OVER)
 
 
 @dataclass(slots=True)
@@ -130,17 +132,18 @@ def long_prompt(
 
 @dataclass(frozen=True, slots=True)
 class WideBatch:
-    """Mean seconds of the stages of a step that feeds `num_rows` streams and nothing else."""
+    """Median seconds of the stages of a step that feeds `num_rows` streams and nothing else.
+
+    overhead_s: scheduling, detokenising and handing over, all but model and sampler; the median step's. overhead_cpu_s:
+        the same as the engine thread computed, without waiting for a core or for Python's lock.
+    """
 
     name: str
     num_rows: int
     num_steps: int
     stage_s: Mapping[Stage, float]
-
-    @property
-    def overhead_s(self) -> float:
-        """Scheduling, detokenising and handing over: all but model and sampler."""
-        return sum(self.stage_s[stage] for stage in (Stage.SCHEDULE, Stage.DETOKENISE, Stage.HAND_OVER))
+    overhead_s: float
+    overhead_cpu_s: float
 
 
 def wide_batch(loaded: LoadedModel, name: str, back_end: PagedConfig | None, jobs: Sequence[BenchJob]) -> WideBatch:
@@ -148,7 +151,10 @@ def wide_batch(loaded: LoadedModel, name: str, back_end: PagedConfig | None, job
     with serving(loaded, back_end, len(jobs), jobs) as answering:
         _, steps = answering(jobs)
     full = [step for step in steps if step.num_streams == len(jobs) and not step.num_prompt_tokens]
-    return WideBatch(name, len(jobs), len(full), mean_stages(full))
+    stages = {stage: statistics.median(step.stage_s[stage] for step in full) for stage in Stage}
+    overhead_s = statistics.median(sum(step.stage_s[stage] for stage in OVERHEAD) for step in full)
+    overhead_cpu_s = statistics.median(sum(step.cpu_s[stage] for stage in OVERHEAD) for step in full)
+    return WideBatch(name, len(jobs), len(full), stages, overhead_s, overhead_cpu_s)
 
 
 def mean_stages(steps: Sequence[Step]) -> Mapping[Stage, float]:

@@ -59,6 +59,7 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype, 
     config = architecture.config
     text_config = config.get_text_config()
     tokenizer = _tokenizer(text_config.vocab_size)
+    tokenizer.model_max_length = text_config.max_position_embeddings
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     processor = architecture.processor(tokenizer)
     processor.chat_template = AutoProcessor.from_pretrained(CHECKPOINT).chat_template

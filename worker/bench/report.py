@@ -68,13 +68,18 @@ class ModeReport:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What was measured, and on what. load: running processes when it began, mean of a minute (uptime(1))."""
+    """What was measured, and on what. load: running processes when it began, mean of a minute (uptime(1)).
+
+    On a busy machine more than one thread makes every kernel wait for a core, and modes with more kernels per token,
+    sequential `generate` first, lose more than they would alone.
+    """
 
     model: str
     device: str
     dtype: str
     threads: int
     load: float
+    num_cpus: int
     num_jobs: int
     concurrency: int
     new_tokens: tuple[int, int]
@@ -122,7 +127,7 @@ class EngineReport:
         setting = self.setting
         yield (
             f"{setting.model} on {setting.device}, {setting.dtype}, {setting.threads} CPU threads, "
-            f"load {setting.load:.1f}"
+            f"load {setting.load:.1f} on {setting.num_cpus} CPUs"
         )
         low, high = setting.new_tokens
         yield (
@@ -185,5 +190,6 @@ def _wide_lines(found: Sequence[WideBatch]) -> Iterator[str]:
         yield ""
         yield (
             f"{each.name}: {each.num_rows} rows, {each.num_steps} steps: schedule + detokenise + hand-over "
-            f"{each.overhead_s * 1e3:.3f} ms per step ({stages})"
+            f"{each.overhead_s * 1e3:.3f} ms per step, {each.overhead_cpu_s * 1e3:.3f} ms of CPU"
         )
+        yield f"  median ms: {stages}"

@@ -102,7 +102,8 @@ def test_a_wide_batch_is_measured_at_its_full_width(report: EngineReport) -> Non
     for each in report.wide_batches:
         assert (each.num_rows, set(each.stage_s)) == (5, set(Stage))
         assert each.num_steps > 10
-        assert 0 < each.overhead_s < sum(each.stage_s.values())
+        assert each.overhead_s > 0
+        assert each.overhead_cpu_s > 0
 
 
 def test_the_report_reads_as_text_and_as_json(report: EngineReport) -> None:
