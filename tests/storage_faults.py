@@ -40,9 +40,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Drip:
-    """Send the body whole, but 64 KiB at a time with a pause after each."""
+    """Send the body whole, but in pieces with a pause after each."""
 
     pause_s: float
+    piece_bytes: int = PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(fault, Lie):
                 headers["Content-Length"] = str(fault.num_bytes)
             sent = body[: fault.num_bytes] if isinstance(fault, Truncate | Stall) else body
-            self._answer(status, headers, sent, fault.pause_s if isinstance(fault, Drip) else 0.0)
+            self._answer(status, headers, sent, fault if isinstance(fault, Drip) else Drip(0.0))
             if isinstance(fault, Stall):
                 self.storage.closing.wait(STALL_S)
 
-    def _answer(self, status: int, headers: dict[str, str], body: bytes, pause_s: float = 0.0) -> None:
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, drip: Drip = Drip(0.0)) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -159,9 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         with suppress(OSError):  # a client that has seen enough hangs up
-            for start in range(0, len(body), PIECE_BYTES):
-                self.wfile.write(body[start : start + PIECE_BYTES])
-                self.storage.closing.wait(pause_s)
+            for start in range(0, len(body), drip.piece_bytes):
+                self.wfile.write(body[start : start + drip.piece_bytes])
+                self.storage.closing.wait(drip.pause_s)
 
     def _ask(self, method: str) -> tuple[int, dict[str, str], bytes]:
         """Pass the request on to the real S3."""

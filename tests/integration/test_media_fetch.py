@@ -265,6 +265,21 @@ def test_a_job_leaves_a_silent_socket_at_once(s3_client: S3Client, storage: Faul
     assert list(tmp_path.iterdir()) == []
 
 
+def test_storage_that_trickles_is_a_fault_and_leaves_no_thread_behind(
+    s3_client: S3Client, storage: FaultyStorage, tmp_path: Path
+) -> None:
+    s3_client.put_object(Bucket="media", Key="trickle.png", Body=png())
+    storage.plan["GET"] = [Drip(pause_s=0.05, piece_bytes=16)] * 2
+    impatient = MediaFetcher(
+        s3_client_with(storage.url, timeout_s=5), POLICY, retries=1, first_backoff_s=0.02, try_s=0.6
+    )
+    with pytest.raises(StorageUnavailable, match=r"not read within \d+ s .tried 2 times") as failure:
+        fetched_by(impatient, "s3://media/trickle.png", tmp_path)
+    assert "trickle.png" in str(failure.value)
+    assert list(tmp_path.iterdir()) == []
+    eventually(lambda: not fetch_threads(), 15, "the abandoned reads have ended")
+
+
 def test_a_job_is_stopped_while_it_waits_for_its_next_try(storage: FaultyStorage, tmp_path: Path) -> None:
     storage.always = Status(500)
     slow = MediaFetcher(s3_client_with(storage.url, timeout_s=1), POLICY, retries=20, first_backoff_s=30)

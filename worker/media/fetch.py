@@ -10,10 +10,11 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import mkstemp
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -44,7 +45,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 64 * 1024
+#: Sizes of one read: small while storage trickles, so that an abandoned read ends soon; large while it flows.
+MIN_READ_BYTES, MAX_READ_BYTES = 512, 1024 * 1024
+FAST_READ_S, SLOW_READ_S = 0.05, 0.5
+#: A try may take this long plus its bytes at this rate; slower than that counts as a fault of storage.
+TRY_S = 30.0
+SLOWEST_BYTES_PER_S = 64 * 1024
 POLL_S = 0.1
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
@@ -108,9 +114,16 @@ class MediaFetcher:
     """Fetches media for many jobs at once; holds no state of any of them."""
 
     def __init__(
-        self, client: S3Client, policy: MediaPolicy, *, retries: int, first_backoff_s: float = FIRST_BACKOFF_S
+        self,
+        client: S3Client,
+        policy: MediaPolicy,
+        *,
+        retries: int,
+        first_backoff_s: float = FIRST_BACKOFF_S,
+        try_s: float = TRY_S,
     ) -> None:
         self._client = client
+        self._try_s = try_s
         self._policy = policy
         self._retries = retries
         self._first_backoff_s = first_backoff_s
@@ -126,7 +139,7 @@ class MediaFetcher:
         MediaCorrupt (no bytes), StorageUnavailable.
         """
         media = self._allowed(uri)
-        return self._retrying(lambda _: self._aside(media, lambda _: self._head(media), should_stop), should_stop)
+        return self._retrying(lambda _: self._aside(media, 0, lambda _: self._head(media), should_stop), should_stop)
 
     def read(self, stored: StoredObject, directory: Path, *, should_stop: Callable[[], None]) -> FetchedMedia:
         """Read an object in the state that `head` told into a new file in `directory`, which must exist.
@@ -146,7 +159,7 @@ class MediaFetcher:
                     return self._download(state, sink, Path(name), abandoned)
 
             try:
-                return self._aside(stored.media, download, should_stop)
+                return self._aside(stored.media, stored.num_bytes, download, should_stop)
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
@@ -181,12 +194,16 @@ class MediaFetcher:
         ceiling = min(MAX_BACKOFF_S, self._first_backoff_s * 2 ** (failed_tries - 1))
         return random.uniform(ceiling / 2, ceiling)
 
-    def _aside(self, media: S3Object, ask: Callable[[threading.Event], T], should_stop: Callable[[], None]) -> T:
-        """Call `ask` on a thread of its own: a job must be able to leave a silent socket behind.
+    def _aside(
+        self, media: S3Object, num_bytes: int, ask: Callable[[threading.Event], T], should_stop: Callable[[], None]
+    ) -> T:
+        """Call `ask` on a thread of its own: a job must be able to leave a silent or trickling socket behind.
 
-        An abandoned thread, told by the event it is given, ends at its next chunk or its socket's timeout; it writes
-        only to the file it was given. Raises _Passing or the job's error.
+        An abandoned thread, told by the event it is given, ends at its next read or its socket's timeout; it writes
+        only to the file it was given. Raises _Passing, also when `num_bytes` take too long, or the job's error.
         """
+        limit_s = self._try_s + num_bytes / SLOWEST_BYTES_PER_S
+        give_up_at = time.monotonic() + limit_s
         abandoned, outcome = threading.Event(), Future[T]()
 
         def run() -> None:
@@ -204,6 +221,8 @@ class MediaFetcher:
         try:
             while not wait([outcome], timeout=POLL_S).done:
                 should_stop()
+                if time.monotonic() > give_up_at:
+                    raise _Passing(StorageUnavailable(f"{media.uri} was not read within {limit_s:.0f} s"))
             return outcome.result()
         except BaseException:
             abandoned.set()
@@ -226,7 +245,8 @@ class MediaFetcher:
         self, body: StreamingBody, sink: IO[bytes], stored: StoredObject, abandoned: threading.Event
     ) -> MediaFormat:
         """Copy the body; the first chunk decides the format, and so the cap, before the rest is read."""
-        chunk = body.read(CHUNK_BYTES)
+        pieces = _pieces(body, abandoned)
+        chunk = next(pieces, b"")
         try:
             found = sniff(chunk[:HEAD_BYTES])
         except MediaUnsupported as error:
@@ -236,14 +256,29 @@ class MediaFetcher:
             max_bytes = self._policy.max_video_bytes
         _check_size(stored, stored.num_bytes, max_bytes)
         num_read = 0
-        while chunk and not abandoned.is_set():
-            num_read += len(chunk)
+        for piece in chain((chunk,), pieces):
+            num_read += len(piece)
             _check_size(stored, num_read, max_bytes)
-            sink.write(chunk)
-            chunk = body.read(CHUNK_BYTES)
+            sink.write(piece)
         if num_read != stored.num_bytes:
             raise _Passing(StorageUnavailable(f"{stored.media.uri}: {num_read} of {stored.num_bytes} bytes arrived"))
         return found
+
+
+def _pieces(body: StreamingBody, abandoned: threading.Event) -> Iterator[bytes]:
+    """Read a body in pieces that take neither too long nor too many turns; end early when nobody wants it."""
+    num_bytes = HEAD_BYTES  # the first piece decides the format
+    while not abandoned.is_set():
+        started_at = time.monotonic()
+        piece = body.read(num_bytes)
+        if not piece:
+            return
+        yield piece
+        took_s = time.monotonic() - started_at
+        if took_s > SLOW_READ_S:
+            num_bytes = max(MIN_READ_BYTES, num_bytes // 8)
+        elif took_s < FAST_READ_S:
+            num_bytes = min(MAX_READ_BYTES, num_bytes * 2)
 
 
 def _version(media: S3Object) -> dict[str, Any]:
