@@ -1,0 +1,42 @@
+"""What the settings make of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from worker.bootstrap import engine_config
+from worker.engine.backend import PagedConfig
+from worker.errors import CannotStart
+from worker.models.loader import LoadedModel, load
+from worker.settings import WorkerSettings
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Callable[[str], Path]) -> LoadedModel:
+    return load(WorkerSettings(model=str(tiny_checkpoint("idefics2")), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("value", "paged"), [(None, None), ("auto", None), ("slots", None), ("paged", PagedConfig(32, 99, 0.5))]
+)
+def test_the_kv_back_end_is_chosen_by_a_variable(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, value: str | None, paged: PagedConfig | None
+) -> None:
+    """A CPU keeps rows unless told otherwise."""
+    if value is not None:
+        monkeypatch.setenv("VISIONQ_KV", value)
+    monkeypatch.setenv("VISIONQ_KV_BLOCK_SIZE", "32")
+    monkeypatch.setenv("VISIONQ_KV_BLOCKS", "99")
+    monkeypatch.setenv("VISIONQ_KV_MEMORY_FRACTION", "0.5")
+    assert engine_config(WorkerSettings(), loaded).paged == paged
+
+
+def test_the_token_budget_leaves_room_for_prompts(loaded: LoadedModel) -> None:
+    assert engine_config(WorkerSettings(), loaded).max_num_batched_tokens == 512
+    assert engine_config(WorkerSettings(max_num_seqs=300), loaded).max_num_batched_tokens == 600
+    assert engine_config(WorkerSettings(max_num_batched_tokens=17), loaded).max_num_batched_tokens == 17
+    with pytest.raises(CannotStart, match=r"VISIONQ_MAX_NUM_BATCHED_TOKENS: 16 .*VISIONQ_MAX_NUM_SEQS=16"):
+        engine_config(WorkerSettings(max_num_batched_tokens=16), loaded)
