@@ -30,6 +30,7 @@ from worker.media.clip_index import FFMPEG_ENVIRONMENT, calm_opencv
 from worker.media.collect import MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
+from worker.media.scratch import remove_leftovers
 from worker.models.loader import LoadedModel, load
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
@@ -96,6 +97,7 @@ def build(settings: WorkerSettings) -> Runtime:
     """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
     export(FFMPEG_ENVIRONMENT)
     calm_opencv()
+    remove_leftovers()
     ledger = connect(settings)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"

@@ -6,18 +6,18 @@ from the cache; an object named twice is headed, read and decoded once.
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from api_stub.contract.job import ImagePart, MediaPart, TaskName, TextPart, Turn, VideoPart
-from worker.errors import MediaUnsupported, RequestError
+from worker.errors import MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.cache import Made, MediaCache, MediaKey
 from worker.media.fetch import FetchedMedia, MediaFetcher, StoredObject
 from worker.media.image import decode_image
 from worker.media.policy import MediaPolicy
+from worker.media.scratch import job_directory
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.media.video import sample_clip
@@ -93,18 +93,26 @@ class MediaCollector:
         wanted = [Wanted.of(part, task, num_frames) for part in parts]
         uris = list(dict.fromkeys(part.uri for part in parts))
         media: dict[Wanted, DecodedMedia] = {}
-        with tempfile.TemporaryDirectory(prefix="visionq-") as directory:
-            work = _Work(self._fetcher, self._policy, Path(directory), should_stop)
+        with job_directory() as directory:
+            work = _Work(self._fetcher, self._policy, directory, should_stop)
             for done, uri in enumerate(uris):
                 on_progress(done, len(uris))
                 stored = self._fetcher.head(uri, should_stop=should_stop)
                 for one in dict.fromkeys(one for one in wanted if one.uri == uri):
                     media[one] = self._one(one, stored, work)
+                    self._check_budget(media.values())
         on_progress(len(uris), len(uris))
         in_order = [media[one] for one in wanted]
         if task is TaskName.VIDEO_QA and not any(isinstance(medium, DecodedClip) for medium in in_order):
             raise MediaUnsupported(f"media: a video question needs at least 1 video, got {len(parts)} images")
         return Collected(in_order, work.decode_s)
+
+    def _check_budget(self, media: Iterable[DecodedMedia]) -> None:
+        num_pixels = sum(medium.num_pixels for medium in media)
+        if num_pixels > self._policy.max_job_pixels:
+            raise MediaTooLarge(
+                f"media: {num_pixels} pixels decoded so far, the limit of a job is {self._policy.max_job_pixels}"
+            )
 
     def _one(self, wanted: Wanted, stored: StoredObject, work: _Work) -> DecodedMedia:
         asked = tuple(wanted.key(stored, kind, self._policy) for kind in wanted.kinds)

@@ -19,6 +19,7 @@ class MediaPolicy:
     max_image_pixels, max_frame_pixels: width × height of a still and of a clip's frame (default: 8K video).
     max_clip_pixels: width × height × sampled frames of one clip; 3 bytes of memory each.
     max_video_frames: frames a clip may hold, sampled or not; bounds the time spent indexing it.
+    max_job_pixels: width × height of all stills and sampled frames of one job, checked after each is decoded.
     max_aspect: longer side over shorter side; processors resize by side, so extreme strips explode.
     """
 
@@ -30,4 +31,5 @@ class MediaPolicy:
     max_video_frames: int = 3_600 * 60
     max_frame_pixels: int = 7_680 * 4_320
     max_clip_pixels: int = 256 * MEGAPIXEL
+    max_job_pixels: int = 256 * MEGAPIXEL
     max_aspect: float = 200.0

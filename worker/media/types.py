@@ -13,6 +13,11 @@ class DecodedImage:
 
     pixels: Image.Image
 
+    @property
+    def num_pixels(self) -> int:
+        """Width × height."""
+        return self.pixels.width * self.pixels.height
+
 
 @dataclass(frozen=True, slots=True)
 class DecodedClip:
@@ -25,6 +30,11 @@ class DecodedClip:
     timestamps_s: tuple[float, ...]
     duration_s: float
     fps: float
+
+    @property
+    def num_pixels(self) -> int:
+        """Width × height of all sampled frames."""
+        return sum(frame.width * frame.height for frame in self.frames)
 
 
 DecodedMedia = DecodedImage | DecodedClip
