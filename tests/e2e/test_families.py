@@ -150,9 +150,12 @@ KINDS: list[Callable[[random.Random, Shelf], tuple[str, dict[str, Any], Messages
 ]
 
 
-@pytest.mark.parametrize("family", ["idefics2", "llava", "idefics3"])
+@pytest.mark.parametrize(
+    ("family", "kv"), [("idefics2", "slots"), ("idefics2", "paged"), ("llava", "paged"), ("idefics3", "slots")]
+)
 def test_24_concurrent_mixed_jobs_say_what_sequential_generation_says(
     family: str,
+    kv: str,
     tiny_checkpoint: Callable[[str], Path],
     redis_server: RedisServer,
     s3_server: S3Server,
@@ -171,7 +174,7 @@ def test_24_concurrent_mixed_jobs_say_what_sequential_generation_says(
     assert len(set(expected)) > NUM_JOBS // 2, "answers must depend on the prompt for this test to mean something"
 
     worker = WorkerProcess(
-        tmp_path, redis_server.url, s3_server.url, model=checkpoint, model_name=family, max_num_seqs=8
+        tmp_path, redis_server.url, s3_server.url, model=checkpoint, model_name=family, max_num_seqs=8, kv=kv
     ).wait_ready()
     try:
         with Client(redis_server.url) as client, ThreadPoolExecutor(NUM_JOBS) as pool:
