@@ -9,7 +9,9 @@ from dataclasses import dataclass
 class LedgerConfig:
     """Durations in seconds of Redis' clock.
 
-    lease_s: silence after which a claimed job counts as lost.
+    lease_s: silence after which a claimed job counts as lost; the same for every process on one Redis. Time in which
+        nobody reached Redis does not count: after such a gap a dead worker's job may be taken one lease later. A worker
+        that starts when all others are dead sees such a gap, too.
     grace_s: time after which a queued job is checked for a lost doorbell.
     max_attempts: lost leases after which a job is given up (`poison_job`).
     max_queued: queued and in-progress jobs per model that submit admits; 0 means no limit.

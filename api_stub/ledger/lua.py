@@ -59,6 +59,7 @@ def _constants(config: LedgerConfig) -> str:
         "fence": names.FENCE_KEY,
         "submitted": names.SUBMITTED_KEY,
         "lists": names.LISTS_KEY,
+        "watch": names.WATCH_KEY,
         "counts": names.COUNTS_KEY,
         "cancel": names.CANCEL_CHANNEL,
     }

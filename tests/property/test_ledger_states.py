@@ -32,7 +32,7 @@ from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled, Claim, Finished, Hold, JobConflict, Refusal, Submission
-from tests.unit.api_stub.ledger_kit import answer, delta, events, question, ring_in
+from tests.unit.api_stub.ledger_kit import answer, delta, events, lease_ends, question, ring_in
 
 MAX_ATTEMPTS = 2
 MAX_JOBS = 4
@@ -210,8 +210,15 @@ class LedgerMachine(RuleBasedStateMachine):
     def lease_ends(self, job_id: str) -> None:
         job = self.model[job_id]
         if job.status is JobStatus.IN_PROGRESS:
-            self.redis.zadd(names.DUE_KEY, {job_id: 1})
+            lease_ends(self.redis, job_id)
             job.is_lease_over = True
+
+    @rule()
+    def nobody_reaches_redis(self) -> None:
+        """Longer than a lease: no job may be charged for it."""
+        running = [job for job in self.model.values() if job.status is JobStatus.IN_PROGRESS]
+        for job in running:
+            self.redis.zadd(names.DUE_KEY, {job.job_id: 1})
 
     @rule(job_id=jobs)
     def deadline_passes(self, job_id: str) -> None:

@@ -2,11 +2,12 @@
 -- KEY, CONFIG, CELERY_STATE, RETRYABLE, EVENT and FAILURE are put in front of this file.
 --
 -- Row (HASH, all strings; absent means none): status task model priority list tenant body digest created queued_at deadline seq
--- attempt losses fence worker token number cancel started started_seq order bell alarm not_before finished finished_by final.
+-- attempt losses fence worker token lease number cancel started started_seq order bell alarm not_before finished finished_by final.
 --   list     which priority list of which queue carries its doorbell
 --   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never)
 --   bell     number of its newest doorbell; 0 when no message announces the job
 --   alarm    when a reaper must ring, or look again for the doorbell
+--   lease    until when its worker may be silent, on the clock of `watched`
 
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
@@ -25,6 +26,27 @@ local function read(id, ...)
     row[fields[i]] = value or nil
   end
   return row
+end
+
+-- Redis refuses the first write of a script when memory is full and lets a script that has written go on; removing nothing is a
+-- write, too. For the steps that end jobs, which frees memory, or that keep running ones alive.
+local function go_on_when_full()
+  redis.call('HDEL', KEY.watch, '')
+end
+
+-- For how long Redis was seen to answer: the seconds between one beat or sweep of anybody and the next. Leases are measured in
+-- them, because a worker that could not reach Redis is not lost. Of a gap in which nobody spoke only a part counts: most of a
+-- lease is left to beat again, and jobs of dead workers are taken in the end however rarely somebody sweeps.
+local function watched()
+  local at, seconds = unpack(redis.call('HMGET', KEY.watch, 'at', 'seconds'))
+  local gap = at and math.max(0, now - tonumber(at)) or 0
+  return tonumber(seconds or '0') + (gap > CONFIG.lease_s / 2 and CONFIG.lease_s / 4 or gap)
+end
+
+local function watch()
+  local seconds = watched()
+  redis.call('HSET', KEY.watch, 'at', stamp, 'seconds', moment(seconds))
+  return seconds
 end
 
 local function count(what)
@@ -69,7 +91,7 @@ local function requeue(id, row, reason, delay_s)
   local again_at = now + delay_s
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'queued_at', stamp, 'bell', 0,
     'alarm', moment(again_at), 'not_before', moment(again_at))
-  redis.call('HDEL', KEY.job .. id, 'worker', 'token')
+  redis.call('HDEL', KEY.job .. id, 'worker', 'token', 'lease')
   schedule(id, again_at, tonumber(row.deadline))
   emit(id, row.attempt, '"type":"job.retrying","reason":' .. quote(reason))
 end
@@ -92,13 +114,13 @@ local function iso8601()
 end
 
 -- Ends a job for good. `fragment`: body of the final event. `outcome`: JSON of Celery's `result` member.
--- ZREM comes first: Redis lets a script that has already written something go on when memory is full, and an ending frees memory.
+-- ZREM comes first for the reason told at `go_on_when_full`.
 local function final(id, row, status, fragment, outcome)
   redis.call('ZREM', KEY.due, id)
   redis.call('ZREM', KEY.waiting .. row.list, id)
   local event = emit(id, row.attempt, fragment)
   redis.call('HSET', KEY.job .. id, 'status', status, 'finished', stamp, 'final', event)
-  redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before', 'token')
+  redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before', 'token', 'lease')
   redis.call('DECR', KEY.depth .. row.model)
   local meta = '{"status":"' .. CELERY_STATE[status] .. '","result":' .. outcome
     .. ',"traceback":null,"children":[],"date_done":"' .. iso8601() .. '","task_id":' .. quote(id) .. '}'

@@ -1,7 +1,8 @@
 -- One heartbeat of a worker: it is alive, and the jobs that it still holds stay its own for another lease.
 local worker, model = ARGV[1], ARGV[2]
 local lease_ends = moment(now + CONFIG.lease_s)
--- Comes first: see `final` about full memory. A worker must not lose its jobs because Redis is full.
+go_on_when_full()
+local seconds = watch()
 redis.call('ZREMRANGEBYSCORE', KEY.workers .. model, '-inf', stamp)
 redis.call('ZADD', KEY.workers .. model, lease_ends, worker)
 redis.call('PEXPIRE', KEY.workers .. model, math.ceil(CONFIG.lease_s * 1000))
@@ -11,6 +12,7 @@ for i = 3, #ARGV, 2 do
   local id, fence = ARGV[i], ARGV[i + 1]
   local status, owner, cancel = unpack(redis.call('HMGET', KEY.job .. id, 'status', 'fence', 'cancel'))
   if status == 'in_progress' and owner == fence then
+    redis.call('HSET', KEY.job .. id, 'lease', moment(seconds + CONFIG.lease_s))
     redis.call('ZADD', KEY.due, lease_ends, id)
     holds[#holds + 1] = cancel and 'cancel' or 'held'
   else

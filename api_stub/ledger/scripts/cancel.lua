@@ -7,6 +7,7 @@ elseif row.status == 'queued' then
   unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was queued')
   return 'cancelled'
 elseif row.status == 'in_progress' then
+  go_on_when_full()
   redis.call('HSET', KEY.job .. id, 'cancel', 1)
   redis.call('PUBLISH', KEY.cancel, id)
   return 'cancelling'

@@ -28,7 +28,7 @@ row.attempt = tonumber(row.attempt) + 1
 row.started = stamp
 local _, seq = emit(id, row.attempt, '"type":"job.started","worker":' .. quote(worker) .. ',"model":' .. quote(row.model))
 redis.call('HSET', KEY.job .. id, 'status', 'in_progress', 'attempt', row.attempt, 'fence', row.fence, 'worker', worker,
-  'token', token, 'number', 0, 'started', stamp, 'started_seq', seq)
+  'token', token, 'lease', moment(watched() + CONFIG.lease_s), 'number', 0, 'started', stamp, 'started_seq', seq)
 redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
 redis.call('ZREM', KEY.waiting .. row.list, id)
 redis.call('ZADD', KEY.due, moment(now + CONFIG.lease_s), id)

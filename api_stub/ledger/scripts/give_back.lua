@@ -4,7 +4,7 @@ local row = read(id, 'status', 'fence', 'model', 'list', 'attempt', 'started_seq
 if row.status ~= 'in_progress' or row.fence ~= fence then
   return 0
 end
-redis.call('ZREM', KEY.due, id) -- first: see `final` about full memory
+go_on_when_full()
 if row.cancel then
   unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was running')
 else

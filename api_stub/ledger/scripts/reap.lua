@@ -4,6 +4,9 @@ local BATCH = 200
 local MAX_DEAD = 10000
 local reply = {0}
 
+go_on_when_full()
+local seconds = watch()
+
 local function ring(id, row)
   await_doorbell(id, row, redis.call('INCR', KEY.submitted))
   count('rung')
@@ -44,6 +47,15 @@ local function take_from_lost_worker(id, row)
   end
 end
 
+local function look_at_running(id, row)
+  local left_s = tonumber(row.lease or '0') - seconds
+  if left_s > 0 then
+    redis.call('ZADD', KEY.due, moment(now + left_s), id) -- nobody could beat for a while
+  else
+    take_from_lost_worker(id, row)
+  end
+end
+
 local function look_at_queued(id, row)
   if has_passed(row.deadline) then
     expire(id, row)
@@ -58,11 +70,11 @@ end
 
 local due = redis.call('ZRANGEBYSCORE', KEY.due, '-inf', stamp, 'LIMIT', 0, BATCH)
 for _, id in ipairs(due) do
-  redis.call('ZREM', KEY.due, id) -- first: see `final` about full memory
+  redis.call('ZREM', KEY.due, id)
   local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'created', 'deadline', 'attempt', 'started_seq', 'cancel',
-    'bell', 'alarm')
+    'bell', 'alarm', 'lease')
   if row.status == 'in_progress' then
-    take_from_lost_worker(id, row)
+    look_at_running(id, row)
   elseif row.status == 'queued' then
     look_at_queued(id, row)
   end

@@ -84,7 +84,14 @@ def reap_until_bells(ledger: Ledger) -> tuple[Bell, ...]:
     return tuple(bells)
 
 
+def lease_ends(client: redis.Redis, *job_ids: str) -> None:
+    """Let the leases of running jobs be over, however long they were; the first job's ended first."""
+    for score, job_id in enumerate(job_ids):
+        client.hset(names.job_key(job_id), "lease", "0")
+        client.zadd(names.DUE_KEY, {job_id: score})
+
+
 def lose(ledger: Ledger, client: redis.Redis, job_id: str) -> tuple[Bell, ...]:
-    """Sweep after the lease of `job_id` is over, however long it was."""
-    client.zadd(names.DUE_KEY, {job_id: 0})
+    """Sweep after the lease of `job_id` is over."""
+    lease_ends(client, job_id)
     return ledger.reap()

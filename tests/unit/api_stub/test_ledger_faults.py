@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import redis
 
-from api_stub.contract import names
 from api_stub.contract.event import RetryReason
 from api_stub.contract.status import JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Finished, Hold
-from tests.servers import RedisServer, free_port
-from tests.unit.api_stub.ledger_kit import answer, delta, event_types, events, question, started
+from api_stub.ledger.rows import Cancelled, Finished, Hold
+from tests.servers import RedisServer, eventually, free_port
+from tests.unit.api_stub.ledger_kit import answer, delta, event_types, events, lease_ends, question, started
 
 
 @pytest.fixture
@@ -75,6 +75,42 @@ def test_a_restarted_redis_knows_every_job(tmp_path: Path) -> None:
     server.stop()
 
 
+@pytest.mark.parametrize("is_restarted", [True, False], ids=["restarted", "unreachable"])
+def test_workers_outlive_outages_longer_than_their_lease(tmp_path: Path, is_restarted: bool) -> None:
+    server = RedisServer(tmp_path, "--appendfsync", "always")
+    with closing(Ledger.connect(server.url, LedgerConfig(lease_s=0.4, max_attempts=1), timeout_s=0.1)) as ledger:
+        claim = started(ledger, "a")
+        for _ in range(2):
+            assert ledger.beat("worker-1", "default", [("a", claim.fence)]) == (Hold.HELD,)
+            with away(server, 0.6, is_restarted=is_restarted), pytest.raises(redis.RedisError):
+                ledger.reap()
+            assert ledger.reap() == ()
+        assert ledger.finish("a", claim.fence, answer(claim)) is Finished.DONE
+        started(ledger, "b")
+        with away(server, 0.6, is_restarted=is_restarted):
+            pass
+        eventually(lambda: ledger.reap() or is_final(ledger, "b"), 5, what="a silent worker is still lost")
+    server.stop()
+
+
+@contextmanager
+def away(server: RedisServer, outage_s: float, *, is_restarted: bool) -> Iterator[None]:
+    """Redis is away for so long: killed and started from its file, or frozen."""
+    over = time.monotonic() + outage_s
+    assert server.process is not None
+    server.kill() if is_restarted else server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+        eventually(lambda: time.monotonic() > over)
+    finally:
+        server.start() if is_restarted else server.process.send_signal(signal.SIGCONT)
+
+
+def is_final(ledger: Ledger, job_id: str) -> bool:
+    view = ledger.view(job_id)
+    return view is not None and view.status.is_final
+
+
 def test_silent_redis_is_an_error_within_the_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
@@ -109,10 +145,29 @@ def test_full_redis_refuses_new_work_whole(ledger: Ledger, full_redis: redis.Red
     assert contents(full_redis) == before
 
 
+def test_full_redis_still_cancels_running_and_queued_jobs(ledger: Ledger, full_redis: redis.Redis) -> None:
+    running = started(ledger, "running")
+    ledger.submit("queued", question())
+    full_redis.config_set("maxmemory", 1)
+    assert ledger.cancel("running") is Cancelled.CANCELLING
+    assert ledger.cancel("queued") is Cancelled.CANCELLED
+    assert ledger.beat("worker-1", "default", [("running", running.fence)]) == (Hold.CANCEL,)
+    assert ledger.give_back("running", running.fence, RetryReason.GIVEN_BACK)
+    assert is_final(ledger, "running")
+    assert is_final(ledger, "queued")
+    assert ledger.reap() == ()
+    ledger.leave("worker-1", "default")
+
+
+def test_full_redis_still_sweeps_when_nothing_is_due(ledger: Ledger, full_redis: redis.Redis) -> None:
+    full_redis.config_set("maxmemory", 1)
+    assert ledger.reap() == ()
+
+
 def test_full_redis_still_lets_running_jobs_live_and_end(ledger: Ledger, full_redis: redis.Redis) -> None:
     finished, given_back, lost = (started(ledger, job_id) for job_id in ("a", "b", "c"))
     ledger.submit("queued", question())
-    full_redis.zadd(names.DUE_KEY, {"c": 0})
+    lease_ends(full_redis, "c")
     full_redis.config_set("maxmemory", 1)
     assert ledger.beat("worker-1", "default", [("a", finished.fence)]) == (Hold.HELD,)
     assert ledger.finish("a", finished.fence, answer(finished)) is Finished.DONE

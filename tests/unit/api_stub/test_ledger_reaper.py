@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from api_stub.contract.status import JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
-from api_stub.ledger.rows import Bell
+from api_stub.ledger.rows import Bell, Finished, Hold
 from tests.servers import RedisServer, eventually
 from tests.unit.api_stub.ledger_kit import (
     HASTY,
@@ -29,6 +30,7 @@ from tests.unit.api_stub.ledger_kit import (
     delta,
     event_types,
     events,
+    lease_ends,
     lose,
     question,
     reap_until_bells,
@@ -115,7 +117,7 @@ def test_many_lost_jobs_are_all_taken_in_one_sweep(ledger: Ledger, redis_client:
     job_ids = {f"job-{i}" for i in range(450)}
     for job_id in job_ids:
         started(ledger, job_id)
-    redis_client.zadd(names.DUE_KEY, dict.fromkeys(job_ids, 0.0))
+    lease_ends(redis_client, *job_ids)
     bells = ledger.reap()
     assert len(bells) == 450
     assert set(ids(bells)) == job_ids
@@ -126,7 +128,7 @@ def test_reapers_at_the_same_time_ring_once(connect: Connect, redis_client: redi
     job_ids = [f"job-{i}" for i in range(60)]
     for job_id in job_ids:
         started(ledgers[0], job_id)
-    redis_client.zadd(names.DUE_KEY, dict.fromkeys(job_ids, 0.0))
+    lease_ends(redis_client, *job_ids)
     rung: list[str] = []
     threads = [threading.Thread(target=lambda one=one: rung.extend(ids(one.reap()))) for one in ledgers]
     for thread in threads:
@@ -161,6 +163,99 @@ def test_giving_back_does_not_poison(connect: Connect, redis_client: redis.Redis
     claimed(ledger, "a")
     assert ids(lose(ledger, redis_client, "a")) == ["a"]
     assert claimed(ledger, "a").attempt == 7
+
+
+# nobody could reach Redis
+
+
+def nobody_spoke(client: redis.Redis, *job_ids: str) -> None:
+    """Let an hour pass in which there was neither a beat nor a sweep."""
+    seconds, _ = client.time()
+    client.hset(names.WATCH_KEY, "at", seconds - 3600)
+    for job_id in job_ids:
+        client.zadd(names.DUE_KEY, {job_id: seconds - 3600})
+
+
+def test_outages_longer_than_the_lease_cost_no_worker_its_job(ledger: Ledger, redis_client: redis.Redis) -> None:
+    claim = started(ledger, "a")
+    for _ in range(5):
+        assert ledger.beat("worker-1", "default", [("a", claim.fence)]) == (Hold.HELD,)
+        nobody_spoke(redis_client, "a")
+        for _ in range(3):
+            assert ledger.reap() == ()
+    assert redis_client.hget(names.job_key("a"), "losses") == "0"
+    assert ledger.finish("a", claim.fence, answer(claim)) is Finished.DONE
+
+
+def test_outage_before_the_first_sweep_and_the_first_beat_costs_nothing(connect: Connect) -> None:
+    ledger = connect(LedgerConfig(lease_s=0.2, max_attempts=1))
+    claim = started(ledger, "a")
+    over = time.monotonic() + 0.3
+    eventually(lambda: time.monotonic() > over)
+    assert ledger.reap() == ()
+    assert ledger.beat("worker-1", "default", [("a", claim.fence)]) == (Hold.HELD,)
+
+
+def test_reapers_that_return_together_after_an_outage_spare_the_same_jobs(
+    connect: Connect, redis_client: redis.Redis
+) -> None:
+    ledgers = [connect(LedgerConfig()) for _ in range(4)]
+    job_ids = [f"job-{i}" for i in range(20)]
+    claims = [started(ledgers[0], job_id) for job_id in job_ids]
+    ledgers[0].reap()
+    nobody_spoke(redis_client, *job_ids)
+    rung: list[str] = []
+    threads = [threading.Thread(target=lambda one=one: rung.extend(ids(one.reap()))) for one in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert rung == []
+    held = [(claim.job_id, claim.fence) for claim in claims]
+    assert set(ledgers[0].beat("worker-1", "default", held)) == {Hold.HELD}
+
+
+def test_worker_that_died_in_an_outage_is_noticed_within_a_lease_after_it(
+    connect: Connect, redis_client: redis.Redis
+) -> None:
+    ledger = connect(LedgerConfig(lease_s=1.0))
+    started(ledger, "a")
+    ledger.reap()
+    nobody_spoke(redis_client, "a")
+    began = time.monotonic()
+    assert ids(reap_until_bells(ledger)) == ["a"]
+    assert time.monotonic() - began < 1.0 + 1.0  # a lease, and time for a busy machine
+
+
+def test_a_reaper_that_is_always_late_still_takes_jobs_from_dead_workers(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    started(ledger, "a")
+    bells: list[str] = []
+    for _ in range(5):
+        bells += ids(ledger.reap())
+        nobody_spoke(redis_client, *(() if bells else "a"))
+    assert bells == ["a"]
+
+
+def test_while_somebody_sweeps_or_beats_every_second_counts(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.reap()
+    began = float(redis_client.hget(names.WATCH_KEY, "at") or 0)
+    for speak in (lambda: ledger.beat("worker-1", "default", []), ledger.reap) * 2:
+        pause_s = 7.0  # less than half a lease
+        redis_client.hincrbyfloat(names.WATCH_KEY, "at", -pause_s)
+        began -= pause_s
+        speak()
+    last, seconds = (float(field or 0) for field in redis_client.hmget(names.WATCH_KEY, "at", "seconds"))
+    assert seconds == pytest.approx(last - began, abs=0.001)
+
+
+def test_redis_clock_that_is_set_back_takes_no_job(ledger: Ledger, redis_client: redis.Redis) -> None:
+    claim = started(ledger, "a")
+    redis_client.hset(names.WATCH_KEY, mapping={"at": "99999999999.0", "seconds": "7.5"})
+    assert ledger.reap() == ()
+    assert ledger.beat("worker-1", "default", [("a", claim.fence)]) == (Hold.HELD,)
+    assert float(redis_client.hget(names.WATCH_KEY, "seconds") or 0) == pytest.approx(7.5, abs=5)
 
 
 # cancel and deadlines
@@ -316,7 +411,9 @@ def test_final_jobs_leave_only_counters_and_keys_that_expire(ledger: Ledger, red
     lose(ledger, redis_client, "c")
     ledger.reap()
     lasting = {key for key in redis_client.scan_iter() if redis_client.ttl(key) == -1}
-    assert lasting == {names.FENCE_KEY, names.SUBMITTED_KEY, names.COUNTS_KEY, names.depth_key("default")}
+    assert lasting == {
+        names.FENCE_KEY, names.SUBMITTED_KEY, names.COUNTS_KEY, names.WATCH_KEY, names.depth_key("default"),
+    }  # fmt: skip
     assert redis_client.get(names.depth_key("default")) == "0"
 
 
@@ -337,7 +434,7 @@ def test_doorbell_that_cannot_be_sent_does_not_stop_the_others(
 ) -> None:
     for job_id in ("a", "b"):
         started(ledger, job_id)
-    redis_client.zadd(names.DUE_KEY, {"a": 0, "b": 1})
+    lease_ends(redis_client, "a", "b")
     rung = []
 
     def ring(bell: Bell) -> None:
