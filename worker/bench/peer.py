@@ -1,7 +1,7 @@
 """transformers' own continuous batching on the text model of the bench's model: the peer on a GPU.
 
 It takes token ids only, so it reads the prompts' ids, image placeholders as plain tokens, and runs no vision tower:
-with `--images 0` both do the same work. Written against transformers 5.23; not yet run on a GPU.
+with `--images 0` both do the same work. Tried on a CPU with transformers 5.23; not yet run on a GPU.
 """
 
 from __future__ import annotations

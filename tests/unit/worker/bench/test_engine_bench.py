@@ -18,7 +18,7 @@ from worker.bench.engine import BenchOptions, bench_loaded
 from worker.bench.engine_runs import BACK_ENDS, TOKEN_BUDGET
 from worker.bench.floor import entry_bytes, weight_bytes
 from worker.bench.jobs import long_job, make_jobs
-from worker.bench.peer import text_model
+from worker.bench.peer import continuous_batching, text_model
 from worker.bench.random_models import RANDOM_MODELS, build, idefics2
 from worker.bench.report import EngineReport, ModeReport
 from worker.bench.run import Answer, BenchJob, Cost, Run, percentile
@@ -187,6 +187,16 @@ def test_the_peers_text_model_shares_the_weights(loaded: LoadedModel) -> None:
     ids = torch.arange(10, 20)[None]
     with torch.inference_mode():
         assert torch.equal(text(input_ids=ids).logits, loaded.model(input_ids=ids).logits)
+
+
+def test_the_peer_answers_alike_and_leaves_the_model_as_it_was(loaded: LoadedModel) -> None:
+    jobs = make_jobs(loaded, 2, (3, 6), num_images=0)
+    with continuous_batching(loaded) as answering:
+        peer, _ = answering(jobs)
+    with static_batches(loaded, 1) as answering:
+        alone, _ = answering(jobs)
+    assert {name: answer.text for name, answer in peer.items()} == {name: a.text for name, a in alone.items()}
+    assert [len(peer[job.job_id].told_at) for job in jobs] == [job.max_new_tokens for job in jobs]
 
 
 def test_percentiles_are_nearest_ranks() -> None:
