@@ -25,9 +25,7 @@ DEAD_KEY: Final = PREFIX + "dead"  # LIST of ids of jobs that were given up beca
 FENCE_KEY: Final = PREFIX + "fence"  # counter: one number per claim, never reused
 SUBMITTED_KEY: Final = PREFIX + "submitted"  # counter: one number per doorbell, for the lost-doorbell watermark
 LISTS_KEY: Final = PREFIX + "lists"  # SET of `<model>:<priority step>` whose waiting jobs reapers watch
-WATCH_KEY: Final = (
-    PREFIX + "watch"
-)  # HASH at, seconds: for how long Redis was seen to answer; leases count these seconds
+WATCH_KEY: Final = PREFIX + "watch"  # HASH at, seconds: how long Redis was seen to answer, the clock of leases
 COUNTS_KEY: Final = PREFIX + "counts"  # HASH of ledger counters (claims, reaped leases, rung bells, ...)
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
 
