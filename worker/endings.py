@@ -46,7 +46,7 @@ def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody 
     match reason:
         case StopReason.LOST:
             return None
-        case StopReason.DRAINED:
+        case StopReason.DRAINED | StopReason.UNCONFIRMED:
             return RetryReason.GIVEN_BACK
         case StopReason.CANCELLED:
             info = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled while running")

@@ -21,6 +21,7 @@ class StopReason(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     LOST = "lost"
+    UNCONFIRMED = "unconfirmed"
     DRAINED = "drained"
 
 

@@ -1,7 +1,8 @@
 """Keeps leases alive and learns what happened to them: one thread, one ledger call per beat for all attempts.
 
 Between beats it listens for cancels, so that a running job stops at once and not at the next beat. An attempt
-whose lease was not confirmed for most of its length stops itself: from then on another worker may own the job.
+whose lease was not confirmed for most of its length stops itself: from then on another worker may own the job. When
+Redis is back the job is given back, or found to be another's.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Heartbeat:
         for attempt in self._attempts.held():
             if self._clock() - attempt.held_at > self._lease_s * SELF_FENCE:
                 logger.warning("lease not confirmed", extra={"action": "self_fence", "job_id": attempt.claim.job_id})
-                attempt.stop(StopReason.LOST)
+                attempt.stop(StopReason.UNCONFIRMED)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
