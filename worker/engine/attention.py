@@ -94,7 +94,8 @@ class FlatStep:
     slots: Tensor
     decode: DecodeRows | None = None
     spans: Sequence[Span] = ()
-    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _scratch: dict[str, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """See `KVStep`. Runs nothing that waits for the device."""
@@ -117,8 +118,8 @@ class FlatStep:
         keys, values = self.kv.blocks(layer)
         num_rows, num_entries = rows.block_table.shape[0], rows.block_table.shape[1] * self.kv.block_size
         index = rows.block_table.flatten().to(keys.device)
-        keys = keys.index_select(0, index).view(num_rows, num_entries, *keys.shape[2:])
-        values = values.index_select(0, index).view(num_rows, num_entries, *values.shape[2:])
+        keys = self._gathered("keys", keys, index).view(num_rows, num_entries, *keys.shape[2:])
+        values = self._gathered("values", values, index).view(num_rows, num_entries, *values.shape[2:])
         num_heads, head_dim = query.shape[1:]
         packed = query.reshape(num_rows, keys.shape[2], -1, head_dim)
         out = F.scaled_dot_product_attention(
@@ -129,6 +130,18 @@ class FlatStep:
             scale=scale,
         )
         return out.reshape(num_rows, num_heads, -1)
+
+    def _gathered(self, name: str, blocks: Tensor, index: Tensor) -> Tensor:
+        """Return the blocks at `index`, in the memory that the layer before used: fresh pages cost more than copies."""
+        shape = (index.shape[0], *blocks.shape[1:])
+        scratch = self._scratch.get(name)
+        if (
+            scratch is None
+            or scratch.shape != shape
+            or (scratch.dtype, scratch.device) != (blocks.dtype, blocks.device)
+        ):
+            scratch = self._scratch[name] = blocks.new_empty(shape)
+        return torch.index_select(blocks, 0, index, out=scratch)
 
     def _decode_mask(self, rows: DecodeRows, num_entries: int, window: int | None) -> Tensor:
         mask = self._masks.get((-1, window))
