@@ -15,6 +15,8 @@ from torch import Tensor
 
 from worker.engine.request import Request
 
+#: Colder rows are greedy: so does their text come out, and float32 logits would overflow.
+MIN_TEMPERATURE = 1e-4
 #: Constants of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), as signed.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -133,7 +135,7 @@ def _partition(requests: Sequence[Request], num_tokens: int) -> list[tuple[list[
     max_top_k = 0
     for row, request in enumerate(requests):
         sampling = request.sampling
-        if sampling.temperature == 0:
+        if sampling.temperature < MIN_TEMPERATURE:
             continue
         if 0 < sampling.top_k < num_tokens:
             largest.append(row)

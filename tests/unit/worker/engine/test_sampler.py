@@ -183,3 +183,10 @@ def test_top_p_alone_does_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
     with pytest.raises(AssertionError, match="sorted"):
         Sampler(EOS).sample(logits(1), [row(temperature=1.0, top_p=0.5)])
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-5])
+def test_a_temperature_too_small_for_float32_is_greedy(temperature: float) -> None:
+    scores = logits(4)
+    rows = [row(temperature=temperature, seed=seed, top_k=5) for seed in range(4)]
+    assert Sampler(EOS).sample(scores, rows) == scores.argmax(-1).tolist()
