@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from api_stub.contract.redis_url import check_redis_url
 from api_stub.errors import InvalidSettings
 from api_stub.ledger.config import LedgerConfig
 
@@ -57,9 +58,7 @@ class ClientSettings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
-        if not _names_a_redis(value.get_secret_value()):
-            # The value may hold a password: it is not repeated.
-            raise ValueError("must be redis://[user:password@]host[:port][/db] or rediss://…")
+        check_redis_url(value.get_secret_value())
         return value
 
     @field_validator("s3_endpoint_url", "s3_public_url")
@@ -88,14 +87,6 @@ class ClientSettings(BaseSettings):
             result_ttl_s=self.result_ttl_s,
             events_ttl_s=self.events_ttl_s,
         )
-
-
-def _names_a_redis(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
 
 
 def variable_of(field: str) -> str:

@@ -13,6 +13,7 @@ from typing import Final
 
 import redis
 
+from api_stub.contract.redis_url import redis_address
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
 from api_stub.ledger.rows import Bell
@@ -150,8 +151,7 @@ def connect(settings: WorkerSettings) -> Ledger:
         ledger = Ledger.connect(url, settings.ledger, timeout_s=REDIS_TIMEOUT_S)
         ledger.client.ping()
     except (redis.RedisError, ValueError) as error:
-        where = url.rsplit("@", 1)[-1]
-        raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {where}: {error}") from error
+        raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {redis_address(url)}: {error}") from error
     return ledger
 
 

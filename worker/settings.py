@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from api_stub.contract.job import ModelName
 from api_stub.contract.names import DEFAULT_MODEL_NAME
+from api_stub.contract.redis_url import check_redis_url
 from api_stub.ledger.config import LedgerConfig
 
 MEBIBYTE = 1024 * 1024
@@ -160,6 +161,12 @@ class WorkerSettings(BaseSettings):
     log_level: str = Field(
         default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        check_redis_url(value.get_secret_value())
+        return value
 
     @field_validator("allowed_buckets", mode="before")
     @classmethod

@@ -37,6 +37,8 @@ def test_an_empty_variable_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> 
         ("VISIONQ_REDIS_URL", "http://host"),
         ("VISIONQ_REDIS_URL", "localhost:6379"),
         ("VISIONQ_REDIS_URL", "redis://host:port"),
+        ("VISIONQ_REDIS_URL", "redis://host/0?password=secret"),
+        ("VISIONQ_REDIS_URL", "redis://host?db=1"),
         ("VISIONQ_LEASE_S", "soon"),
         ("VISIONQ_LEASE_S", "0"),
         ("VISIONQ_MAX_ATTEMPTS", "0"),

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
+from worker.bootstrap import connect
+from worker.errors import CannotStart
 from worker.settings import WorkerSettings
 
 
@@ -29,6 +31,22 @@ def test_the_environment_is_read_with_its_prefix_and_aws_names(monkeypatch: pyte
 def test_the_redis_password_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISIONQ_REDIS_URL", "redis://:hunter2@127.0.0.1:6379/0")
     assert "hunter2" not in repr(WorkerSettings())
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://host/0?password=SECRET", "redis://:pa/SECRET@h", "redis://:SEC#SECRET@h", "redis://:1/SECRET@h"]
+)
+def test_a_redis_url_with_a_misplaced_password_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        WorkerSettings(redis_url=SecretStr(url))
+    assert "SECRET" not in str(refusal.value)
+
+
+def test_a_redis_that_does_not_answer_is_named_by_its_address_only() -> None:
+    settings = WorkerSettings(redis_url=SecretStr("redis://user:SECRET@127.0.0.1:1/0"))
+    with pytest.raises(CannotStart, match=r"no Redis answers at 127\.0\.0\.1:1: ") as refusal:
+        connect(settings)
+    assert "SECRET" not in str(refusal.value)
 
 
 def test_a_beat_longer_than_a_third_of_the_lease_is_refused() -> None:

@@ -1,0 +1,29 @@
+"""The check of a Redis URL that producer and worker share. The URL may hold a password: no message repeats it."""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+
+_SET_IN_THE_URL: Final = ("password", "username", "db")
+
+
+def check_redis_url(url: str) -> None:
+    """Raise ValueError when `url` names no Redis, or says in its query what belongs before it."""
+    try:
+        parts = urlsplit(url)
+        is_redis = parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_redis = False
+    # A '#' or '/' in a password cuts the host off: what follows would be printed as the path.
+    if not is_redis or "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("must be redis://[user:password@]host[:port][/db] or rediss://…")
+    for name in _SET_IN_THE_URL:
+        if name in parse_qs(parts.query, keep_blank_values=True):
+            raise ValueError(f"{name}= does not belong into the query: redis://[user:password@]host[:port][/db]")
+
+
+def redis_address(url: str) -> str:
+    """Return `host:port` of a checked URL, for messages."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or 6379}"
