@@ -47,6 +47,12 @@ RETRYABLE_CODES: Final = frozenset(
 )
 
 
+#: Fields whose values may hold credentials, signed URLs or whatever a producer keeps there.
+_SECRETIVE: Final = frozenset({"webhook", "media", "uri", "metadata"})
+#: Problems whose input is not the value of a known field.
+_UNKNOWN: Final = frozenset({"extra_forbidden", "json_invalid"})
+
+
 class ErrorInfo(WireModel):
     """A coded error. `retryable`: the same job may succeed when it is submitted again."""
 
@@ -65,7 +71,7 @@ class InvalidJob(ValueError):
 
 
 def explain(error: ValidationError, *, tags: frozenset[str] = frozenset(), max_problems: int = 5) -> str:
-    """Return one clause per problem of a pydantic error: field, what was wrong, the offending value.
+    """Return one clause per problem of a pydantic error: field, what was wrong, the value unless it may be secret.
 
     `tags` are the union discriminators that pydantic puts into its paths and no producer wrote.
     """
@@ -77,10 +83,19 @@ def explain(error: ValidationError, *, tags: frozenset[str] = frozenset(), max_p
         elif problem["type"] == "missing":
             text = "required"
         else:
-            text = f"{problem['msg']} (got {_brief(problem['input'])})"
+            text = problem["msg"]
+            if _may_be_shown(problem["loc"], problem["type"], problem["input"]):
+                text += f" (got {_brief(problem['input'])})"
         problems.append(f"{field}: {text}" if field else text)
     left_out = error.error_count() - len(problems)
     return "; ".join(problems) + (f"; and {left_out} more" if left_out > 0 else "")
+
+
+def _may_be_shown(place: tuple[int | str, ...], kind: str, value: object) -> bool:
+    """Say whether a message may repeat a value: a scalar of a known field in which no secret is expected."""
+    if kind in _UNKNOWN or not _SECRETIVE.isdisjoint(place):
+        return False
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "://" not in value)
 
 
 def _brief(value: object, max_chars: int = 80) -> str:

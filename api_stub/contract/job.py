@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -121,7 +122,10 @@ class _JobFields(WireModel):
     @model_validator(mode="after")
     def _bounded(self) -> _JobFields:
         if self.metadata is not None:
-            num_bytes = len(_json(self.metadata))
+            try:
+                num_bytes = len(_json(self.metadata))
+            except _NO_JSON as error:
+                raise ValueError(f"metadata: cannot be written as JSON: {error}") from error
             if num_bytes > MAX_METADATA_BYTES:
                 raise ValueError(f"metadata: {num_bytes} bytes of JSON, the limit is {MAX_METADATA_BYTES}")
         if self.messages is not None:
@@ -182,12 +186,10 @@ class CaptionJob(_JobFields):
 
     @model_validator(mode="after")
     def _complete(self) -> CaptionJob:
-        if self.messages is None and not self.media:
+        if self.messages is not None:
+            raise ValueError("messages: not for captions; use vqa")
+        if not self.media:
             raise ValueError("media: a caption needs at least 1 image, got 0")
-        if self.messages is not None and self.prompt is not None:
-            raise ValueError("prompt: not beside messages")
-        if self.messages is not None and not _has_part(self.messages, "image"):
-            raise ValueError("messages: a caption needs at least 1 image, got 0")
         return self
 
     @property
@@ -196,7 +198,7 @@ class CaptionJob(_JobFields):
 
     def turns(self, default_prompt: str) -> tuple[Turn, ...]:
         """Return the conversation; `default_prompt` stands in for an absent prompt."""
-        return self._given_turns() if self.messages else self._single_turn(self.prompt or default_prompt)
+        return self._single_turn(self.prompt or default_prompt)
 
 
 class VqaJob(_JobFields):
@@ -237,7 +239,8 @@ class VideoQaJob(_JobFields):
 
 
 Job = CaptionJob | VqaJob | VideoQaJob
-_ANY: TypeAdapter[object] = TypeAdapter(object)
+#: What json raises for values that JSON has no form for: NaN, half a surrogate pair, a set, a cycle.
+_NO_JSON = (ValueError, TypeError, RecursionError)
 _TAGS = frozenset(task.value for task in TaskName)
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="task")])
 
@@ -262,9 +265,23 @@ def _raw(fields: Mapping[str, object] | str | bytes, task: TaskName | None) -> b
             return fields
         if isinstance(fields, str):
             return fields.encode()
-        return _json(dict(fields) | ({"task": str(task)} if task is not None else {}))
-    except ValueError as error:  # half a surrogate pair, or a value that JSON has no form for
-        raise InvalidJob(f"job: cannot be written as JSON: {error}") from error
+        given = dict(fields) | ({"task": str(task)} if task is not None else {})
+        return _json(given)
+    except _NO_JSON as error:
+        place = "job" if isinstance(fields, str | bytes) else _unwritable(fields)
+        raise InvalidJob(f"{place}: cannot be written as JSON: {error}") from error
+
+
+def _unwritable(fields: Mapping[str, object]) -> str:
+    """Return the path of the first field that JSON has no form for."""
+    for name, value in fields.items():
+        try:
+            _json(value)
+        except RecursionError:
+            return str(name)
+        except _NO_JSON:
+            return f"{name}.{_unwritable(value)}" if isinstance(value, Mapping) and value is not fields else str(name)
+    return "job"
 
 
 def digest(job: Job) -> str:
@@ -284,4 +301,15 @@ def _has_part(messages: tuple[Message, ...], kind: str) -> bool:
 
 
 def _json(value: object) -> bytes:
-    return _ANY.dump_json(value)
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    return text.encode()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, WireModel):
+        return value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(value)
+    raise TypeError(f"no JSON form for a {type(value).__name__}")

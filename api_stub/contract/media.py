@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Annotated
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator
 
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-_VERSION_QUERY = re.compile(r"^versionId=([^&=]+)$")
+_URI = re.compile(r"s3://([^/?#]*)(/[^?#]*)?(\?[^#]*)?(#.*)?", re.IGNORECASE)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,19}(?=://)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_VERSION_QUERY = re.compile(r"^\?versionId=([^&=]+)$")
 MAX_KEY_BYTES = 1024  # S3's own limit on object keys
 
 
@@ -24,21 +27,27 @@ class S3Object:
 
     @classmethod
     def parse(cls, uri: str) -> S3Object:
-        """Parse a media URI. Raises ValueError that names the URI and what is wrong with it."""
-        parts = urlsplit(uri)
-        if parts.scheme != "s3":
-            raise ValueError(f"media must be an s3:// URI, got {uri[:200]!r}")
-        if not _BUCKET.match(parts.netloc):
-            raise ValueError(f"not an S3 bucket name: {parts.netloc[:80]!r}")
-        key = unquote(parts.path[1:], errors="strict")
+        """Parse a media URI. Raises ValueError that says what is wrong, never the URI: it may be signed."""
+        if _CONTROL.search(uri):
+            raise ValueError("control characters in a media URI must be percent-encoded")
+        parts = _URI.fullmatch(uri)
+        if parts is None:
+            scheme = _SCHEME.match(uri)
+            raise ValueError(f"media must be an s3:// URI, got {scheme.group() + '://…' if scheme else 'no scheme'}")
+        bucket, path, query, fragment = parts.groups(default="")
+        if "@" in bucket or ":" in bucket:
+            raise ValueError("s3:// is followed by a bucket's name, without user, password or port")
+        if not _BUCKET.match(bucket):
+            raise ValueError(f"not an S3 bucket name: {bucket[:80]!r}")
+        key = unquote(path[1:], errors="strict")
         if not key or len(key.encode()) > MAX_KEY_BYTES:
             raise ValueError(f"an S3 key has 1 to {MAX_KEY_BYTES} bytes, got {len(key.encode())}")
-        if parts.fragment:
-            raise ValueError(f"a '#' in an S3 key must be percent-encoded: {uri[:200]!r}")
-        version = _VERSION_QUERY.match(parts.query)
-        if parts.query and version is None:
-            raise ValueError(f"only ?versionId=… may follow an S3 key, got ?{parts.query[:80]!r}")
-        return cls(parts.netloc, key, unquote(version.group(1)) if version else None)
+        if fragment:
+            raise ValueError("a '#' in an S3 key must be percent-encoded")
+        version = _VERSION_QUERY.match(query)
+        if query and version is None:
+            raise ValueError("only ?versionId=… may follow an S3 key")
+        return cls(bucket, key, unquote(version.group(1)) if version else None)
 
     @property
     def uri(self) -> str:

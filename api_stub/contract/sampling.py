@@ -23,5 +23,5 @@ class SamplingParams(WireModel):
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10.0)
     stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)

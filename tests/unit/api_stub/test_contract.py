@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -19,7 +20,7 @@ REFUSED = {
     "media: a caption needs at least 1 image, got 0": {"task": "visionq.caption"},
     "media: a video question needs at least 1 video, got 0": {"task": "visionq.video_qa", "question": "Why?"},
     "colour": {"task": "visionq.vqa", "question": "Why?", "colour": "red"},
-    "'http://host/a.png'": {"task": "visionq.vqa", "question": "Why?", "media": ["http://host/a.png"]},
+    "media must be an s3:// URI, got http://…": {"task": "visionq.vqa", "question": "Why?", "media": ["http://host/a.png"]},
     "priority": {"task": "visionq.vqa", "question": "Why?", "priority": 10},
     "metadata: 5008 bytes of JSON, the limit is 4096": {
         "task": "visionq.vqa", "question": "Why?", "metadata": {"a": "x" * 5000}
@@ -35,6 +36,21 @@ REFUSED = {
         "task": "visionq.vqa", "question": "Why?", "sampling": {"max_new_tokens": 2, "min_new_tokens": 3}
     },
     "half a surrogate pair": {"task": "visionq.vqa", "question": "\ud83d"},
+    "messages: not for captions; use vqa": {
+        "task": "visionq.caption",
+        "messages": [{"role": "user", "content": [{"type": "image", "uri": "s3://media/a.png"}]}],
+    },
+    "sampling.repetition_penalty": {
+        "task": "visionq.vqa", "question": "Why?", "sampling": {"repetition_penalty": 1e-40}
+    },
+    "deadline_s: cannot be written as JSON": {"task": "visionq.vqa", "question": "Why?", "deadline_s": math.nan},
+    "sampling.seed: cannot be written as JSON": {
+        "task": "visionq.vqa", "question": "Why?", "sampling": {"seed": math.inf}
+    },
+    "metadata.b: cannot be written as JSON": {"task": "visionq.vqa", "question": "Why?", "metadata": {"b": {1, 2}}},
+    "control characters": {"task": "visionq.caption", "media": ["s3://media/a\nb"]},
+    "only ?versionId=…": {"task": "visionq.caption", "media": ["s3://media/a?"]},
+    "a '#' in an S3 key": {"task": "visionq.caption", "media": ["s3://media/a#"]},
     "no JSON form": {"task": "visionq.vqa", "question": "Why?", "metadata": {"a": object()}},
 }  # fmt: skip
 
@@ -45,6 +61,42 @@ def test_a_wrong_job_is_refused_with_the_field_and_the_limit(words: str) -> None
         parse_job(REFUSED[words])
     expected = {"half a surrogate pair": "cannot be written as JSON", "no JSON form": "cannot be written as JSON"}
     assert expected.get(words, words) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"media": ["https://b.s3.host/k?AWSAccessKeyId=SECRET&Signature=SECRET"]},
+        {"media": "https://b.s3.host/k?Signature=SECRET"},
+        {"media": ["s3://KEYID:SECRET@media/x"]},
+        {"media": ["s3://media/x?Signature=SECRET"]},
+        {"media": ["s3://media/x#SECRET"]},
+        {"webhook": {"url": "https://host/", "secret": "SECRET"}},
+        {"webhook": {"url": "SECRET"}},
+        {"webhook": "SECRET"},
+        {"metadata": "SECRET"},
+        {"api_key": "SECRET"},
+        {"priority": {"key": "SECRET"}},
+    ],
+)
+def test_a_refusal_repeats_no_credential_and_no_signed_url(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidJob) as refusal:
+        parse_job({"task": "visionq.vqa", "question": "Why?"} | fields)
+    assert "SECRET" not in str(refusal.value)
+    assert next(iter(fields)) in str(refusal.value)
+
+
+def test_a_refusal_repeats_the_number_that_is_out_of_bounds() -> None:
+    with pytest.raises(InvalidJob, match=r"priority: .* \(got 10\)"):
+        parse_job({"task": "visionq.vqa", "question": "Why?", "priority": 10})
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["deadline_s", "priority", "metadata"])
+def test_a_number_that_json_does_not_know_is_refused_in_raw_text_too(field: str, literal: str) -> None:
+    value = f'{{"a": {literal}}}' if field == "metadata" else literal
+    with pytest.raises(InvalidJob, match=field):
+        parse_job(f'{{"task": "visionq.vqa", "question": "Why?", "{field}": {value}}}')
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,6 @@ IN_TURNS = Message.model_validate(
     [
         ("git", VqaJob(media=(URI,), question="What?"), "task: GIT makes captions and answers no questions"),
         ("blip2", VqaJob(media=(URI,), question="What?"), "task: BLIP-2 makes captions and answers no questions"),
-        ("git", CaptionJob(messages=(IN_TURNS,)), "messages: GIT has no chat template"),
-        ("blip2", CaptionJob(messages=(IN_TURNS,)), "messages: BLIP-2 has no chat template"),
         ("paligemma", VqaJob(messages=(IN_TURNS,)), "messages: PaliGemma has no chat template"),
         ("git", VideoQaJob(media=(URI,), question="What?"), "task: GIT takes images only, got visionq.video_qa"),
         ("paligemma", VideoQaJob(media=(URI,), question="What?"), "task: PaliGemma takes images only"),
