@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from api_stub.contract.event import Event, JobCompleted, JobProgress, JobQueued, JobRetrying, JobStarted
+from api_stub.contract.event import Event, JobCompleted, JobProgress, JobQueued, JobRetrying, JobStarted, Stage
 from api_stub.contract.result import Result
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.cursor import TextCursor
-from api_stub.errors import StreamRestarted
+from api_stub.errors import StoreUnavailable, StreamRestarted
 from api_stub.handle import JobHandle
 from api_stub.report import visible
 
@@ -172,12 +172,17 @@ def describe(view: JobView) -> str:
 
 def _stage(event: Event, job: JobHandle) -> str | None:
     if isinstance(event, JobQueued):
-        view = job.status()
+        try:
+            view = job.status()
+        except StoreUnavailable:
+            return "queued"  # an embellishment must not end a watch that survives the outage
         is_waiting = view.status is JobStatus.QUEUED and not view.num_workers
         return f"queued: no worker serves {event.model!r} yet" if is_waiting else "queued"
     if isinstance(event, JobStarted):
         return f"started by {event.worker}"
     if isinstance(event, JobProgress):
+        if event.stage is Stage.PREFILL:
+            return f"generating after {event.total} tokens of prompt"
         return f"{event.stage} {event.done}/{event.total}" if event.total else str(event.stage)
     if isinstance(event, JobRetrying):
         return f"queued again: {event.reason}"

@@ -24,7 +24,6 @@ class Stage(StrEnum):
     FETCHING = "fetching"
     PREPARING = "preparing"
     PREFILL = "prefill"
-    GENERATING = "generating"
     TRAINING = "training"
 
 
