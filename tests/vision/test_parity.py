@@ -105,7 +105,8 @@ def test_requests_about_clips_that_are_sent_back_go_on_where_they_were(
     jobs = [Job(inputs, 40, generate(loaded, inputs, 40)) for inputs in prompts]
     requests = [request(job.inputs, max_new_tokens=40) for job in jobs]
     longest = max(inputs.num_prompt_tokens for inputs in prompts)
-    runner = build_runner(loaded.model, 7, longest + 40, PagedConfig(block_size=4, num_blocks=(2 * longest + 40) // 4))
+    few_blocks = PagedConfig(block_size=4, num_blocks=(2 * longest + 40) // 4, reuses_prefixes=False)
+    runner = build_runner(loaded.model, 7, longest + 40, few_blocks)
     assert isinstance(runner, PagedRunner)
     core = EngineCore(loaded.model, loaded.tokenizer, runner, LIMITS)
 
