@@ -60,6 +60,7 @@ class Runtime:
     intake: Intake
     drain: Drain
     heartbeat: Heartbeat
+    media_cache: MediaCache
     try_out: Callable[[], TriedOut]
     exit_status: int = 0
     ring: Callable[[Bell], None] | None = None
@@ -106,6 +107,7 @@ def build(settings: WorkerSettings) -> Runtime:
     publisher: Publisher[list[RequestOutput]] = Publisher(ledger, answers.translate)
     engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), publisher.put_step)
     policy = media_policy(settings)
+    media_cache = MediaCache(settings.media_cache_bytes)
     fetcher = MediaFetcher(
         s3_client(settings.s3_endpoint_url, settings.s3_region, settings.storage_timeout_s),
         policy,
@@ -122,12 +124,13 @@ def build(settings: WorkerSettings) -> Runtime:
             ledger=ledger,
             attempts=attempts,
             answers=answers,
-            media=MediaCollector(fetcher, policy, MediaCache(settings.media_cache_bytes)),
+            media=MediaCollector(fetcher, policy, media_cache),
             prompts=prompts,
             engine=engine,
             events=publisher,
             on_engine_dead=lambda: die(runtime),
         ),
+        media_cache=media_cache,
         try_out=lambda: try_out(engine, prompts, answers),
         intake=Intake(ledger, worker=worker_name, model=settings.model_name),
         drain=Drain(attempts, settings.drain_s),

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from worker.engine.request import Request
+from worker.engine.stats import PrefixStats, VisionStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,14 @@ class StepLogits:
 class Runner(Protocol):
     """Runs the model and keeps the keys and values: all that the rest of the engine knows of a KV back end.
 
-    Engine thread only, under `torch.inference_mode`.
-
-    num_reused_tokens: prompt tokens so far that did not have to be read, because an earlier prompt began alike.
+    Engine thread only, under `torch.inference_mode`; the snapshots may be taken from any thread.
     """
 
-    num_reused_tokens: int
+    def prefix_stats(self) -> PrefixStats:
+        """Return what earlier prompts that began alike have spared so far."""
+
+    def vision_stats(self) -> VisionStats:
+        """Return what the vision-embedding cache has spared so far."""
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """Whether a request of `num_tokens` tokens may be opened beside `num_running` that grow."""

@@ -20,6 +20,7 @@ from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
 from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.errors import WorkerError
 
@@ -53,10 +54,13 @@ class EngineCore:
         self._texts: dict[str, Detokenizer] = {}
         self._num_failed_steps = 0
 
-    @property
-    def num_reused_tokens(self) -> int:
-        """Prompt tokens that did not have to be read."""
-        return self._runner.num_reused_tokens
+    def prefix_stats(self) -> PrefixStats:
+        """Return what earlier prompts that began alike have spared; any thread."""
+        return self._runner.prefix_stats()
+
+    def vision_stats(self) -> VisionStats:
+        """Return what the vision-embedding cache has spared; any thread."""
+        return self._runner.vision_stats()
 
     def add(self, generation: GenerationRequest, submitted_at: float) -> None:
         """Queue a request; `submitted_at` is monotonic."""

@@ -20,6 +20,7 @@ from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
 from worker.engine.scheduler import SchedulerLimits
+from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.errors import EngineDead, PromptTooLong
 
@@ -112,10 +113,13 @@ class Engine:
         """How often a request gave its KV space up to be read again later."""
         return self._core.scheduler.num_preempted
 
-    @property
-    def num_reused_tokens(self) -> int:
-        """Prompt tokens that were not read because an earlier prompt began alike."""
-        return self._core.num_reused_tokens
+    def prefix_stats(self) -> PrefixStats:
+        """Return how many prompt tokens were not read because an earlier prompt began alike."""
+        return self._core.prefix_stats()
+
+    def vision_stats(self) -> VisionStats:
+        """Return the counters of the vision-embedding cache."""
+        return self._core.vision_stats()
 
     @property
     def last_step_at(self) -> float:

@@ -21,6 +21,7 @@ from worker.engine.prefill import Prompt, capture, read_whole
 from worker.engine.prefix import PrefixKeys
 from worker.engine.request import Request
 from worker.engine.runner_slots import check_room
+from worker.engine.stats import PrefixStats, VisionStats
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ class PagedRunner:
 
     reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
     reuses_prefixes: do not read again what another prompt that began alike left in full blocks.
-    num_reused_tokens: prompt tokens that did not have to be read.
     """
 
     def __init__(
@@ -52,13 +52,22 @@ class PagedRunner:
         self._prefixes = PrefixKeys() if reuses_prefixes else None
         self._prompts: dict[Request, Prompt] = {}
         self._keys: dict[Request, list[bytes]] = {}
-        self.num_reused_tokens = 0
+        self._num_queried_tokens = 0
+        self._num_reused_tokens = 0
         self._device = entrances.model.device
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no request holds."""
         return self._tables.num_free_blocks
+
+    def prefix_stats(self) -> PrefixStats:
+        """Return how many prompt tokens did not have to be read; any thread."""
+        return PrefixStats(self._num_queried_tokens, self._num_reused_tokens)
+
+    def vision_stats(self) -> VisionStats:
+        """Nothing is kept."""
+        return VisionStats()
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """Whether the blocks suffice, one more for each stream set aside: else it might be sent away at once."""
@@ -78,7 +87,8 @@ class PagedRunner:
         if opened is None:
             raise NoRoom
         request.row, request.num_cached_tokens = opened
-        self.num_reused_tokens += request.num_cached_tokens
+        self._num_queried_tokens += prompt.num_tokens if keys else 0
+        self._num_reused_tokens += request.num_cached_tokens
         request.num_prompt_cached = prompt.num_tokens
         request.first_position = prompt.first_position
         self._prompts[request] = prompt

@@ -17,6 +17,7 @@ from worker.engine.entrances import Entrances
 from worker.engine.kv_slots import SlotCache, SlotMasks
 from worker.engine.prefill import prefill
 from worker.engine.request import Request
+from worker.engine.stats import PrefixStats, VisionStats
 from worker.errors import PromptTooLong
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,15 @@ class SlotRunner:
         self._cache = SlotCache(num_rows, row_length)
         self._masks = SlotMasks(text_config, model.dtype)
         self._rows: list[Request] = []
-        self.num_reused_tokens = 0
         self._device = model.device
+
+    def prefix_stats(self) -> PrefixStats:
+        """Every row is read from its beginning."""
+        return PrefixStats()
+
+    def vision_stats(self) -> VisionStats:
+        """Nothing is kept."""
+        return VisionStats()
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """There is a row for each request that may run."""

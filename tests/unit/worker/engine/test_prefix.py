@@ -35,7 +35,7 @@ def answers(tiny: TinyModel, prompts: list[ModelInputs]) -> tuple[list[list[int]
         while not core.scheduler.is_idle:
             core.step()
         said.append(state.output_ids)
-    return said, runner.num_reused_tokens
+    return said, runner.prefix_stats().num_reused_tokens
 
 
 @pytest.mark.parametrize("name", ["idefics2", "idefics2-window", "llava", "blip2"])
