@@ -109,10 +109,10 @@ class AsyncFollower:
 
     async def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> AsyncGenerator[Event, None]:
         """See `Follower.events`. Close the generator (`contextlib.aclosing`) when you leave it early."""
-        cursor, patience = EventCursor(after), Patience(timeout)
+        cursor, patience, cancels = EventCursor(after), Patience(timeout), _Cancels()
         while not cursor.is_finished:
             try:
-                async with aclosing(self._messages(names.events_key(job_id), patience)) as messages:
+                async with aclosing(self._messages(names.events_key(job_id), patience, cancels)) as messages:
                     async for message in messages:
                         events = _forwarded(cursor, message)
                         for event in await self._replayed(job_id, cursor, patience) if events is None else events:
@@ -127,10 +127,10 @@ class AsyncFollower:
 
     async def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """See `Follower.ending`."""
-        patience = Patience(timeout)
+        patience, cancels = Patience(timeout), _Cancels()
         while True:
             try:
-                async with aclosing(self._messages(names.result_key(job_id), patience)) as messages:
+                async with aclosing(self._messages(names.result_key(job_id), patience, cancels)) as messages:
                     async for _ in messages:
                         row = await self._commands.hmget(names.job_key(job_id), _ROW)
                         patience.connected()
@@ -141,12 +141,13 @@ class AsyncFollower:
             except redis.RedisError as error:
                 raise unavailable(error) from error
 
-    async def _messages(self, channel: str, patience: Patience) -> AsyncGenerator[str | None, None]:
+    async def _messages(self, channel: str, patience: Patience, cancels: _Cancels) -> AsyncGenerator[str | None, None]:
         async with self._readers.pubsub() as subscription:
             await subscription.subscribe(channel)
             message = _confirmed(await subscription.get_message(timeout=CONFIRM_S))
             while message is not None:
                 yield message["data"] if message["type"] == "message" else None
+                cancels.heed()
                 message = await subscription.get_message(timeout=patience.wait_s())
 
     async def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
@@ -156,6 +157,27 @@ class AsyncFollower:
             entries, row = await snapshot.execute()
         patience.connected()
         return _caught_up(job_id, cursor, entries, row)
+
+
+class _Cancels:
+    """Notices that the running task was cancelled although no call raised it.
+
+    `asyncio.wait_for` of Python 3.11, which redis-py sends through, swallows a cancellation that comes together with its
+    result (github.com/python/cpython/issues/86296); a reader would then wait on for ever.
+    """
+
+    def __init__(self) -> None:
+        self._num_before = self._num()
+
+    def heed(self) -> None:
+        """Raise the swallowed CancelledError."""
+        if self._num() > self._num_before:
+            raise asyncio.CancelledError
+
+    @staticmethod
+    def _num() -> int:
+        task = asyncio.current_task()
+        return task.cancelling() if task is not None else 0
 
 
 def _confirmed(message: Any) -> Any:

@@ -29,6 +29,8 @@ from tests.unit.api_stub.workers import ScriptedWorker
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+#: Turns of the event loop after which a reader is cancelled; its subscription is made well within them.
+NUM_MOMENTS = 24
 IMAGE, CLIP = "s3://media/a.png", "s3://media/a.mp4"
 
 
@@ -171,6 +173,32 @@ def test_a_cancelled_reader_gives_its_connection_back(redis_url: str, redis_clie
             await asyncio.to_thread(eventually, lambda: num_readers() == 0, what="the reader is gone")
 
     asyncio.run(use())
+
+
+def test_a_reader_can_be_cancelled_at_any_moment(redis_url: str) -> None:
+    async def use() -> None:
+        async with AsyncClient(redis_url) as client:
+            job = await client.vqa(question="Why?")
+            for num_turns in range(NUM_MOMENTS):
+                reader = asyncio.create_task(_read_all(job))
+                await _sends_begin()
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+                reader.cancel()
+                await asyncio.wait([reader], timeout=10)
+                assert reader.done(), f"cancelled {num_turns} turns of the loop after its first command, and reads on"
+                assert reader.cancelled()
+
+    asyncio.run(use())
+
+
+async def _sends_begin() -> None:
+    """Wait until a command is on its way to Redis."""
+    for _ in range(10_000):
+        if any("_send_packed_command" in repr(task.get_coro()) for task in asyncio.all_tasks()):
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("no command was sent")
 
 
 def test_one_client_serves_many_threads(client: Client, worker: ScriptedWorker) -> None:
