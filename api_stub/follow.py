@@ -162,8 +162,8 @@ class AsyncFollower:
 class _Cancels:
     """Notices that the running task was cancelled although no call raised it.
 
-    `asyncio.wait_for` of Python 3.11, which redis-py sends through, swallows a cancellation that comes together with its
-    result (github.com/python/cpython/issues/86296); a reader would then wait on for ever.
+    `asyncio.wait_for` of Python 3.11, which redis-py sends through, swallows a cancellation that comes together with
+    its result (github.com/python/cpython/issues/86296); a reader would then wait on for ever.
     """
 
     def __init__(self) -> None:
