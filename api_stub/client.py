@@ -35,7 +35,7 @@ class Client:
         self._commands = connections.commands(url)
         self._readers = connections.readers(url)
         self._ledger = Ledger(self._commands, self.settings.ledger)
-        self._follower = Follower(self._commands, self._readers)
+        self._follower = Follower(self._ledger, self._readers)
         self._doorbells = Doorbells(url)
         self._uploads = _Uploads(self.settings)
 
@@ -112,7 +112,7 @@ class AsyncClient:
         self._commands = connections.async_commands(url)
         self._readers = connections.async_readers(url)
         self._ledger = AsyncLedger(self._commands, self.settings.ledger)
-        self._follower = AsyncFollower(self._commands, self._readers)
+        self._follower = AsyncFollower(self._ledger, self._readers)
         self._doorbells = Doorbells(url)
         self._uploads = _Uploads(self.settings)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from typing import Any, Final
 
@@ -23,7 +23,9 @@ from api_stub.contract import names
 from api_stub.contract.event import Event, FinalEvent, parse_event
 from api_stub.cursor import EventCursor, Patience
 from api_stub.errors import UnknownJob
-from api_stub.ledger.calls import final_event
+from api_stub.ledger.aio import AsyncLedger
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.views import Replay
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +34,11 @@ CONFIRM_S: Final = 2.0
 _LOST: Final = (redis.ConnectionError, redis.TimeoutError)
 
 
-_ROW: Final = ("status", "final")
-
-
 class Follower:
     """Reads the events of jobs. Safe to share between threads; each iterator belongs to one."""
 
-    def __init__(self, commands: redis.Redis, readers: redis.Redis) -> None:
-        self._commands = commands
+    def __init__(self, ledger: Ledger, readers: redis.Redis) -> None:
+        self._ledger = ledger
         self._readers = readers
 
     def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> Generator[Event, None, None]:
@@ -73,9 +72,9 @@ class Follower:
             try:
                 with closing(self._messages(names.result_key(job_id), patience)) as messages:
                     for _ in messages:
-                        row = self._commands.hmget(names.job_key(job_id), _ROW)
+                        replay = self._ledger.replay(job_id, after=None)
                         patience.connected()
-                        if (ending := _ending(job_id, row)) is not None:
+                        if (ending := _ending(job_id, replay)) is not None:
                             return ending
             except _LOST as error:
                 time.sleep(patience.pause_s(error))
@@ -92,19 +91,16 @@ class Follower:
                 message = subscription.get_message(timeout=patience.wait_s())
 
     def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
-        with self._commands.pipeline(transaction=True) as snapshot:
-            snapshot.xrange(names.events_key(job_id), min=f"{cursor.last_seq + 1}-0")
-            snapshot.hmget(names.job_key(job_id), _ROW)
-            entries, row = snapshot.execute()
+        replay = self._ledger.replay(job_id, cursor.last_seq)
         patience.connected()
-        return _caught_up(job_id, cursor, entries, row)
+        return _caught_up(job_id, cursor, replay)
 
 
 class AsyncFollower:
     """`Follower` for one event loop: same methods, same meanings, same errors."""
 
-    def __init__(self, commands: redis.asyncio.Redis, readers: redis.asyncio.Redis) -> None:
-        self._commands = commands
+    def __init__(self, ledger: AsyncLedger, readers: redis.asyncio.Redis) -> None:
+        self._ledger = ledger
         self._readers = readers
 
     async def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> AsyncGenerator[Event, None]:
@@ -132,9 +128,9 @@ class AsyncFollower:
             try:
                 async with aclosing(self._messages(names.result_key(job_id), patience, cancels)) as messages:
                     async for _ in messages:
-                        row = await self._commands.hmget(names.job_key(job_id), _ROW)
+                        replay = await self._ledger.replay(job_id, after=None)
                         patience.connected()
-                        if (ending := _ending(job_id, row)) is not None:
+                        if (ending := _ending(job_id, replay)) is not None:
                             return ending
             except _LOST as error:
                 await asyncio.sleep(patience.pause_s(error))
@@ -151,12 +147,9 @@ class AsyncFollower:
                 message = await subscription.get_message(timeout=patience.wait_s())
 
     async def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
-        async with self._commands.pipeline(transaction=True) as snapshot:
-            snapshot.xrange(names.events_key(job_id), min=f"{cursor.last_seq + 1}-0")
-            snapshot.hmget(names.job_key(job_id), _ROW)
-            entries, row = await snapshot.execute()
+        replay = await self._ledger.replay(job_id, cursor.last_seq)
         patience.connected()
-        return _caught_up(job_id, cursor, entries, row)
+        return _caught_up(job_id, cursor, replay)
 
 
 class _Cancels:
@@ -196,13 +189,11 @@ def _forwarded(cursor: EventCursor, message: str | None) -> tuple[Event, ...] | 
     return None if cursor.is_gap(event) else cursor.take(event)
 
 
-def _caught_up(
-    job_id: str, cursor: EventCursor, entries: Sequence[tuple[str, dict[str, str]]], row: Sequence[Any]
-) -> list[Event]:
-    """Take a replayed stream. `row` was read in the same step: a final job ends the reader even without its stream."""
-    replayed = [event for _, fields in entries if (event := _parsed(fields["event"])) is not None]
+def _caught_up(job_id: str, cursor: EventCursor, replay: Replay) -> list[Event]:
+    """Take a replayed stream. A final job ends the reader even without its stream."""
+    replayed = [event for raw in replay.events if (event := _parsed(raw)) is not None]
     events = [event for entry in replayed for event in cursor.take(entry)]
-    if not cursor.is_finished and (ending := _ending(job_id, row)) is not None:
+    if not cursor.is_finished and (ending := _ending(job_id, replay)) is not None:
         events.extend(cursor.take(ending))
     return events
 
@@ -216,8 +207,7 @@ def _parsed(raw: str) -> Event | None:
         return None
 
 
-def _ending(job_id: str, row: Sequence[Any]) -> FinalEvent | None:
-    status, final = row
-    if status is None:
+def _ending(job_id: str, replay: Replay) -> FinalEvent | None:
+    if not replay.is_known:
         raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
-    return final_event(final) if final else None
+    return replay.ending

@@ -90,6 +90,11 @@ def waiting_key(list_id: str) -> str:
     return f"{PREFIX}waiting:{list_id}"
 
 
+def jobs_key(tenant: str) -> str:
+    """ZSET job id -> Redis time of its submission: a tenant's jobs, as long as their rows are kept."""
+    return f"{PREFIX}jobs:{tenant}"
+
+
 def watermark_key(list_id: str) -> str:
     """Highest submission number claimed so far from one priority list of a queue."""
     return f"{PREFIX}watermark:{list_id}"

@@ -12,6 +12,8 @@ from api_stub.contract.wire import WireModel
 class JobView(WireModel):
     """A job as the ledger knows it. Times are Redis' clock in seconds since 1970.
 
+    `position`: how many jobs of the model are served before this one, as far as can be told now; absent for a job that
+    is not in the queue or that waits for a delay to pass.
     `num_workers`: workers that serve the job's model right now; 0 means it waits for one to appear.
     A final job has `result` (completed) or `error`, `partial_text` and `usage` (all other ends).
     """
@@ -27,6 +29,7 @@ class JobView(WireModel):
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
+    position: int | None = None
     num_workers: int = 0
     worker: str | None = None
     result: Result | None = None

@@ -12,13 +12,15 @@ from redis.backoff import NoBackoff
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls
-from api_stub.ledger.calls import Call
+from api_stub.ledger import calls, views
+from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import HEALTH_CHECK_S, MAX_BATCHES, MAX_CONNECTIONS
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
+from api_stub.ledger.views import JobPage, Replay
 
 T = TypeVar("T")
 
@@ -103,7 +105,22 @@ class AsyncLedger:
 
     async def view(self, job_id: str) -> JobView | None:
         """See `Ledger.view`."""
-        return await self._run(calls.view(job_id))
+        return await self._run(views.view(job_id))
+
+    async def list_jobs(
+        self,
+        tenant: str = "",
+        status: JobStatus | None = None,
+        model: str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> JobPage:
+        """See `Ledger.list_jobs`."""
+        return await self._run(views.list_jobs(tenant, status, model, cursor, limit))
+
+    async def replay(self, job_id: str, after: int | None = 0) -> Replay:
+        """See `Ledger.replay`."""
+        return await self._run(views.replay(job_id, after))
 
     async def _run(self, call: Call[T]) -> T:
         return call.parse(await self._scripts[call.transition](args=call.args))

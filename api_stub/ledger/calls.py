@@ -6,25 +6,21 @@ No I/O: `Ledger` and `AsyncLedger` execute the same calls. Every call may be rep
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final
 
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.event import (
     CompletedBody,
     FinalBody,
-    FinalEvent,
-    JobCompleted,
     RetryReason,
     body_fragment,
-    parse_event,
 )
 from api_stub.contract.job import Job, TaskName, digest
 from api_stub.contract.names import list_id, priority_step
 from api_stub.contract.result import celery_failure
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import JobView
+from api_stub.ledger.call import Call, task_of
 from api_stub.ledger.lua import Transition
 from api_stub.ledger.rows import (
     Bell,
@@ -41,19 +37,8 @@ from api_stub.ledger.rows import (
     Sweep,
 )
 
-T = TypeVar("T")
-
 #: What a producer that was turned away is told to wait.
 RETRY_AFTER_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    """One script run. `parse` reads Redis' reply (text replies) and may raise what the transition raises."""
-
-    transition: Transition
-    args: tuple[str | int | float, ...]
-    parse: Callable[[Any], T]
 
 
 def submit(job_id: str, job: Job) -> Call[Submission]:
@@ -93,7 +78,7 @@ def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
         _, task, model, body, attempt, fence, left_s, queued_s, age_s = reply
         return Claim(
             job_id=job_id,
-            task=_task(task),
+            task=task_of(task),
             model=model,
             body=body,
             attempt=int(attempt),
@@ -146,7 +131,7 @@ def reap() -> Call[Sweep]:
     def parse(reply: list[Any]) -> Sweep:
         fields = [str(field) for field in reply[1:]]
         bells = (
-            Bell(job_id, _task(task), model, int(priority))
+            Bell(job_id, task_of(task), model, int(priority))
             for job_id, task, model, priority in zip(*[iter(fields)] * 4, strict=True)
         )
         return Sweep(bells=tuple(bells), is_complete=reply[0] == 0)
@@ -154,52 +139,5 @@ def reap() -> Call[Sweep]:
     return Call(Transition.REAP, (), parse)
 
 
-def view(job_id: str) -> Call[JobView | None]:
-    """Read a job."""
-    return Call(Transition.VIEW, (job_id,), lambda reply: _view(job_id, reply) if reply else None)
-
-
-def _view(job_id: str, reply: list[Any]) -> JobView:
-    status, task, model, priority, tenant, attempt, created, started, finished, worker, cancel, final, num_workers = (
-        reply
-    )
-    is_running = status == JobStatus.IN_PROGRESS
-    known = JobView(
-        job_id=job_id,
-        task=_task(task),
-        model=model,
-        status=JobStatus(status),
-        cancelling=is_running and bool(cancel),
-        attempt=int(attempt),
-        priority=int(priority),
-        tenant=tenant,
-        created_at=float(created),
-        started_at=float(started) if started else None,
-        finished_at=float(finished) if finished else None,
-        num_workers=int(num_workers),
-        worker=worker or None,
-    )
-    return _with_ending(known, final_event(final)) if final else known
-
-
-def _with_ending(known: JobView, event: FinalEvent) -> JobView:
-    if isinstance(event, JobCompleted):
-        return known.model_copy(update={"result": event.result})
-    ending = {"error": event.error, "partial_text": event.partial_text, "usage": event.usage}
-    return known.model_copy(update=ending)
-
-
-def final_event(raw: str) -> FinalEvent:
-    """Read the final event that a finished job's row keeps as long as its result."""
-    event = parse_event(raw)
-    if not isinstance(event, FinalEvent):
-        raise TypeError(f"not a final event: {event.type}")
-    return event
-
-
 def _failure_json(error: ErrorInfo) -> str:
     return json.dumps(celery_failure(error), ensure_ascii=False)
-
-
-def _task(name: str) -> TaskName | None:
-    return TaskName(name) if name else None

@@ -16,12 +16,14 @@ from redis.retry import Retry
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls
-from api_stub.ledger.calls import Call
+from api_stub.ledger import calls, views
+from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
+from api_stub.ledger.views import JobPage, Replay
 
 T = TypeVar("T")
 
@@ -133,7 +135,25 @@ class Ledger:
 
     def view(self, job_id: str) -> JobView | None:
         """Read a job; None when it is unknown."""
-        return self._run(calls.view(job_id))
+        return self._run(views.view(job_id))
+
+    def list_jobs(
+        self,
+        tenant: str = "",
+        status: JobStatus | None = None,
+        model: str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> JobPage:
+        """Read a tenant's jobs, newest first; `cursor` is the `next_cursor` of the page before.
+
+        Raises ValueError for a cursor that no page gave.
+        """
+        return self._run(views.list_jobs(tenant, status, model, cursor, limit))
+
+    def replay(self, job_id: str, after: int | None = 0) -> Replay:
+        """Read a job's events after seq `after` and its ending in one step; None: only the ending."""
+        return self._run(views.replay(job_id, after))
 
     def _run(self, call: Call[T]) -> T:
         return call.parse(self._scripts[call.transition](args=call.args))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.resources import files
+from typing import Final
 
 from api_stub.contract import names
 from api_stub.contract.error import RETRYABLE_CODES
@@ -32,11 +33,21 @@ class Transition(StrEnum):
     CANCEL = "cancel"
     REAP = "reap"
     VIEW = "view"
+    LIST_JOBS = "list_jobs"
+    REPLAY = "replay"
+
+
+#: Parts that some scripts share, read behind what all of them share.
+_PARTS: Final[dict[Transition, tuple[str, ...]]] = {
+    Transition.VIEW: ("_view",),
+    Transition.LIST_JOBS: ("_view",),
+}
 
 
 def script(transition: Transition, config: LedgerConfig) -> str:
     """Return the complete text of a transition's script."""
-    return "\n".join((_constants(config), _read("_common"), _read(transition)))
+    parts = ("_common", *_PARTS.get(transition, ()), transition)
+    return "\n".join((_constants(config), *map(_read, parts)))
 
 
 def _read(name: str) -> str:
@@ -50,6 +61,7 @@ def _constants(config: LedgerConfig) -> str:
         "result": names.result_key(""),
         "depth": names.depth_key(""),
         "workers": names.workers_key(""),
+        "jobs": names.jobs_key(""),
         "waiting": names.waiting_key(""),
         "watermark": names.watermark_key(""),
         "queue": names.queue(""),
@@ -69,6 +81,7 @@ def _constants(config: LedgerConfig) -> str:
         "CELERY_STATE": {status.value: state.value for status, state in CELERY_STATES.items()},
         "RETRYABLE": {code.value: "true" for code in sorted(RETRYABLE_CODES)},
         "EVENT": {"version": VERSION},
+        "STEP": {str(step): place for place, step in enumerate(names.PRIORITY_STEPS)},
         "FAILURE": {"class": FAILURE_CLASS, "module": FAILURE_MODULE},
     }
     return "\n".join(f"local {name} = {_table(members)}" for name, members in tables.items())

@@ -77,6 +77,23 @@ local function schedule(id, alarm, deadline)
   end
 end
 
+-- The index that `list_jobs` reads: bounded in number, cleared of expired rows as new ones come, and gone when no job has come for
+-- as long as a row could be kept that waited no longer than a deadline may be.
+local MAX_LISTED = 100000
+local MAX_WAIT_S = 7 * 86400
+
+local function list_under(tenant, id)
+  local key = KEY.jobs .. tenant
+  redis.call('ZADD', key, stamp, id)
+  redis.call('EXPIRE', key, CONFIG.result_ttl_s + MAX_WAIT_S)
+  redis.call('ZREMRANGEBYRANK', key, 0, -MAX_LISTED - 1)
+  for _, oldest in ipairs(redis.call('ZRANGE', key, 0, 1)) do
+    if redis.call('EXISTS', KEY.job .. oldest) == 0 then
+      redis.call('ZREM', key, oldest)
+    end
+  end
+end
+
 -- From now on a doorbell with this number is expected in the job's list.
 local function await_doorbell(id, row, bell)
   redis.call('HSET', KEY.job .. id, 'bell', bell)

@@ -19,6 +19,7 @@ if row.deadline then
 end
 redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
 redis.call('INCR', KEY.depth .. model)
+list_under(tenant, id)
 emit(id, 0, '"type":"job.queued","model":' .. quote(model) .. ',"priority":' .. priority)
 
 if origin == 'client' then
