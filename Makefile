@@ -15,7 +15,7 @@ VISION_STAMP := $(VISION)/.installed
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision check bench
+.PHONY: help demo test vision check bench chaos soak
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -40,6 +40,9 @@ check: $(DEV_STAMP) ## lint, types, import floors, tests
 bench: $(DEV_STAMP) ## measure the engine beside plain generate (ARGS go there), then the queue beside bare Celery
 	$(BIN)/visionq-worker bench engine $(ARGS)
 	$(BIN)/visionq-worker bench queue
+
+chaos: $(DEV_STAMP) ## break everything for ten minutes, count what is lost (ARGS="--seconds 60 --jobs 200 --seed 7")
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 # Without pip (Debian keeps it in python3-venv) a half-made environment must not look made.
 $(BIN)/python:

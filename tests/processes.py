@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import redis
@@ -21,7 +22,15 @@ class WorkerProcess:
 
     options: tuple[str, ...] = ()
 
-    def __init__(self, directory: Path, redis_url: str, s3_url: str, **settings: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        redis_url: str,
+        s3_url: str,
+        *,
+        variables: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         self.model_name = str(settings.get("model_name", "default"))
         self.redis_url = redis_url
         self.log = directory / f"worker-{self.model_name}-{os.urandom(3).hex()}.log"
@@ -35,6 +44,7 @@ class WorkerProcess:
             "HF_HUB_OFFLINE": "1",
             "CELERY_BROKER_URL": "redis://127.0.0.1:1/0",  # another project's: must not lead the worker astray
             **{f"VISIONQ_{name.upper()}": str(value) for name, value in settings.items()},
+            **(variables or {}),
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -1,0 +1,210 @@
+"""Makes the schedule happen: one thread per plane, so that faults of different planes meet and those of one do not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+import redis
+
+from tests.chaos.faults import Fault, FaultKind, Plane
+from tests.chaos.fleet import Life
+from tests.chaos.people import Readers
+from tests.chaos.plant import LEASE_S, Plant
+from tests.chaos.proxy import BOTH_WAYS, TcpProxy, Way
+from tests.chaos.workload import Plan, Ticket, TicketOffice
+from tests.servers import eventually
+from tests.storage_faults import Drip, Status, Truncate
+from tests.storage_faults import Fault as StorageFault
+
+logger = logging.getLogger(__name__)
+
+#: A worker is broken only while so many others serve; a fault waits this long for them.
+MIN_OTHERS: Final = 1
+PATIENCE_S: Final = 45.0
+ORPHANS: Final = 3
+
+STORAGE_FAULTS: Final[dict[FaultKind, StorageFault]] = {
+    FaultKind.S3_ERRORS: Status(500, "InternalError"),
+    FaultKind.S3_SLOW: Drip(0.3, 2048),
+    FaultKind.S3_TRUNCATED: Truncate(700),
+}
+CUTS: Final = {
+    FaultKind.CUT_REQUESTS: frozenset({Way.REQUESTS}),
+    FaultKind.CUT_REPLIES: frozenset({Way.REPLIES}),
+    FaultKind.SILENCE: BOTH_WAYS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """A fault that happened, in seconds since 1970."""
+
+    fault: Fault
+    began_at: float
+    ended_at: float
+
+
+class Injector:
+    """Runs a schedule against a plant. `done` grows as faults end; `skipped` are those that found no victim."""
+
+    def __init__(self, plant: Plant, faults: Sequence[Fault], office: TicketOffice, readers: Readers) -> None:
+        self._plant, self._faults = plant, faults
+        self._office, self._readers = office, readers
+        self._stop = threading.Event()
+        self._queues: dict[Plane, queue.SimpleQueue[Fault | None]] = {plane: queue.SimpleQueue() for plane in Plane}
+        self._threads = [
+            threading.Thread(target=self._work, args=(line,), name=f"faults-{plane}", daemon=True)
+            for plane, line in self._queues.items()
+        ]
+        self.done: list[Injected] = []
+        self.skipped: list[Fault] = []
+        self.problems: list[str] = []
+        self.orphans: list[Ticket] = []
+
+    def run(self) -> None:
+        """Let every fault happen at its time; return when the last has ended."""
+        for thread in self._threads:
+            thread.start()
+        began = time.monotonic()
+        for fault in self._faults:
+            self._stop.wait(max(0.0, began + fault.at_s - time.monotonic()))
+            self._queues[fault.kind.plane].put(fault)
+        for line in self._queues.values():
+            line.put(None)
+        for thread in self._threads:
+            thread.join(300)
+            if thread.is_alive():
+                self.problems.append(f"the fault did not end: {thread.name}")
+
+    def _work(self, line: queue.SimpleQueue[Fault | None]) -> None:
+        while (fault := line.get()) is not None:
+            began_at = time.time()
+            logger.info("%s (%d, %.1f s)", fault.kind.value, fault.target, fault.duration_s)
+            try:
+                happened = self._inject(fault)
+            except Exception as error:
+                logger.exception("fault failed")
+                self.problems.append(f"{fault.kind.value} failed: {type(error).__name__}: {error}")
+                continue
+            if happened:
+                self.done.append(Injected(fault, began_at, time.time()))
+            else:
+                self.skipped.append(fault)
+
+    def _inject(self, fault: Fault) -> bool:
+        match fault.kind.plane:
+            case Plane.WORKER:
+                return self._break_worker(fault)
+            case Plane.NETWORK:
+                self._break_network(fault)
+            case Plane.REDIS:
+                self._break_redis(fault)
+            case Plane.STORAGE:
+                self._break_storage(fault)
+            case Plane.PRODUCER:
+                self._kill_producer()
+        return True
+
+    def _break_worker(self, fault: Fault) -> bool:
+        victim = self._victim(fault.target)
+        if victim is None:
+            return False
+        match fault.kind:
+            case FaultKind.SIGKILL:
+                self._plant.fleet.signal(victim, signal.SIGKILL)
+            case FaultKind.SIGTERM:
+                self._plant.fleet.signal(victim, signal.SIGTERM)
+            case _:
+                self._plant.fleet.signal(victim, signal.SIGSTOP)
+                self._stop.wait(fault.duration_s)
+                self._plant.fleet.signal(victim, signal.SIGCONT)
+        return True
+
+    def _victim(self, target: int) -> Life | None:
+        fleet = self._plant.fleet
+        with suppress(AssertionError):
+            fleet.wait_ready(1 + MIN_OTHERS, PATIENCE_S)
+            ready = fleet.ready()
+            return next((life for life in ready if life.slot == target), ready[0])
+        return None
+
+    def _break_network(self, fault: Fault) -> None:
+        plant = self._plant
+        link = plant.links[fault.target] if fault.target < len(plant.links) else plant.producers_link
+        if fault.kind is FaultKind.RESET:
+            link.reset()
+        elif fault.kind is FaultKind.SLOW_NETWORK:
+            self._while(fault, link, lambda: link.delay(0.05))
+        else:
+            self._while(fault, link, lambda: link.cut(CUTS[fault.kind]))
+
+    def _while(self, fault: Fault, link: TcpProxy, begin: Callable[[], None]) -> None:
+        begin()
+        self._stop.wait(fault.duration_s)
+        link.heal()
+
+    def _break_redis(self, fault: Fault) -> None:
+        if fault.kind is FaultKind.REDIS_KILL:
+            self._plant.redis.kill()
+            self._stop.wait(fault.duration_s)
+            self._plant.redis.start()
+            return
+        with self._plant.redis.client() as direct, _refusing(direct, fault.kind):
+            self._stop.wait(fault.duration_s)
+
+    def _break_storage(self, fault: Fault) -> None:
+        self._plant.storage.always = STORAGE_FAULTS[fault.kind]
+        self._stop.wait(fault.duration_s)
+        self._plant.storage.always = None
+
+    def _kill_producer(self) -> None:
+        tickets = [self._office.ticket(Plan.ORPHAN) for _ in range(ORPHANS)]
+        jobs = json.dumps({ticket.job_id: ticket.fields for ticket in tickets})
+        with self._plant.redis.client() as direct:
+            eventually(lambda: _takes_writes(direct), 60, "Redis takes writes")
+        command = [sys.executable, "-m", "tests.chaos.dying_producer", self._plant.redis.url, str(LEASE_S)]
+        died = subprocess.run(command, input=jobs, text=True, capture_output=True, timeout=120, check=False)
+        self.orphans.extend(tickets)
+        if died.returncode == -signal.SIGKILL:
+            for ticket in tickets:
+                ticket.is_submitted = True
+                self._readers.put(ticket)
+        else:  # Redis failed it before its time: nobody knows which of its jobs there are
+            logger.info("the producer ended with %d: %s", died.returncode, died.stderr[-300:])
+
+
+@contextmanager
+def _refusing(direct: redis.Redis, kind: FaultKind) -> Iterator[None]:
+    """Have Redis answer every write with an error."""
+    if kind is FaultKind.REDIS_READ_ONLY:
+        # A replica of nobody, as after a failover: it keeps its data and refuses writes with READONLY.
+        direct.replicaof("127.0.0.1", 1)
+        try:
+            yield
+        finally:
+            direct.replicaof("NO", "ONE")
+        return
+    name, bad, good = ("maxmemory", 1, 0) if kind is FaultKind.REDIS_FULL else ("min-replicas-to-write", 1, 0)
+    direct.config_set(name, bad)
+    try:
+        yield
+    finally:
+        direct.config_set(name, good)
+
+
+def _takes_writes(direct: redis.Redis) -> bool:
+    try:
+        return bool(direct.set("chaos:probe", 1, px=1000))
+    except redis.RedisError:
+        return False

@@ -1,0 +1,101 @@
+"""What must not be left when all is quiet: keys, messages, threads, file handles, processes, scratch files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.status import JobStatus
+from tests.survivors import processes_of
+
+ENDED: Final = frozenset(status.value for status in JobStatus if status.is_final)
+MODEL: Final = names.DEFAULT_MODEL_NAME
+#: Keys without an end of life: one of each, however many jobs there were.
+SINGLETONS: Final = frozenset(
+    {str(value) for name, value in vars(names).items() if name.endswith("_KEY")}
+    - {names.DUE_KEY, names.DEAD_KEY}  # nothing is due and nobody was given up
+    | {names.watermark_key(names.list_id(MODEL, step)) for step in names.PRIORITY_STEPS}
+    | {names.depth_key(MODEL), "unacked", "unacked_index"}
+    | {f"_kombu.{kind}.{names.queue(MODEL)}" for kind in ("binding", "binding_permanent")}
+)
+#: A worker's handles and threads beyond one per job it can hold: model, logs, Celery's, kombu's and botocore's own.
+MAX_OTHER_HANDLES: Final = 60
+MAX_OTHER_THREADS: Final = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process holds. `resident_bytes` is its resident set."""
+
+    num_threads: int
+    num_handles: int
+    resident_bytes: int
+
+
+def usage_of(pid: int) -> Usage:
+    """Ask the kernel about a process. Raises OSError when it is gone."""
+    process = Path(f"/proc/{pid}")
+    fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    return Usage(
+        num_threads=int(fields["Threads"]),
+        num_handles=sum(1 for _ in (process / "fd").iterdir()),
+        resident_bytes=int(fields["VmRSS"].split()[0]) * 1024,
+    )
+
+
+def queued_messages(direct: redis.Redis) -> int:
+    """Doorbells that nobody has taken yet."""
+    return sum(int(direct.llen(names.queue_list(MODEL, step))) for step in names.PRIORITY_STEPS)
+
+
+def key_problems(direct: redis.Redis) -> list[str]:
+    """Return the keys that nothing will ever remove, and counters that are off."""
+    problems = [
+        f"key without an end of life: {key!r}"
+        for key in direct.scan_iter(count=1000)
+        if key not in SINGLETONS and direct.ttl(key) < 0
+    ]
+    if (depth := int(direct.get(names.depth_key(MODEL)) or 0)) != 0:
+        problems.append(f"{names.depth_key(MODEL)} is {depth} with all jobs final")
+    return problems
+
+
+def message_problems(direct: redis.Redis) -> list[str]:
+    """Return the unacknowledged messages that cannot be explained: each must belong to a job that is over.
+
+    Those of killed workers stay until kombu's visibility timeout and are skipped then.
+    """
+    problems = []
+    for raw in direct.hvals("unacked"):
+        headers = json.loads(raw)[0]["headers"]
+        status = str(direct.hget(names.job_key(headers["id"]), "status"))
+        if status not in ENDED:
+            problems.append(f"unacknowledged message of {headers['id']}, which is {status}")
+    if (extra := int(direct.zcard("unacked_index")) - int(direct.hlen("unacked"))) != 0:
+        problems.append(f"{extra} entries of unacked_index have no message")
+    return problems
+
+
+def usage_problems(pid: int, usage: Usage, concurrency: int) -> list[str]:
+    """Return what a quiet worker holds too much of."""
+    problems = []
+    if usage.num_threads > (limit := concurrency + MAX_OTHER_THREADS):
+        problems.append(f"worker {pid} has {usage.num_threads} threads, the limit is {limit}")
+    if usage.num_handles > (limit := 3 * concurrency + MAX_OTHER_HANDLES):
+        problems.append(f"worker {pid} has {usage.num_handles} open files, the limit is {limit}")
+    return problems
+
+
+def remains(scratch: Path) -> list[str]:
+    """Return what workers that have ended left behind: files and processes."""
+    files = [
+        f"left behind: {path.relative_to(scratch)}"
+        for path in scratch.rglob("*")
+        if path.is_file() or "visionq" in path.name
+    ]
+    return files + [f"still running: {command}" for command in processes_of(scratch)]

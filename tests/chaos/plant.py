@@ -1,0 +1,110 @@
+"""The system under test: Redis and S3 behind proxies, three workers, each with a network of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from api_stub.client import Client
+from api_stub.settings import ClientSettings
+from tests.chaos.fleet import Fleet
+from tests.chaos.proxy import Network, TcpProxy
+from tests.servers import RedisServer, S3Server
+from tests.storage_faults import FaultyStorage, faulty_storage
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+logger = logging.getLogger(__name__)
+
+NUM_WORKERS: Final = 3
+LEASE_S: Final = 5.0
+DRAIN_S: Final = 3.0
+GRACE_S: Final = 2.0
+MAX_NUM_SEQS: Final = 8
+PREPARE_AHEAD: Final = 4
+#: Attempts are bounded so that a poison job ends; here workers are killed at random, and no job is poison.
+MAX_ATTEMPTS: Final = 20
+
+WORKER_SETTINGS: Final[dict[str, object]] = {
+    "model": "demo",
+    "lease_s": LEASE_S,
+    "beat_s": 1,
+    "grace_s": GRACE_S,
+    "sweep_s": 0.5,
+    "drain_s": DRAIN_S,
+    "max_attempts": MAX_ATTEMPTS,
+    "max_num_seqs": MAX_NUM_SEQS,
+    "prepare_ahead": PREPARE_AHEAD,
+    "media_cache_bytes": 1024 * 1024,  # too small for all media, so that some are fetched and some are not
+    "storage_timeout_s": 3,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """Everything that can be broken. `links` are the workers' ways to Redis, `producers_link` that of all clients."""
+
+    directory: Path
+    redis: RedisServer
+    s3: S3Server
+    s3_client: S3Client
+    storage: FaultyStorage
+    links: tuple[TcpProxy, ...]
+    producers_link: TcpProxy
+    fleet: Fleet
+
+    @property
+    def scratch(self) -> Path:
+        """The workers' TMPDIR; its path marks their processes and those that they start."""
+        return self.directory / "scratch"
+
+    def client(self) -> Client:
+        """A producer's or reader's client."""
+        settings = ClientSettings(
+            redis_url=self.producers_link.url,
+            lease_s=LEASE_S,
+            grace_s=GRACE_S,
+            max_attempts=MAX_ATTEMPTS,
+        )
+        return Client(settings=settings)
+
+    def heal(self) -> None:
+        """End all faults of network and storage."""
+        for link in (*self.links, self.producers_link):
+            link.heal()
+        self.storage.always = None
+
+
+@contextmanager
+def plant(directory: Path, num_workers: int = NUM_WORKERS) -> Iterator[Plant]:
+    """Start everything; the workers serve when the block begins. Nothing is left when it ends."""
+    scratch = directory / "scratch"
+    scratch.mkdir()
+    with ExitStack() as stack:
+        # `always`: an answer of Redis means that it is on disk, as a database that is killed here must have it.
+        redis_server = RedisServer(directory, "--appendfsync", "always")
+        stack.callback(redis_server.kill)
+        s3 = S3Server(directory)
+        stack.callback(s3.stop)
+        s3_client = s3.client()
+        stack.callback(s3_client.close)
+        storage = stack.enter_context(faulty_storage(s3.url))
+        network = stack.enter_context(Network())
+        links = tuple(network.proxy(redis_server.port) for _ in range(num_workers))
+        fleet = Fleet(
+            directory,
+            [link.url for link in links],
+            storage.url,
+            variables={"TMPDIR": str(scratch)},
+            settings=WORKER_SETTINGS,
+        )
+        stack.callback(fleet.kill)
+        fleet.start()
+        logger.info("%d workers serve", num_workers)
+        producers_link = network.proxy(redis_server.port)
+        yield Plant(directory, redis_server, s3, s3_client, storage, links, producers_link, fleet)
