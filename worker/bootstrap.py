@@ -27,15 +27,16 @@ from worker.lifecycle.attempt import Attempts
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.heartbeat import Heartbeat
 from worker.media.cache import MediaCache
-from worker.media.clip_index import FFMPEG_ENVIRONMENT, calm_opencv
 from worker.media.collect import MediaCollector
+from worker.media.decoder_process import DecodeLimits
+from worker.media.decoders import Decoders
 from worker.media.fetch import MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
 from worker.media.scratch import remove_leftovers
 from worker.models.loader import LoadedModel, load
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
-from worker.settings import KVBackend, WorkerSettings, export
+from worker.settings import KVBackend, WorkerSettings
 from worker.streaming.publisher import Publisher
 from worker.tryout import TriedOut, try_out
 
@@ -61,22 +62,25 @@ class Runtime:
     drain: Drain
     heartbeat: Heartbeat
     media_cache: MediaCache
+    decoders: Decoders
     try_out: Callable[[], TriedOut]
     exit_status: int = 0
     ring: Callable[[Bell], None] | None = None
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Start the engine and the publisher, and answer one prompt, so that the first job finds everything warm.
+        """Start what works beside the jobs, and answer one prompt, so that the first job finds everything warm.
 
-        Raises CannotStart when the model cannot answer.
+        Raises CannotStart when the model cannot answer or media cannot be decoded.
         """
+        self.decoders.start()
         self.engine.start()
         self.publisher.start()
         try:
             self.try_out()
         except WorkerError as error:
             raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
+        self.decoders.wait_ready()
 
     def on_ready(self) -> None:
         """The worker consumes: start heartbeats and the reaper."""
@@ -90,6 +94,7 @@ class Runtime:
         """Stop everything, in the order in which work flows."""
         self._stopping.set()
         self.intake.close()
+        self.decoders.close()
         self.engine.stop(STOP_TIMEOUT_S)
         self.publisher.stop(STOP_TIMEOUT_S)
         self.heartbeat.stop(STOP_TIMEOUT_S)
@@ -97,8 +102,6 @@ class Runtime:
 
 def build(settings: WorkerSettings) -> Runtime:
     """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
-    export(FFMPEG_ENVIRONMENT)
-    calm_opencv()
     remove_leftovers()
     ledger = connect(settings)
     loaded = load(settings)
@@ -108,6 +111,9 @@ def build(settings: WorkerSettings) -> Runtime:
     engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), publisher.put_step)
     policy = media_policy(settings)
     media_cache = MediaCache(settings.media_cache_bytes)
+    decoders = Decoders(
+        settings.num_decode_processes, DecodeLimits(settings.decode_memory_bytes, settings.decode_timeout_s)
+    )
     fetcher = MediaFetcher(
         s3_client(settings.s3_endpoint_url, settings.s3_region, settings.storage_timeout_s),
         policy,
@@ -124,13 +130,14 @@ def build(settings: WorkerSettings) -> Runtime:
             ledger=ledger,
             attempts=attempts,
             answers=answers,
-            media=MediaCollector(fetcher, policy, media_cache),
+            media=MediaCollector(fetcher, policy, media_cache, decoders),
             prompts=prompts,
             engine=engine,
             events=publisher,
             on_engine_dead=lambda: die(runtime),
         ),
         media_cache=media_cache,
+        decoders=decoders,
         try_out=lambda: try_out(engine, prompts, answers),
         intake=Intake(ledger, worker=worker_name, model=settings.model_name),
         drain=Drain(attempts, settings.drain_s),
@@ -195,4 +202,6 @@ def media_policy(settings: WorkerSettings) -> MediaPolicy:
         max_image_pixels=settings.max_image_pixels,
         max_video_bytes=settings.max_video_bytes,
         max_video_seconds=settings.max_video_seconds,
+        max_job_bytes=settings.max_job_media_bytes,
+        max_job_pixels=settings.max_job_pixels,
     )

@@ -152,6 +152,17 @@ class WorkerSettings(BaseSettings):
     max_image_pixels: int = Field(default=50_000_000, ge=1, description="Pixels of one image")
     max_video_bytes: int = Field(default=512 * MEBIBYTE, ge=1, description="Bytes of one clip")
     max_video_seconds: float = Field(default=3_600.0, gt=0, description="Length of one clip")
+    max_job_media_bytes: int = Field(default=1024 * MEBIBYTE, ge=1, description="Bytes of all media of one job")
+    max_job_pixels: int = Field(
+        default=256_000_000, ge=1, description="Pixels of all images and sampled frames of one job; 4 bytes each"
+    )
+    decode_processes: int = Field(
+        default=0, ge=0, le=256, description="Processes that decode media; 0: one per processor core, 2 to 8"
+    )
+    decode_timeout_s: float = Field(default=120.0, gt=0, description="Time to decode one image or clip")
+    decode_memory_bytes: int = Field(
+        default=2048 * MEBIBYTE, ge=512 * MEBIBYTE, description="Memory (address space) of one decoding process"
+    )
     media_cache_bytes: int = Field(
         default=256 * MEBIBYTE, ge=0, description="Decoded images and clips kept between jobs; 0: none"
     )
@@ -190,6 +201,11 @@ class WorkerSettings(BaseSettings):
     def concurrency(self) -> int:
         """Celery threads: jobs that generate plus jobs that are prepared meanwhile."""
         return self.max_num_seqs + self.prepare_ahead
+
+    @property
+    def num_decode_processes(self) -> int:
+        """Media decoded at once."""
+        return self.decode_processes or min(8, max(2, os.cpu_count() or 2))
 
     @property
     def ledger(self) -> LedgerConfig:

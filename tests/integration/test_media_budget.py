@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from api_stub.contract.job import MediaPart, TaskName
+from tests.decoding import shared_decoders
 from tests.servers import S3Server
 from worker.errors import MediaTooLarge
 from worker.media.cache import MediaCache
@@ -39,7 +40,7 @@ def test_a_job_over_its_pixel_budget_names_both_numbers(s3_server: S3Server, s3_
 
 def collected(server: S3Server, policy: MediaPolicy, parts: list[MediaPart]) -> list[object]:
     fetcher = MediaFetcher(s3_client(server.url, "us-east-1", 5.0), policy, retries=0)
-    collector = MediaCollector(fetcher, policy, MediaCache(0))
+    collector = MediaCollector(fetcher, policy, MediaCache(0), shared_decoders())
     return list(
         collector.collect(
             parts, task=TaskName.VQA, num_frames=8, should_stop=lambda: None, on_progress=lambda done, total: None

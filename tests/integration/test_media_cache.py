@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from api_stub.contract.job import ImagePart, MediaPart, TaskName, VideoPart
+from tests.decoding import shared_decoders
 from tests.servers import S3Server, eventually
 from tests.storage_faults import Before, FaultyStorage, Silence, Stall, Status, Unconditional, faulty_storage
 from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
@@ -89,7 +90,8 @@ def collecting(
 ) -> Callable[..., Collected]:
     """Return what a job calls, on a worker with this cache and policy."""
     client = s3_client(storage.url, "us-east-1", TIMEOUT_S)
-    collector = MediaCollector(MediaFetcher(client, policy, retries=retries, first_backoff_s=0.02), policy, cache)
+    fetcher = MediaFetcher(client, policy, retries=retries, first_backoff_s=0.02)
+    collector = MediaCollector(fetcher, policy, cache, shared_decoders())
 
     def collect(*parts: AnyMediaPart, num_frames: int = 8, should_stop: Callable[[], None] = go_on) -> Collected:
         has_clips = any(isinstance(part, VideoPart) for part in parts)

@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 #: Frames between two looks at `should_stop`.
 STOP_CHECK_FRAMES: Final = 32
-#: For the process's environment, before its first capture: OpenCV reads FFmpeg's options from nowhere else. A second
-#: wall behind `sniff`: FFmpeg itself would follow playlists and concat lists. It also keeps FFmpeg off stderr.
-FFMPEG_ENVIRONMENT: Final = {
-    "OPENCV_FFMPEG_CAPTURE_OPTIONS": (
-        "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-    ),
-    "OPENCV_FFMPEG_LOGLEVEL": "-8",
-}
 _RAW: Final = (cv2.CAP_PROP_FORMAT, -1)
 # One thread per capture: many jobs decode at once, and FFmpeg would start a thread per core for each of them.
 _THREADS: Final = (cv2.CAP_PROP_N_THREADS, 1)
@@ -127,7 +119,8 @@ def _build(times_ms: Sequence[float], key_times_ms: Sequence[float], claimed_rat
     """Bring packets, which come in decoding order, into the order of showing."""
     shown_ms = sorted(times_ms)
     num_frames = len(shown_ms)
-    if any(later <= earlier for earlier, later in pairwise(shown_ms)):
+    has_times = all(map(math.isfinite, shown_ms)) and all(early < late for early, late in pairwise(shown_ms))
+    if not has_times:
         rate = claimed_rate if math.isfinite(claimed_rate) and claimed_rate > 0 else 0.0
         return ClipIndex((0.0,) * num_frames, 0.0, (), rate)
     start_s = shown_ms[0] / 1000 if shown_ms else 0.0

@@ -14,13 +14,12 @@ from pathlib import Path
 from api_stub.contract.job import ImagePart, MediaPart, TaskName, TextPart, Turn, VideoPart
 from worker.errors import MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.cache import Made, MediaCache, MediaKey
+from worker.media.decoders import Decoders
 from worker.media.fetch import FetchedMedia, MediaFetcher, StoredObject
-from worker.media.image import decode_image
 from worker.media.policy import MediaPolicy
 from worker.media.scratch import job_directory
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedClip, DecodedMedia
-from worker.media.video import sample_clip
 
 AnyMediaPart = ImagePart | VideoPart | MediaPart
 
@@ -68,8 +67,9 @@ class Collected:
 class MediaCollector:
     """Fetches and decodes for many jobs at once; holds nothing of any of them but what the cache keeps."""
 
-    def __init__(self, fetcher: MediaFetcher, policy: MediaPolicy, cache: MediaCache) -> None:
+    def __init__(self, fetcher: MediaFetcher, policy: MediaPolicy, cache: MediaCache, decoders: Decoders) -> None:
         self._fetcher = fetcher
+        self._decoders = decoders
         self._policy = policy
         self._cache = cache
 
@@ -93,21 +93,30 @@ class MediaCollector:
         wanted = [Wanted.of(part, task, num_frames) for part in parts]
         uris = list(dict.fromkeys(part.uri for part in parts))
         media: dict[Wanted, DecodedMedia] = {}
+        num_bytes = 0
         with job_directory() as directory:
-            work = _Work(self._fetcher, self._policy, directory, should_stop)
+            work = _Work(self._fetcher, self._decoders, self._policy, directory, should_stop)
             for done, uri in enumerate(uris):
                 on_progress(done, len(uris))
                 stored = self._fetcher.head(uri, should_stop=should_stop)
+                num_bytes += stored.num_bytes
+                self._check_bytes(num_bytes)
                 for one in dict.fromkeys(one for one in wanted if one.uri == uri):
                     media[one] = self._one(one, stored, work)
-                    self._check_budget(media.values())
+                    self._check_pixels(media.values())
         on_progress(len(uris), len(uris))
         in_order = [media[one] for one in wanted]
         if task is TaskName.VIDEO_QA and not any(isinstance(medium, DecodedClip) for medium in in_order):
             raise MediaUnsupported(f"media: a video question needs at least 1 video, got {len(parts)} images")
         return Collected(in_order, work.decode_s)
 
-    def _check_budget(self, media: Iterable[DecodedMedia]) -> None:
+    def _check_bytes(self, num_bytes: int) -> None:
+        if num_bytes > self._policy.max_job_bytes:
+            raise MediaTooLarge(
+                f"media: {num_bytes} bytes stored so far, the limit of a job is {self._policy.max_job_bytes}"
+            )
+
+    def _check_pixels(self, media: Iterable[DecodedMedia]) -> None:
         num_pixels = sum(medium.num_pixels for medium in media)
         if num_pixels > self._policy.max_job_pixels:
             raise MediaTooLarge(
@@ -129,6 +138,7 @@ class _Work:
     """What one job reads and decodes itself: its files, by URI, and the seconds it spent decoding them."""
 
     fetcher: MediaFetcher
+    decoders: Decoders
     policy: MediaPolicy
     directory: Path
     should_stop: Callable[[], None]
@@ -148,8 +158,8 @@ class _Work:
     def _decode(self, wanted: Wanted, fetched: FetchedMedia) -> DecodedMedia:
         self.should_stop()
         try:
-            if fetched.kind is MediaKind.VIDEO:
-                return sample_clip(fetched.path, wanted.num_frames, self.policy, should_stop=self.should_stop)
-            return decode_image(fetched.path, self.policy)
+            return self.decoders.decode(
+                fetched.path, fetched.kind, wanted.num_frames, self.policy, should_stop=self.should_stop
+            )
         except RequestError as error:
             raise type(error)(f"{wanted.uri}: {error}") from error  # decoders see a file, the producer knows a URI

@@ -13,12 +13,13 @@ MEGAPIXEL = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class MediaPolicy:
-    """Limits of one image and of one clip.
+    """Limits of one image, of one clip and of one job.
 
     buckets: the only buckets that are ever asked for an object.
     max_image_pixels, max_frame_pixels: width × height of a still and of a clip's frame (default: 8K video).
     max_clip_pixels: width × height × sampled frames of one clip; 3 bytes of memory each.
     max_video_frames: frames a clip may hold, sampled or not; bounds the time spent indexing it.
+    max_job_bytes: all objects of one job, as storage tells their sizes; their files lie on disk together.
     max_job_pixels: width × height of all stills and sampled frames of one job, checked after each is decoded.
     max_aspect: longer side over shorter side; processors resize by side, so extreme strips explode.
     """
@@ -31,5 +32,6 @@ class MediaPolicy:
     max_video_frames: int = 3_600 * 60
     max_frame_pixels: int = 7_680 * 4_320
     max_clip_pixels: int = 256 * MEGAPIXEL
+    max_job_bytes: int = 1024 * MEBIBYTE
     max_job_pixels: int = 256 * MEGAPIXEL
     max_aspect: float = 200.0

@@ -7,6 +7,7 @@ decoding may start comes from the index; what FFmpeg cannot decode shortens the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,12 +26,37 @@ from worker.media.types import DecodedClip
 MAX_PASSES: Final = 4
 
 
+@dataclass(frozen=True, slots=True)
+class ClipOutline:
+    """What a clip is beside its pictures; the fields of DecodedClip."""
+
+    timestamps_s: tuple[float, ...]
+    duration_s: float
+    fps: float
+
+
 def sample_clip(path: Path, num_frames: int, policy: MediaPolicy, *, should_stop: Callable[[], None]) -> DecodedClip:
-    """Decode `num_frames` frames of the clip at `path`, spread evenly from its first to its last.
+    """Decode `num_frames` frames of the clip at `path` and keep them; else as `stream_clip`."""
+    frames: list[Image.Image] = []
+    outline = stream_clip(path, num_frames, policy, put=frames.append, again=frames.clear, should_stop=should_stop)
+    return DecodedClip(tuple(frames), outline.timestamps_s, outline.duration_s, outline.fps)
+
+
+def stream_clip(
+    path: Path,
+    num_frames: int,
+    policy: MediaPolicy,
+    *,
+    put: Callable[[Image.Image], None],
+    again: Callable[[], None],
+    should_stop: Callable[[], None],
+) -> ClipOutline:
+    """Decode `num_frames` frames of the clip at `path`, spread evenly from its first to its last, and `put` each.
 
     Frame j of N is frame round(j·(n-1)/(N-1)) of the clip's n, the rule of `numpy.linspace`; a single frame is the
     middle one. A clip of fewer frames gives each of them once: fewer frames than asked, never one twice.
-    Frames that cannot be decoded at the end of a damaged clip do not count as frames. Rotation is applied.
+    Frames that cannot be decoded at the end of a damaged clip do not count as frames; where that turns out on the
+    way, `again` is called and the frames so far are void. Rotation is applied.
 
     `should_stop` raises to give the job up; it is called every few dozen frames. Touches nothing but the file; any
     thread.
@@ -47,8 +73,9 @@ def sample_clip(path: Path, num_frames: int, policy: MediaPolicy, *, should_stop
                 break
             try:
                 with ClipReader(path, index, may_seek=may_seek, should_stop=should_stop) as reader:
-                    return _sample(reader, index, num_frames, policy)
+                    return _sample(reader, index, num_frames, policy, put)
             except EndOfClip as end:
+                again()
                 if not may_seek or not reader.may_seek:
                     index = index.first(end.num_frames)
                 may_seek = False
@@ -74,19 +101,22 @@ def _check_kind(path: Path) -> None:
         raise MediaUnsupported(f"a video is due here, the object is a {found.value} image")
 
 
-def _sample(reader: ClipReader, index: ClipIndex, num_frames: int, policy: MediaPolicy) -> DecodedClip:
+def _sample(
+    reader: ClipReader, index: ClipIndex, num_frames: int, policy: MediaPolicy, put: Callable[[Image.Image], None]
+) -> ClipOutline:
     wanted = uniform_positions(index.num_frames, num_frames)
-    _check_frames(reader.frame_size, len(wanted), policy)
-    frames: list[Image.Image] = []
+    size = reader.frame_size
+    _check_frames(size, len(wanted), policy)
     times_s: list[float] = []
     for position in wanted:
         frame = reader.read(position)
-        if frames and frame.size != frames[0].size:
+        if frame.size != size:
             # A stream may change its size on the way; the header's promise no longer bounds it.
             _check_frames(frame.size, len(wanted), policy)
-        frames.append(frame)
+            size = frame.size
+        put(frame)
         times_s.append(index.times_s[reader.position])
-    return DecodedClip(tuple(frames), tuple(times_s), index.duration_s, index.frame_rate)
+    return ClipOutline(tuple(times_s), index.duration_s, index.frame_rate)
 
 
 def _check_frames(size: tuple[int, int], num_frames: int, policy: MediaPolicy) -> None:

@@ -17,7 +17,8 @@ import pytest
 from tests.unit.worker.media.drawn_clips import B_FRAMES, SIZE, VARIABLE_RATE, number_of, write_clip
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported, WorkerError
 from worker.media import clip_reader
-from worker.media.clip_index import FFMPEG_ENVIRONMENT, open_capture, read_index
+from worker.media.clip_index import open_capture, read_index
+from worker.media.decoders import FFMPEG_ENVIRONMENT
 from worker.media.policy import MediaPolicy
 from worker.media.types import DecodedClip
 from worker.media.video import sample_clip, uniform_positions

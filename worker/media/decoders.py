@@ -1,0 +1,179 @@
+"""The processes that decode for a worker: as many as it may have, started when needed, replaced when they die.
+
+In: a file and what it is. Out: a decoded medium, or an error with a code. No crash, loop or memory hunger of a codec
+reaches the process that holds the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from worker.errors import CannotStart, MediaCorrupt, OutOfMemory
+from worker.media.decoder_process import POLL_S, DecodeLimits, DecoderBroken, DecoderCrashed, DecoderProcess
+from worker.media.decoding import DecodeTask
+from worker.media.policy import MediaPolicy
+from worker.media.sniff import MediaKind
+from worker.media.types import DecodedMedia
+
+logger = logging.getLogger(__name__)
+
+#: A decoder is replaced after so many files: whatever its codecs leak stays small.
+MAX_TASKS: Final = 500
+#: All of the worker's environment that a decoder gets: no credential, no address.
+_INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
+#: OpenCV reads FFmpeg's options from nowhere else. A second wall behind `sniff`: FFmpeg itself would follow playlists
+#: and concat lists. It also keeps FFmpeg off stderr.
+FFMPEG_ENVIRONMENT: Final = {
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": (
+        "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+    ),
+    "OPENCV_FFMPEG_LOGLEVEL": "-8",
+}
+_ENVIRONMENT: Final = {
+    **FFMPEG_ENVIRONMENT,
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
+
+class Decoders:
+    """Shared by all jobs of a worker; every method may be called from any thread."""
+
+    def __init__(self, num_processes: int, limits: DecodeLimits) -> None:
+        self._limits = limits
+        self._slots = threading.Semaphore(num_processes)
+        self._lock = threading.Lock()
+        self._idle: list[DecoderProcess] = []  # the one used last is warm in the processor's caches
+        self._busy: set[DecoderProcess] = set()
+        self._is_closed = False
+        # Linux ends a decoder with the thread that started it, so that thread must live as long as the worker.
+        self._starter = ThreadPoolExecutor(1, "decoder-starter")
+
+    def start(self) -> None:
+        """Start one decoder, so that the first job finds it loaded. Does not wait for it."""
+        self._put_back(self._new())
+
+    def wait_ready(self) -> None:
+        """Wait until a decoder has loaded. Raises CannotStart when none can."""
+        try:
+            with self._lent(_go_on, fresh=False) as decoder:
+                decoder.wait_ready(_go_on)
+        except (DecoderBroken, OutOfMemory) as error:
+            raise CannotStart(f"media cannot be decoded: {error}") from error
+
+    def decode(
+        self,
+        path: Path,
+        kind: MediaKind,
+        num_frames: int,
+        policy: MediaPolicy,
+        *,
+        should_stop: Callable[[], None],
+    ) -> DecodedMedia:
+        """Decode the file at `path`; `num_frames` counts for clips.
+
+        Waits for a free decoder as long as it takes. `should_stop` raises to give the job up; it is called at least
+        every 0.1 s.
+
+        Raises MediaUnsupported, MediaTooLarge (also for time and memory), MediaCorrupt (also for a file that crashes
+        a decoder), OutOfMemory.
+        """
+        task = DecodeTask(path=path, kind=kind, num_frames=num_frames, policy=replace(policy, buckets=frozenset()))
+        try:
+            return self._decode(task, should_stop)
+        except DecoderCrashed:
+            pass  # an earlier file may have left the decoder ill: only a crash of a fresh one is this file's own
+        try:
+            return self._decode(task, should_stop, fresh=True)
+        except DecoderCrashed as crash:
+            raise MediaCorrupt(f"it crashes the decoder ({crash.signal_name or 'wrong reply'})") from crash
+
+    def close(self) -> None:
+        """End all decoders; jobs that still decode lose theirs."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle, busy = self._idle, [], list(self._busy)
+        for decoder in idle:
+            decoder.close()
+        for decoder in busy:
+            decoder.kill()
+        self._starter.shutdown()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that live now."""
+        with self._lock:
+            return [decoder.pid for decoder in (*self._idle, *self._busy)]
+
+    def _decode(self, task: DecodeTask, should_stop: Callable[[], None], *, fresh: bool = False) -> DecodedMedia:
+        with self._lent(should_stop, fresh=fresh) as decoder:
+            decoder.wait_ready(should_stop)
+            try:
+                return decoder.decode(task, should_stop)
+            except DecoderCrashed as crash:
+                facts = {"action": "decoder_crashed", "signal": crash.signal_name, "num_tasks": decoder.num_tasks}
+                logger.warning("a decoder crashed", extra=facts)
+                raise
+
+    @contextmanager
+    def _lent(self, should_stop: Callable[[], None], *, fresh: bool) -> Iterator[DecoderProcess]:
+        while not self._slots.acquire(timeout=POLL_S):
+            should_stop()
+        try:
+            decoder = self._fresh() if fresh else self._any()
+            try:
+                yield decoder
+            finally:
+                self._put_back(decoder)
+        finally:
+            self._slots.release()
+
+    def _any(self) -> DecoderProcess:
+        with self._lock:
+            if self._idle:
+                decoder = self._idle.pop()
+                self._busy.add(decoder)
+                return decoder
+        return self._new()
+
+    def _fresh(self) -> DecoderProcess:
+        with self._lock:
+            replaced = self._idle.pop() if self._idle else None
+        if replaced is not None:
+            replaced.close()
+        return self._new()
+
+    def _new(self) -> DecoderProcess:
+        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ENVIRONMENT
+        try:
+            decoder = self._starter.submit(DecoderProcess, self._limits, environment).result()
+        except OSError as error:
+            raise OutOfMemory(f"no process to decode media can be started ({error.strerror})") from error
+        with self._lock:
+            self._busy.add(decoder)
+            is_closed = self._is_closed
+        if is_closed:
+            decoder.kill()
+        return decoder
+
+    def _put_back(self, decoder: DecoderProcess) -> None:
+        with self._lock:
+            self._busy.discard(decoder)
+            is_kept = decoder.is_usable and decoder.num_tasks < MAX_TASKS and not self._is_closed
+            if is_kept:
+                self._idle.append(decoder)
+        if not is_kept:
+            decoder.close()
+
+
+def _go_on() -> None:
+    """Nobody gives up at boot."""
