@@ -1,10 +1,14 @@
 """The producer side's settings: one frozen object, read from the environment once and passed down.
 
+`ClientSettings` is what every producer reads, `GatewaySettings` what the HTTP gateway reads beside it.
+
 S3 credentials are not here: boto3 finds them itself (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, a profile, a role).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -69,7 +73,7 @@ class ClientSettings(BaseSettings):
         return value
 
     @classmethod
-    def load(cls, redis_url: str | None = None) -> ClientSettings:
+    def load(cls, redis_url: str | None = None) -> Self:
         """Read the environment; `redis_url` wins over it. Raises InvalidSettings that names the variable."""
         try:
             return cls() if redis_url is None else cls(redis_url=SecretStr(redis_url))
@@ -89,9 +93,45 @@ class ClientSettings(BaseSettings):
         )
 
 
+class GatewaySettings(ClientSettings):
+    """What the HTTP gateway can be told from outside. Durations are seconds, sizes bytes."""
+
+    api_host: str = Field(default="127.0.0.1", description="Address the gateway listens on; without keys loopback only")
+    api_port: int = Field(default=8000, ge=0, le=65_535, description="Port of the gateway")
+    api_keys: SecretStr = Field(
+        default=SecretStr(""), description="API keys, hashed: lines or `;`-separated entries of `visionq api --new-key`"
+    )
+    api_keys_file: Path | None = Field(default=None, description="File with more API keys, one entry per line")
+    api_rate_per_minute: int = Field(
+        default=0, ge=0, description="Requests per minute and key, unless its entry says `rate=`; 0: no limit"
+    )
+    api_max_in_flight: int = Field(
+        default=0, ge=0, description="Unfinished jobs per key, unless its entry says `in_flight=`; 0: no limit"
+    )
+    api_max_body_bytes: int = Field(
+        default=32 * 1024 * 1024, ge=1024, description="Largest JSON body, media inside it included"
+    )
+    api_max_upload_bytes: int = Field(
+        default=256 * 1024 * 1024, ge=1024, description="Largest upload, presigned or as a form"
+    )
+    api_max_wait_s: float = Field(default=60.0, ge=0, description="Longest `wait` that a request may ask for")
+    api_heartbeat_s: float = Field(default=15.0, gt=0, description="Silence after which an event stream says it lives")
+    api_cors_origins: str = Field(default="", description="Origins whose pages may call, comma-separated; empty: none")
+    api_stop_s: float = Field(default=10.0, gt=0, description="Time that open requests get when the gateway stops")
+    sweep_s: float = Field(default=1.0, gt=0, description="Time between two looks of the reaper")
+    log_level: str = Field(
+        default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
+    )
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """The origins as a list."""
+        return tuple(origin.strip().rstrip("/") for origin in self.api_cors_origins.split(",") if origin.strip())
+
+
 def variable_of(field: str) -> str:
-    """Return the environment variable that sets a field of ClientSettings."""
-    alias = ClientSettings.model_fields[field].validation_alias
+    """Return the environment variable that sets a field of GatewaySettings, ClientSettings' included."""
+    alias = GatewaySettings.model_fields[field].validation_alias
     return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"{ENV_PREFIX}{field.upper()}"
 
 
@@ -99,7 +139,7 @@ def _name_variables(error: ValidationError) -> str:
     problems = []
     for problem in error.errors(include_url=False):
         place = str(problem["loc"][0]) if problem["loc"] else ""
-        variable = variable_of(place) if place in ClientSettings.model_fields else place
+        variable = variable_of(place) if place in GatewaySettings.model_fields else place
         is_ours = problem["type"] == "value_error"
         reason = str(problem["ctx"]["error"]) if is_ours else f"{problem['msg']} (got {problem['input']!r})"
         problems.append(f"{variable}: {reason}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -46,6 +46,14 @@ class PresignedPut:
     expires_s: int
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectHead:
+    """What S3 says about an object without sending it."""
+
+    num_bytes: int
+    content_type: str
+
+
 class Storage:
     """The media bucket."""
 
@@ -67,6 +75,25 @@ class Storage:
         with source.open("rb") as file, _translated(self._bucket):
             self._client.upload_fileobj(file, target.bucket, target.key, ExtraArgs=extra, Config=_TRANSFER)
         return target.uri
+
+    def put(self, uri: str, content: BinaryIO, content_type: str) -> None:
+        """Store an open file under a URI. Raises ValueError (no media URI), StoreUnavailable, StorageRefused."""
+        target = S3Object.parse(uri)
+        extra = {"ContentType": content_type}
+        with _translated(target.bucket):
+            self._client.upload_fileobj(content, target.bucket, target.key, ExtraArgs=extra, Config=_TRANSFER)
+
+    def head(self, uri: str) -> ObjectHead | None:
+        """Look at an object; None when there is none. Raises ValueError, StoreUnavailable, StorageRefused."""
+        source = S3Object.parse(uri)
+        try:
+            with _translated(source.bucket):
+                answer = self._client.head_object(Bucket=source.bucket, Key=source.key)
+        except StorageRefused as error:
+            if _is_missing(error.__cause__):
+                return None
+            raise
+        return ObjectHead(answer["ContentLength"], answer["ContentType"])
 
     def presign_put(self, suffix: str, content_type: str, num_bytes: int, expires_s: int = 900) -> PresignedPut:
         """Sign a PUT of exactly `num_bytes` bytes of `content_type` to a new object whose key ends in `suffix`."""
@@ -100,6 +127,12 @@ class Storage:
 def content_type_of(name: str) -> str:
     """Return the media type that a file name's ending stands for."""
     return mimetypes.guess_type(name)[0] or DEFAULT_CONTENT_TYPE
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    if not isinstance(error, botocore_errors.ClientError):
+        return False
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404
 
 
 def _new_key(suffix: str) -> str:

@@ -105,17 +105,18 @@ def submit(ledger: Ledger, doorbells: Doorbells, job_id: str, job: Job) -> None:
     """
     with submit_errors():
         ledger.submit(job_id, job)
-    _ring(doorbells, Bell(job_id, job.task, job.model, job.priority))
+    announce(doorbells, Bell(job_id, job.task, job.model, job.priority))
 
 
 async def submit_async(ledger: AsyncLedger, doorbells: Doorbells, job_id: str, job: Job) -> None:
     """`submit` for asyncio. kombu publishes synchronously, so the doorbell is rung from another thread."""
     with submit_errors():
         await ledger.submit(job_id, job)
-    await asyncio.to_thread(_ring, doorbells, Bell(job_id, job.task, job.model, job.priority))
+    await asyncio.to_thread(announce, doorbells, Bell(job_id, job.task, job.model, job.priority))
 
 
-def _ring(doorbells: Doorbells, bell: Bell) -> None:
+def announce(doorbells: Doorbells, bell: Bell) -> None:
+    """Ring for a job that is in the ledger. An absent broker is logged: a reaper rings later. Blocks its thread."""
     try:
         doorbells.ring(bell)
     except _BROKER_ERRORS as error:

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from api_stub.settings import ClientSettings
+from api_stub.settings import ClientSettings, GatewaySettings
 from worker.settings import WorkerSettings
 
 README = Path(__file__).parents[2] / "README.md"
@@ -24,7 +24,11 @@ BLOCK = re.compile(r"(<!-- settings: .*? -->\n).*?(<!-- /settings -->)", re.DOTA
 def table() -> str:
     """Return the table: variable, default, who reads it, meaning; in the order of the classes."""
     rows: dict[str, tuple[str, set[str], str]] = {}
-    readers: tuple[tuple[str, type[BaseSettings]], ...] = (("worker", WorkerSettings), ("client", ClientSettings))
+    readers: tuple[tuple[str, type[BaseSettings]], ...] = (
+        ("worker", WorkerSettings),
+        ("client", ClientSettings),
+        ("gateway", GatewaySettings),
+    )
     for reader, settings in readers:
         for name, field in settings.model_fields.items():
             variable = _variable(name, field)
@@ -53,7 +57,7 @@ def _default(field: FieldInfo) -> str:
         value = value.get_secret_value()
     if isinstance(value, Enum):
         value = value.value
-    return "" if value is None or value == () else f"`{value}`"
+    return "" if value is None or value in ("", ()) else f"`{value}`"
 
 
 if __name__ == "__main__":

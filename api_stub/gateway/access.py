@@ -1,0 +1,92 @@
+"""Who may call a route: the caller behind a request's key, counted against its rate.
+
+Without keys everybody on this machine may call, so a web page must not: requests that a browser sends from another
+origin, or for another host name, are refused.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from api_stub.contract.job import Job
+from api_stub.contract.media import S3Object
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.keys import ANYBODY, Caller, is_loopback
+from api_stub.gateway.problems import FieldError, Problem
+
+_bearer = HTTPBearer(auto_error=False, description="An API key. Not needed where the gateway has no keys.")
+
+
+def gateway_of(request: Request) -> Gateway:
+    """Return the process' gateway."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+GatewayHere = Annotated[Gateway, Depends(gateway_of)]
+
+
+async def _identified(
+    request: Request,
+    gateway: GatewayHere,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
+) -> Caller:
+    caller = _from_this_machine(request, gateway) if not gateway.keys else _with_key(gateway, credentials)
+    request.state.tenant = caller.tenant
+    await gateway.limits.count_request(caller)
+    return caller
+
+
+#: The caller, as a route's parameter; without a good key the route is not entered.
+CallerHere = Annotated[Caller, Depends(_identified)]
+
+
+def _with_key(gateway: Gateway, credentials: HTTPAuthorizationCredentials | None) -> Caller:
+    caller = gateway.keys.caller(credentials.credentials) if credentials is not None else None
+    if caller is None:
+        what = "no key" if credentials is None else "unknown key"
+        detail = f"{what}: send `Authorization: Bearer <key>`"
+        raise Problem(HTTPStatus.UNAUTHORIZED, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
+    return caller
+
+
+def _from_this_machine(request: Request, gateway: Gateway) -> Caller:
+    # A page may make a browser send requests to this machine, and may let its own host name lead here.
+    if not is_loopback(request.url.hostname or ""):
+        raise Problem(HTTPStatus.FORBIDDEN, "forbidden", "without keys the gateway answers to localhost only")
+    origin = request.headers.get("origin")
+    if origin is not None and not _is_own(origin, request) and origin not in gateway.settings.cors_origins:
+        raise Problem(HTTPStatus.FORBIDDEN, "forbidden", "without keys the gateway answers to its own pages only")
+    return ANYBODY
+
+
+def _is_own(origin: str, request: Request) -> bool:
+    return urlsplit(origin).netloc == request.url.netloc
+
+
+def check_allowed(caller: Caller, job: Job) -> None:
+    """Raise Problem (403) when the caller may not use the job's model or one of its buckets."""
+    if caller.models is not None and job.model not in caller.models:
+        raise _forbidden("model", f"this key may not use the model {job.model!r}")
+    if caller.buckets is None:
+        return
+    for index, uri in enumerate(media_of(job)):
+        bucket = S3Object.parse(uri).bucket
+        if bucket not in caller.buckets:
+            raise _forbidden(f"media.{index}", f"this key may not read from the bucket {bucket!r}")
+
+
+def media_of(job: Job) -> list[str]:
+    """Return all media URIs of a job, in order."""
+    parts = (part for message in job.messages or () for part in message.content)
+    return [*job.media, *(part.uri for part in parts if part.type != "text")]
+
+
+def _forbidden(field: str, message: str) -> Problem:
+    errors = [FieldError(field=field, message=message)]
+    return Problem(HTTPStatus.FORBIDDEN, "forbidden", f"{field}: {message}", errors=errors)

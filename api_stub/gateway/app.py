@@ -1,0 +1,51 @@
+"""The ASGI application: routers, errors, middleware, and the gateway's life from start to stop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from api_stub.gateway import problems
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.guard import Guard
+from api_stub.gateway.keys import KeyRing
+from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.openapi import describe
+from api_stub.gateway.routes import events, jobs, operations, uploads
+from api_stub.settings import GatewaySettings
+
+ROUTERS = (jobs.router, events.router, uploads.router, operations.router)
+
+
+def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
+    """Make the application. Its gateway is `app.state.gateway` while it runs."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncGenerator[None, None]:
+        app.state.gateway = await Gateway.open(settings, keys, metrics)
+        try:
+            yield
+        finally:
+            await app.state.gateway.close()
+
+    # No docs_url: its page loads scripts from elsewhere.
+    app = FastAPI(title="visionq", version=version("visionq"), lifespan=life, docs_url=None, redoc_url=None)
+    problems.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    describe(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer", "Last-Event-ID"],
+            expose_headers=["Location", "Retry-After", "Preference-Applied"],
+        )
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    return app

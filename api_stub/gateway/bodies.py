@@ -1,0 +1,78 @@
+"""What the gateway's own routes take and give, beside the contract's wire types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Self
+
+from pydantic import Field
+from starlette.responses import Response
+
+from api_stub.contract.job import MAX_MEDIA
+from api_stub.contract.view import JobView
+from api_stub.contract.wire import WireModel
+
+ContentType = Annotated[str, Field(pattern=r"^(image|video)/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
+MAX_FILES = MAX_MEDIA
+
+
+class JobUrls(WireModel):
+    """Where to go on with a job, relative to the gateway."""
+
+    self_: str = Field(alias="self")
+    events: str
+    cancel: str
+    retry: str
+
+    @classmethod
+    def of(cls, job_id: str) -> Self:
+        """The addresses of a job."""
+        path = job_path(job_id)
+        return cls.model_validate(
+            {"self": path, "events": f"{path}/events", "cancel": f"{path}/cancel", "retry": f"{path}/retry"}
+        )
+
+
+class JobReply(JobView):
+    """A job as the ledger knows it, and where to go on."""
+
+    urls: JobUrls
+
+    @classmethod
+    def of(cls, view: JobView) -> Self:
+        """Add the addresses to a view."""
+        return cls(**dict(view), urls=JobUrls.of(view.job_id))
+
+
+class JobList(WireModel):
+    """A page of jobs, newest first. Ask with `next_cursor` for the page after it; absent on the last page."""
+
+    jobs: tuple[JobReply, ...]
+    next_cursor: str | None = None
+
+
+class UploadRequest(WireModel):
+    """A file that is going to be uploaded: exactly so many bytes of exactly this type."""
+
+    content_type: ContentType
+    num_bytes: int = Field(ge=1)
+
+
+class UploadReply(WireModel):
+    """Leave to PUT one object: send exactly `headers` with the body to `url`, then use `uri` in a job."""
+
+    uri: str
+    url: str
+    method: str = "PUT"
+    headers: dict[str, str]
+    expires_s: int
+
+
+def answer(body: WireModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a body as a response, absent fields left out."""
+    return Response(body.to_json(), status, headers, "application/json")
+
+
+def job_path(job_id: str) -> str:
+    """Return a job's address. An id of our own making needs no quoting, a plain Celery producer's may."""
+    return f"/v1/jobs/{job_id}"

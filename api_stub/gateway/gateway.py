@@ -1,0 +1,129 @@
+"""What the routes work with: settings, keys, ledger, doorbells, storage, readers; made once per process.
+
+kombu and boto3 block, so they run in threads, a bounded number at a time. The reaper has its own thread and ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import redis.asyncio
+from anyio import CapacityLimiter, to_thread
+
+from api_stub import connections
+from api_stub.contract.job import Job
+from api_stub.gateway.hub import EventHub
+from api_stub.gateway.keys import KeyRing
+from api_stub.gateway.limits import Limits
+from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.queues import Queues
+from api_stub.gateway.reader import EventReaders
+from api_stub.ledger.aio import AsyncLedger
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.reaper import Reaper
+from api_stub.ledger.rows import Bell
+from api_stub.settings import GatewaySettings
+from api_stub.storage import Storage
+from api_stub.submit import Doorbells, announce, submit_errors
+
+T = TypeVar("T")
+
+MAX_RINGING: Final = 8
+MAX_STORING: Final = 8
+REAPER_STOP_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """One process' connections. `open()` and `close()` on the loop that uses it."""
+
+    settings: GatewaySettings
+    keys: KeyRing
+    metrics: Metrics
+    commands: redis.asyncio.Redis
+    ledger: AsyncLedger
+    hub: EventHub
+    readers: EventReaders
+    queues: Queues
+    limits: Limits
+    doorbells: Doorbells
+    storage: Storage
+    _reaper: _ReaperThread
+    _subscriptions: redis.asyncio.Redis
+    _ringing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_RINGING))
+    _storing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_STORING))
+
+    @classmethod
+    async def open(cls, settings: GatewaySettings, keys: KeyRing, metrics: Metrics) -> Gateway:
+        """Make everything; connections are opened on first use, so an absent Redis is no reason to fail."""
+        url = settings.redis_url.get_secret_value()
+        commands, subscriptions = connections.async_commands(url), connections.async_readers(url)
+        ledger = AsyncLedger(commands, settings.ledger)
+        hub = EventHub(subscriptions)
+        doorbells = Doorbells(url)
+        gateway = cls(
+            settings=settings,
+            keys=keys,
+            metrics=metrics,
+            commands=commands,
+            ledger=ledger,
+            hub=hub,
+            readers=EventReaders(ledger, hub),
+            queues=Queues(commands),
+            limits=Limits(commands),
+            doorbells=doorbells,
+            storage=await asyncio.to_thread(Storage, settings),
+            _reaper=_ReaperThread(settings, doorbells),
+            _subscriptions=subscriptions,
+        )
+        hub.start()
+        gateway._reaper.start()
+        return gateway
+
+    async def close(self) -> None:
+        """Close everything. Readers that are still open end."""
+        await self.hub.close()
+        await asyncio.to_thread(self._reaper.stop)
+        await asyncio.to_thread(self.doorbells.close)
+        await self._subscriptions.aclose()
+        await self.commands.aclose()
+        self.storage.close()
+
+    async def submit(self, job_id: str, job: Job) -> None:
+        """Hand in a job: ledger, then doorbell. The same id and body again is the same job.
+
+        Raises InvalidRequest (the id belongs to another body), QueueFull, StoreUnavailable.
+        """
+        with submit_errors():
+            submission = await self.ledger.submit(job_id, job)
+        self.metrics.submitted(job.model)
+        if submission.value == "held":
+            return
+        bell = Bell(job_id, job.task, job.model, job.priority)
+        await to_thread.run_sync(announce, self.doorbells, bell, limiter=self._ringing)
+
+    async def in_storage(self, call: Callable[[], T]) -> T:
+        """Run a call of `storage` in a thread."""
+        return await to_thread.run_sync(call, limiter=self._storing)
+
+
+class _ReaperThread:
+    """The ledger's reaper, as long as the gateway runs."""
+
+    def __init__(self, settings: GatewaySettings, doorbells: Doorbells) -> None:
+        self._ledger = Ledger.connect(settings.redis_url.get_secret_value(), settings.ledger)
+        self._stop = threading.Event()
+        reaper = Reaper(self._ledger, doorbells.ring, settings.sweep_s)
+        self._thread = threading.Thread(target=reaper.run, args=(self._stop,), name="reaper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(REAPER_STOP_S)
+        self._ledger.close()

@@ -1,0 +1,109 @@
+"""What every request passes: a bound on its body, security headers on its answer, a line in the log, a metric."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.problems import too_large
+from api_stub.gateway.sse import MEDIA_TYPE as EVENT_STREAM
+from api_stub.settings import GatewaySettings
+
+logger = logging.getLogger("api_stub.gateway.access_log")
+
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+#: Asked every few seconds by machines: counted, not logged.
+_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+
+
+class Guard:
+    """ASGI middleware, outermost."""
+
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(scope)
+        limit = self._limit(Headers(scope=scope))
+        try:
+            await self._app(scope, _bounded(scope, receive, limit), answer.watched(send))
+        finally:
+            self._tell(answer)
+
+    def _limit(self, headers: Headers) -> int:
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        return self._settings.api_max_upload_bytes if is_form else self._settings.api_max_body_bytes
+
+    def _tell(self, answer: _Answer) -> None:
+        seconds = time.monotonic() - answer.begun
+        method, route = answer.scope["method"], _route(answer.scope)
+        self._metrics.answered(method, route, answer.status, seconds, is_stream=answer.is_stream)
+        state = answer.scope.get("state", {})
+        code = state.get("problem") or ("internal" if answer.status >= 500 else None)
+        if code is not None:
+            self._metrics.failed(code)
+        if route not in _QUIET:
+            facts = {"action": "answer", "method": method, "route": route, "status": answer.status}
+            who = {name: value for name, value in (("tenant", state.get("tenant")), ("code", code)) if value}
+            logger.info("request", extra=facts | who | {"duration_s": round(seconds, 4)})
+
+
+class _Answer:
+    """One answer on its way: its status, and what is added to its head."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.begun = time.monotonic()
+        self.status = 500
+        self.is_stream = False
+
+    def watched(self, send: Send) -> Send:
+        async def watched_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                self.is_stream = headers.get("content-type", "").startswith(EVENT_STREAM)
+                headers.update({name: value for name, value in SECURITY_HEADERS.items() if name not in headers})
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        return watched_send
+
+
+def _bounded(scope: Scope, receive: Receive, limit: int) -> Receive:
+    """Raise Problem (413) where the body would be read, by what it announces and by what comes."""
+    announced = Headers(scope=scope).get("content-length", "0")
+    num_bytes = 0
+
+    async def bounded_receive() -> Message:
+        nonlocal num_bytes
+        if announced.isdecimal() and int(announced) > limit:
+            raise too_large(limit)
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > limit:
+            raise too_large(limit)
+        return message
+
+    return bounded_receive
+
+
+def _route(scope: Scope) -> str:
+    """Return the route's pattern: a path names jobs, and foreign paths would make endless metrics."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "other"))

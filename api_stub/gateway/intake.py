@@ -1,0 +1,160 @@
+"""From a request's body to a job in the ledger: read, store what came inline, check, count, submit.
+
+Nothing is stored for a request that is refused: an inline object's name is known before it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Final, NoReturn
+
+from anyio import to_thread
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+
+from api_stub.errors import InvalidRequest, VisionqError
+from api_stub.gateway.access import check_allowed, media_of
+from api_stub.gateway.bodies import MAX_FILES
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.inline import Destination, InlineMedia, take_data_urls, take_files
+from api_stub.gateway.keys import Caller
+from api_stub.gateway.problems import FieldError, Problem, invalid
+from api_stub.gateway.uploads import check_uploads
+from api_stub.submit import checked, checked_id
+
+FORM_JOB: Final = "job"
+FORM_MEDIA: Final = "media"
+_MAX_JOB_FIELD: Final = 1024 * 1024
+#: JSON above this size is parsed in a thread, so that it stops nobody else.
+_LARGE: Final = 64 * 1024
+_IDEMPOTENCY_KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
+_NAMESPACE: Final = uuid.UUID("6d1f5a0e-5a0b-4a52-9f0f-3f6f0b7c9d11")
+
+
+@dataclass(frozen=True, slots=True)
+class JobForm:
+    """A request to submit: a job's fields as JSON, and the files that came beside them."""
+
+    fields: dict[str, Any]
+    files: Sequence[UploadFile] = field(default=())
+
+
+async def read_job(request: Request) -> JobForm:
+    """Read a job from JSON or from a form with the field `job` and files `media`. Raises Problem."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/json":
+        return JobForm(await _parsed(await request.body()))
+    if content_type == "multipart/form-data":
+        return await _of_form(request)
+    detail = "send application/json, or multipart/form-data with a field `job` and files `media`"
+    raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail)
+
+
+async def accept(
+    gateway: Gateway, caller: Caller, form: JobForm, idempotency_key: str | None = None, job_id: str | None = None
+) -> str:
+    """Hand a job in for a caller and return its id.
+
+    With an idempotency key the id follows from it, so that the ledger itself tells a repetition from a conflict.
+    Raises Problem, InvalidRequest, QueueFull, StoreUnavailable, StorageRefused.
+    """
+    fields = _for_tenant(form.fields, caller)
+    where = Destination(gateway.settings.media_bucket, str(fields.get("tenant", "")))
+    fields, inline = await to_thread.run_sync(_with_media, fields, form.files, where)
+    job = checked(fields)
+    check_allowed(caller, job)
+    await check_uploads(gateway, caller, media_of(job))
+    job_id = checked_id(job_id) if idempotency_key is None else _id_of(idempotency_key, job.tenant)
+    await gateway.limits.reserve(caller, job_id)
+    try:
+        await _store(gateway, inline)
+        await gateway.submit(job_id, job)
+    except InvalidRequest as error:
+        if idempotency_key is not None:
+            _refuse_other_body(error)
+        raise
+    except VisionqError:
+        await gateway.limits.release(caller, job_id)
+        raise
+    return job_id
+
+
+async def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        parsed = _loaded(body) if len(body) <= _LARGE else await to_thread.run_sync(_loaded, body)
+    except (ValueError, RecursionError) as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, "invalid_request", "the body is not JSON") from error
+    if not isinstance(parsed, dict):
+        raise invalid("body", "an object is required")
+    return parsed
+
+
+def _loaded(body: bytes) -> Any:
+    return json.loads(body, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
+
+
+async def _of_form(request: Request) -> JobForm:
+    try:
+        form = await request.form(max_files=MAX_FILES, max_fields=8, max_part_size=_MAX_JOB_FIELD)
+    except MultiPartException as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, "invalid_request", f"the form cannot be read: {error.message}") from error
+    unknown = sorted(set(form) - {FORM_JOB, FORM_MEDIA})
+    if unknown:
+        raise invalid(unknown[0], "not a field of this form")
+    jobs, files = form.getlist(FORM_JOB), form.getlist(FORM_MEDIA)
+    if len(jobs) != 1 or not isinstance(jobs[0], str):
+        raise invalid(FORM_JOB, "one field with the job's JSON is required")
+    media = [file for file in files if isinstance(file, UploadFile)]
+    if len(media) != len(files):
+        raise invalid(FORM_MEDIA, "a file is required")
+    return JobForm(await _parsed(jobs[0].encode(errors="surrogatepass")), media)
+
+
+def _for_tenant(fields: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """Put the caller's name on a job. Raises Problem (403) when it bears another's."""
+    if caller.is_anonymous:
+        return fields
+    if fields.get("tenant", caller.tenant) not in ("", caller.tenant):
+        message = "a key submits for its own tenant only; leave it out"
+        errors = [FieldError(field="tenant", message=message)]
+        raise Problem(HTTPStatus.FORBIDDEN, "forbidden", f"tenant: {message}", errors=errors)
+    return fields | {"tenant": caller.tenant}
+
+
+def _with_media(
+    fields: dict[str, Any], files: Sequence[UploadFile], where: Destination
+) -> tuple[dict[str, Any], list[InlineMedia]]:
+    fields, inline = take_data_urls(fields, where)
+    attached = take_files(files, where)
+    if attached:
+        given = fields.get("media", [])
+        if not isinstance(given, list):
+            raise invalid("media", "a list is required")
+        fields = fields | {"media": [*given, *(media.uri for media in attached)]}
+    return fields, inline + attached
+
+
+async def _store(gateway: Gateway, inline: Sequence[InlineMedia]) -> None:
+    for media in inline:
+        await gateway.in_storage(lambda m=media: gateway.storage.put(m.uri, m.content, m.content_type))  # type: ignore[misc]
+
+
+def _id_of(idempotency_key: str, tenant: str) -> str:
+    if not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise invalid("Idempotency-Key", "1 to 255 printable ASCII characters are required")
+    return str(uuid.uuid5(_NAMESPACE, f"{tenant}\0{idempotency_key}"))
+
+
+def _refuse_other_body(error: InvalidRequest) -> NoReturn:
+    detail = "Idempotency-Key: it was used for a job with another body"
+    raise Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "idempotency_key_reused", detail) from error

@@ -1,0 +1,161 @@
+"""API keys: who may call, as whom, and how much. Only hashes are kept; a key's name is its tenant.
+
+An entry is `NAME:SHA256`, then options: `rate=` (requests per minute), `in_flight=` (unfinished jobs), `models=` and
+`buckets=` (comma-separated; what the key may use). Keys are long random strings, so a plain hash is enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from api_stub.contract.names import is_model_name
+from api_stub.errors import InvalidSettings
+from api_stub.settings import GatewaySettings
+
+PREFIX: Final = "vq_"
+_ENTRY: Final = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-fA-F]{64})")
+_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets"})
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. Without keys there is one caller, without a name, who may do everything on this machine.
+
+    `rate_per_minute` and `max_in_flight`: 0 means no limit. `models`, `buckets`: None means all.
+    """
+
+    tenant: str = ""
+    is_anonymous: bool = True
+    rate_per_minute: int = 0
+    max_in_flight: int = 0
+    models: frozenset[str] | None = None
+    buckets: frozenset[str] | None = None
+
+    def sees(self, tenant: str) -> bool:
+        """Tell whether a job of `tenant` exists for this caller."""
+        return self.is_anonymous or tenant == self.tenant
+
+
+ANYBODY: Final = Caller()
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One entry."""
+
+    digest: str = field(repr=False)
+    caller: Caller
+
+
+class KeyRing:
+    """All keys. Empty: everybody on this machine may call."""
+
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        self._keys = tuple(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def caller(self, key: str) -> Caller | None:
+        """Return whose key this is. Every entry is compared, each in constant time."""
+        digest = digest_of(key)
+        found = None
+        for entry in self._keys:
+            if hmac.compare_digest(entry.digest, digest):
+                found = entry.caller
+        return found
+
+    @classmethod
+    def load(cls, settings: GatewaySettings) -> KeyRing:
+        """Read the keys of the environment and of the file. Raises InvalidSettings that repeats no hash."""
+        entries = _parse("VISIONQ_API_KEYS", settings.api_keys.get_secret_value(), settings)
+        if settings.api_keys_file is not None:
+            try:
+                text = settings.api_keys_file.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidSettings(f"VISIONQ_API_KEYS_FILE: cannot be read: {type(error).__name__}") from error
+            entries += _parse("VISIONQ_API_KEYS_FILE", text, settings)
+        return cls(entries)
+
+
+def new_key() -> str:
+    """Return a key that nobody else has."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def digest_of(key: str) -> str:
+    """Return what an entry keeps of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_host(settings: GatewaySettings, keys: KeyRing) -> None:
+    """Raise InvalidSettings when others than this machine could call without a key."""
+    if not keys and not is_loopback(settings.api_host):
+        raise InvalidSettings(
+            f"VISIONQ_API_HOST: {settings.api_host!r} is open to other machines, and there are no keys; "
+            "set VISIONQ_API_KEYS (`visionq api --new-key NAME` makes an entry) or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address is this machine's own."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse(variable: str, text: str, settings: GatewaySettings) -> list[ApiKey]:
+    lines = [line.partition("#")[0].strip() for line in re.split(r"[;\n]", text)]
+    return [_entry(variable, number, line, settings) for number, line in enumerate(filter(None, lines), start=1)]
+
+
+def _entry(variable: str, number: int, line: str, settings: GatewaySettings) -> ApiKey:
+    head, *rest = line.split()
+    match = _ENTRY.fullmatch(head)
+    if match is None:
+        raise InvalidSettings(f"{variable}: entry {number} is not NAME:SHA256 (64 hexadecimal digits)")
+    name = match["name"]
+    options = dict(_option(variable, name, word) for word in rest)
+    models, buckets = _names(options.get("models")), _names(options.get("buckets"))
+    for model in models or ():
+        if not is_model_name(model):
+            raise InvalidSettings(f"{variable}: key {name!r}: not a model name: {model!r}")
+    caller = Caller(
+        tenant=name,
+        is_anonymous=False,
+        rate_per_minute=_number(variable, name, options, "rate", settings.api_rate_per_minute),
+        max_in_flight=_number(variable, name, options, "in_flight", settings.api_max_in_flight),
+        models=models,
+        buckets=buckets,
+    )
+    return ApiKey(match["digest"].lower(), caller)
+
+
+def _option(variable: str, name: str, word: str) -> tuple[str, str]:
+    option, equals, value = word.partition("=")
+    if option not in _OPTIONS or not equals or not value:
+        raise InvalidSettings(f"{variable}: key {name!r}: {option!r} is none of {', '.join(sorted(_OPTIONS))}")
+    return option, value
+
+
+def _names(value: str | None) -> frozenset[str] | None:
+    return None if value is None else frozenset(filter(None, value.split(",")))
+
+
+def _number(variable: str, name: str, options: dict[str, str], option: str, default: int) -> int:
+    value = options.get(option)
+    if value is None:
+        return default
+    if not value.isdecimal():
+        raise InvalidSettings(f"{variable}: key {name!r}: {option} is not a number: {value!r}")
+    return int(value)

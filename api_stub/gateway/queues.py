@@ -1,0 +1,71 @@
+"""The queues as an operator sees them: jobs and workers per model, read from the ledger's public counters."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import redis.asyncio
+
+from api_stub.contract import names
+from api_stub.contract.wire import WireModel
+
+#: Models are found by scanning Redis for their counters; what was found is used this long.
+LOOK_AGAIN_S: Final = 5.0
+_SCAN_COUNT: Final = 1000
+
+
+class QueueView(WireModel):
+    """One model's queue. `depth`: queued and running jobs; `waiting`: those queued, with a doorbell."""
+
+    model: str
+    depth: int
+    waiting: int
+    num_workers: int
+
+
+class Queues:
+    """Reads all queues. One event loop."""
+
+    def __init__(self, commands: redis.asyncio.Redis) -> None:
+        self._commands = commands
+        self._models: tuple[str, ...] = ()
+        self._found_at = float("-inf")
+        self._looking = asyncio.Lock()
+
+    async def models(self) -> tuple[str, ...]:
+        """Return the names of all models that have a queue or a worker, sorted."""
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if now - self._found_at >= LOOK_AGAIN_S:
+                depths = await self._names(names.depth_key(""))
+                workers = await self._names(names.workers_key(""))
+                self._models = tuple(sorted(depths | workers))
+                self._found_at = now
+            return self._models
+
+    async def views(self) -> list[QueueView]:
+        """Read all queues now."""
+        models = await self.models()
+        seconds, _ = await self._commands.time()
+        async with self._commands.pipeline(transaction=False) as reads:
+            for model in models:
+                reads.get(names.depth_key(model))
+                reads.zcount(names.workers_key(model), f"({seconds}", "+inf")
+                for step in names.PRIORITY_STEPS:
+                    reads.zcard(names.waiting_key(names.list_id(model, step)))
+            replies = await reads.execute()
+        width = 2 + len(names.PRIORITY_STEPS)
+        rows = [replies[start : start + width] for start in range(0, len(replies), width)]
+        return [
+            QueueView(model=model, depth=int(depth or 0), waiting=sum(waiting), num_workers=num_workers)
+            for model, (depth, num_workers, *waiting) in zip(models, rows, strict=True)
+        ]
+
+    async def _names(self, prefix: str) -> set[str]:
+        found = set()
+        async for key in self._commands.scan_iter(match=f"{prefix}*", count=_SCAN_COUNT):
+            name = str(key).removeprefix(prefix)
+            if names.is_model_name(name):
+                found.add(name)
+        return found

@@ -1,0 +1,114 @@
+"""Jobs over HTTP: hand in, look, list, wait, cancel, retry."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing
+from http import HTTPStatus
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+
+from api_stub.contract.job import ModelName
+from api_stub.contract.status import JobStatus
+from api_stub.contract.view import JobView
+from api_stub.errors import UnknownJob
+from api_stub.gateway.access import CallerHere, GatewayHere
+from api_stub.gateway.bodies import JobList, JobReply, answer, job_path
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.intake import accept, read_job
+from api_stub.gateway.keys import Caller
+from api_stub.gateway.problems import invalid
+from api_stub.gateway.sse import leaving
+from api_stub.ledger.rows import Cancelled
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+JobId = Annotated[str, Path(min_length=1, max_length=255, description="Id of the job.")]
+WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end.")]
+_WAIT: Final = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?")
+
+
+@router.post("", status_code=HTTPStatus.ACCEPTED, response_model=JobReply)
+async def submit_job(
+    request: Request,
+    gateway: GatewayHere,
+    caller: CallerHere,
+    idempotency_key: Annotated[str | None, Header()] = None,
+    prefer: Annotated[
+        str | None, Header(description="`wait=N`: answer when the job is done, if that takes ≤ N s.")
+    ] = None,
+) -> Response:
+    """Hand in a job: JSON, or a form with the job's JSON as `job` and files as `media`. Media may be data URLs."""
+    job_id = await accept(gateway, caller, await read_job(request), idempotency_key)
+    wait_s = _preferred_wait_s(prefer, gateway)
+    headers = {"Location": job_path(job_id)}
+    if wait_s is not None:
+        headers["Preference-Applied"] = f"wait={wait_s:g}"
+        await wait_for_end(request, gateway, job_id, wait_s)
+    view = await visible(gateway, caller, job_id)
+    is_done = wait_s is not None and view.status.is_final
+    return answer(JobReply.of(view), HTTPStatus.OK if is_done else HTTPStatus.ACCEPTED, headers)
+
+
+@router.get("", response_model=JobList)
+async def list_jobs(
+    gateway: GatewayHere,
+    caller: CallerHere,
+    status: JobStatus | None = None,
+    model: ModelName | None = None,
+    cursor: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    tenant: Annotated[str, Query(max_length=64, description="Whose jobs; with a key always its own.")] = "",
+) -> Response:
+    """List the caller's jobs, newest first. A page may hold fewer than `limit` and still have a next one."""
+    whose = tenant if caller.is_anonymous else caller.tenant
+    try:
+        page = await gateway.ledger.list_jobs(whose, status, model, cursor, limit)
+    except ValueError as error:
+        raise invalid("cursor", "not one that a page of jobs gave") from error
+    return answer(JobList(jobs=tuple(JobReply.of(view) for view in page.jobs), next_cursor=page.next_cursor))
+
+
+@router.get("/{job_id}", response_model=JobReply)
+async def show_job(
+    request: Request, gateway: GatewayHere, caller: CallerHere, job_id: JobId, wait: WaitFor = 0
+) -> Response:
+    """Tell where a job is: status, place in the queue, workers, and the result or the error once it is final."""
+    view = await visible(gateway, caller, job_id)
+    if wait > 0 and not view.status.is_final:
+        await wait_for_end(request, gateway, job_id, min(wait, gateway.settings.api_max_wait_s))
+        view = await visible(gateway, caller, job_id)
+    return answer(JobReply.of(view))
+
+
+@router.post("/{job_id}/cancel", response_model=JobReply)
+async def cancel_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> Response:
+    """Ask for a job's end; may be repeated. 202 while a worker still has to stop, else 200."""
+    await visible(gateway, caller, job_id)
+    is_stopping = await gateway.ledger.cancel(job_id) is Cancelled.CANCELLING
+    view = await visible(gateway, caller, job_id)
+    return answer(JobReply.of(view), HTTPStatus.ACCEPTED if is_stopping else HTTPStatus.OK)
+
+
+async def visible(gateway: Gateway, caller: Caller, job_id: str) -> JobView:
+    """Return a job that the caller may see. Raises UnknownJob for all others, whether they exist or not."""
+    view = await gateway.ledger.view(job_id)
+    if view is None or not caller.sees(view.tenant):
+        raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
+    return view
+
+
+async def wait_for_end(request: Request, gateway: Gateway, job_id: str, wait_s: float) -> None:
+    """Wait at most `wait_s` seconds for a job's end; less when the client or the gateway leaves."""
+    with closing(await gateway.readers.open(job_id, only_final=True)) as reader:
+        async with leaving(request.receive, reader):
+            await reader.frames(wait_s)
+
+
+def _preferred_wait_s(prefer: str | None, gateway: Gateway) -> float | None:
+    """Read RFC 7240's `wait`; None when the client wants no waiting."""
+    for preference in re.split(r"[,;]", prefer or ""):
+        if (match := _WAIT.fullmatch(preference.strip())) is not None:
+            return min(float(match.group(1)), gateway.settings.api_max_wait_s)
+    return None

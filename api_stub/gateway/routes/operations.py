@@ -1,0 +1,65 @@
+"""For operators: health, metrics and queues. Health and metrics take no key: they say nothing about jobs or callers."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+import redis
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from api_stub.contract.wire import WireModel
+from api_stub.gateway.access import CallerHere, GatewayHere
+from api_stub.gateway.queues import QueueView
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(tags=["operations"])
+
+
+class Health(WireModel):
+    """`ok`, or what is missing."""
+
+    status: str
+
+
+class QueueList(WireModel):
+    """All queues, by model name."""
+
+    queues: tuple[QueueView, ...]
+
+
+@router.get("/v1/queues")
+async def list_queues(gateway: GatewayHere, caller: CallerHere) -> QueueList:
+    """Tell the depth of each model's queue and how many workers serve it."""
+    return QueueList(queues=tuple(await gateway.queues.views()))
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    """Tell that the process runs."""
+    return Health(status="ok")
+
+
+@router.get("/readyz")
+async def readyz(gateway: GatewayHere, response: Response) -> Health:
+    """Tell whether jobs can be taken: Redis answers."""
+    try:
+        await gateway.commands.ping()
+    except redis.RedisError:
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return Health(status="redis does not answer")
+    return Health(status="ok")
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(gateway: GatewayHere) -> Response:
+    """Give the metrics in Prometheus' text format; without the queues' depths while Redis is away."""
+    try:
+        depths = {queue.model: queue.depth for queue in await gateway.queues.views()}
+    except redis.RedisError as error:
+        logger.warning("no queue depths", extra={"action": "metrics", "error": type(error).__name__})
+        depths = {}
+    gateway.metrics.readers.set(gateway.hub.num_readers)
+    return Response(gateway.metrics.exposition(depths), media_type=CONTENT_TYPE_LATEST)
