@@ -40,15 +40,19 @@ def check(settings: WorkerSettings) -> str:
         raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
     finally:
         engine.stop(STOP_TIMEOUT_S)
-    return "\n".join(f"{name:<20} {value}" for name, value in _facts(settings, loaded, tried))
+    return "\n".join(f"{name:<20} {value}" for name, value in _facts(settings, loaded, engine, tried))
 
 
-def _facts(settings: WorkerSettings, loaded: LoadedModel, tried: TriedOut) -> Iterable[tuple[str, object]]:
+def _facts(
+    settings: WorkerSettings, loaded: LoadedModel, engine: Engine, tried: TriedOut
+) -> Iterable[tuple[str, object]]:
     config = engine_config(settings, loaded)
     yield "model", f"{settings.model} ({type(loaded.model).__name__})"
     yield "device", f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, attention {loaded.attention}"
     yield "weights", f"{weight_bytes(loaded.model) / MEBIBYTE:.1f} MiB"
     yield "context", f"{loaded.max_context} tokens, {config.max_model_len} per job, {config.max_num_seqs} jobs at once"
+    fallback = "" if engine.why_not_paged is None else f", not paged: {engine.why_not_paged}"
+    yield "keys and values", engine.kv_backend + fallback
     yield "buckets", ", ".join(sorted(settings.readable_buckets))
     yield "peak memory", f"{_peak_bytes(loaded) / MEBIBYTE:.0f} MiB"
     yield "prompt", f"{tried.finish.num_prompt_tokens} tokens"

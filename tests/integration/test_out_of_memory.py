@@ -123,15 +123,15 @@ def test_a_request_that_did_not_fit_once_is_tried_again(
     small = [worker.ask(f"hello {number}") for number in range(4)]
     large = worker.ask(LONG_QUESTION)
     view = worker.ended(large)
-    assert (view.status, view.attempt) == ("completed", 2)
-    assert retries(redis_client, large) == ["out_of_memory"]
-    ended = [worker.ended(job_id) for job_id in small]
-    assert {view.status for view in ended} == {"completed"}
-    if worker.runtime.settings.kv_backend is KVBackend.SLOTS:  # paged steps mix prompts and answers
-        assert {view.attempt for view in ended} == {1}
+    # Among other prompts on paged blocks it only waits for the next step.
+    attempts = {2} if worker.runtime.settings.kv_backend is KVBackend.SLOTS else {1, 2}
+    assert view.status == "completed"
+    assert view.attempt in attempts
+    assert retries(redis_client, large) == ["out_of_memory"] * (view.attempt - 1)
+    assert {(view.status, view.attempt) for view in map(worker.ended, small)} == {("completed", 1)}
+    assert memory.num_failures == 0
 
 
-@pytest.mark.parametrize("worker", [KVBackend.SLOTS], indirect=True)
 def test_a_request_that_never_fits_fails_alone_and_the_worker_goes_on(
     worker: Worker, memory: Memory, redis_client: redis.Redis
 ) -> None:
@@ -144,17 +144,20 @@ def test_a_request_that_never_fits_fails_alone_and_the_worker_goes_on(
     assert "GiB" not in view.error.message
     assert retries(redis_client, large) == ["out_of_memory"] * 2
     small.append(worker.ask("and afterwards?"))
-    assert {worker.ended(job_id).status for job_id in small} == {"completed"}
+    assert {(view.status, view.attempt) for view in map(worker.ended, small)} == {("completed", 1)}
     assert worker.runtime.exit_status == 0
 
 
-def test_a_decode_step_that_did_not_fit_costs_no_job(worker: Worker, memory: Memory) -> None:
+def test_decode_steps_that_did_not_fit_cost_at_most_an_attempt_each(worker: Worker, memory: Memory) -> None:
+    """Rows lose the youngest request of each, blocks let it wait."""
     memory.num_failures, memory.is_too_large = (
-        1,
-        lambda states: max(states.shape[:2]) > 2 and min(states.shape[:2]) == 1,
+        3,
+        lambda states: 2 < max(states.shape[:2]) <= 8 and min(states.shape[:2]) == 1,
     )
-    jobs = [worker.ask(f"hello {number}") for number in range(6)]
-    assert {worker.ended(job_id).status for job_id in jobs} == {"completed"}
+    ended = [worker.ended(job_id) for job_id in [worker.ask(f"hello {number}") for number in range(6)]]
+    assert {view.status for view in ended} == {"completed"}
+    num_retries = sum(view.attempt - 1 for view in ended)
+    assert num_retries == (3 if worker.runtime.settings.kv_backend is KVBackend.SLOTS else 0)
     assert memory.num_failures == 0
 
 

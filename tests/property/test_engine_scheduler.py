@@ -106,6 +106,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cancel(self, chance: Random) -> None:
         self.end(chance.choice(self.alive))
 
+    @precondition(lambda self: len(self.scheduler.running) > 1)
+    @rule(chance=st.randoms(use_true_random=False))
+    def run_out_of_memory(self, chance: Random) -> None:
+        stream = chance.choice(self.scheduler.running[1:])
+        older = self.scheduler.running[: self.scheduler.running.index(stream)]
+        self.scheduler.send_back(stream)
+        assert self.scheduler.running == older
+        assert self.scheduler.next_to_start() is None, "nobody starts before one of the others has ended"
+
     def end(self, request: Request) -> None:
         assert self.scheduler.find(request.request_id) is request
         self.scheduler.end(request)

@@ -61,12 +61,14 @@ def build_runner(
 
     Raises CannotStart when memory does not hold one full request, or when neither back end can serve the model.
     """
+    why_not_paged: str | None = None
     if paged is not None:
         entrances = Entrances(model)
         try:
             layout = probe(entrances)
         except Unsuited as reason:
-            facts = {"action": "engine.probe", "kv_backend": "slots", "reason": str(reason)}
+            why_not_paged = str(reason)
+            facts = {"action": "engine.probe", "kv_backend": "slots", "reason": why_not_paged}
             logger.warning("model cannot be served from paged blocks", extra=facts)
         else:
             num_blocks = _num_blocks(paged, layout, max_num_seqs, max_model_len)
@@ -81,7 +83,7 @@ def build_runner(
                 reads_whole=paged.reads_whole,
                 reuses_prefixes=paged.reuses_prefixes,
             )
-    return SlotRunner(model, max_num_seqs, max_model_len)
+    return SlotRunner(model, max_num_seqs, max_model_len, why_not_paged)
 
 
 def probe(entrances: Entrances) -> Mapping[int, LayerShape]:

@@ -37,7 +37,15 @@ class Runner(Protocol):
     """Runs the model and keeps the keys and values: all that the rest of the engine knows of a KV back end.
 
     Engine thread only, under `torch.inference_mode`; the snapshots may be taken from any thread.
+
+    kv_backend: "slots" or "paged".
+    why_not_paged: why it is slots although paged was asked for.
+    can_resume: a request that was released may be opened again and go on where it was.
     """
+
+    kv_backend: str
+    why_not_paged: str | None
+    can_resume: bool
 
     def prefix_stats(self) -> PrefixStats:
         """Return what earlier prompts that began alike have spared so far."""
@@ -58,13 +66,20 @@ class Runner(Protocol):
         """Make room for the request's newest token; False when there is none."""
 
     def run(self, chunks: Sequence[Chunk]) -> StepLogits:
-        """Feed the chunks and count them in `num_cached_tokens`. Raises what the model raises for the whole batch."""
+        """Feed the chunks and count them in `num_cached_tokens`.
+
+        Raises what the model raises for the whole batch. If nothing was counted then, it may be called again, also
+        with fewer chunks.
+        """
 
     def release(self, request: Request) -> None:
         """Give up what the request holds, if anything."""
 
     def reset(self) -> None:
         """Start over after a failed step; every request that took part in it has been released."""
+
+    def free_memory(self) -> None:
+        """Give back what was taken beside keys and values and is not in use."""
 
 
 class NoRoom(Exception):

@@ -1,7 +1,8 @@
 """One step of the engine: start, run, sample, make text.
 
-Knows requests and tensors, no threads and no KV back end. A request whose prompt cannot be read fails alone; a step
-that fails takes the requests in it along and the engine goes on with the others.
+Knows requests and tensors, no threads and no KV back end. A request whose prompt cannot be read fails alone. A step
+that does not fit into memory runs again without one of its requests; one that fails otherwise takes the requests in it
+along and the engine goes on with the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.result import FinishReason
 from worker.engine.batch import Chunk, NoRoom, Runner, StepLogits
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
-from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput
+from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput, RequestState
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
@@ -104,26 +105,57 @@ class EngineCore:
                 return
             except Exception as error:
                 logger.warning("prompt cannot be opened", extra=_facts(request), exc_info=True)
-                self._fail_prompt(request, error, outputs)
+                self._fail_prompt(request, error.with_traceback(None), outputs)
             else:
                 self.scheduler.start(request)
 
     def _run(self, chunks: Sequence[Chunk], outputs: list[RequestOutput]) -> StepLogits:
-        """Feed the batch; one that fails takes the requests in it along."""
-        if not chunks:
-            return StepLogits()
-        try:
-            logits = self._runner.run(chunks)
-        except Exception as error:
-            logger.exception("decode step failed", extra={"action": "engine.decode"})
-            self._fail_batch([chunk.request for chunk in chunks], error, outputs)
-            return StepLogits()
-        if any(request.output_ids for request in logits.requests):
-            # A prompt that could be read says nothing about decoding.
-            self._num_failed_steps = 0
-        for request, reason in logits.failed:
-            self._fail_prompt(request, reason, outputs)
-        return logits
+        """Feed the batch; while it does not fit into memory, the rest of it. Another failure ends all in it."""
+        while chunks and not self.is_dead:
+            num_cached = [chunk.request.num_cached_tokens for chunk in chunks]
+            decodes = any(chunk.request.is_decoding for chunk in chunks)
+            try:
+                logits = self._runner.run(chunks)
+            except Exception as caught:
+                logger.exception("decode step failed", extra={"action": "engine.decode"})
+                # Its frames hold the tensors of the step.
+                error = caught.with_traceback(None)
+            else:
+                if decodes:
+                    # A prompt that could be read says nothing about decoding.
+                    self._num_failed_steps = 0
+                for request, reason in logits.failed:
+                    self._fail_prompt(request, reason, outputs)
+                return logits
+            was_counted = num_cached != [chunk.request.num_cached_tokens for chunk in chunks]
+            if was_counted or not _is_out_of_memory(error):
+                self._fail_batch([chunk.request for chunk in chunks], error, outputs)
+                break
+            self._runner.free_memory()
+            chunks = self._smaller(chunks, error, outputs)
+        return StepLogits()
+
+    def _smaller(self, chunks: Sequence[Chunk], error: Exception, outputs: list[RequestOutput]) -> list[Chunk]:
+        """Return what is left of a batch that memory did not hold.
+
+        Of several pieces of prompts the largest waits for the next step; a single one does not fit and its request
+        fails. Without any the youngest stream goes, for a while if it can be resumed.
+        """
+        streams = [chunk for chunk in chunks if chunk.request.is_decoding]
+        pieces = [chunk for chunk in chunks if not (chunk.request.is_decoding or chunk.request.must_stay_whole)]
+        if len(pieces) > 1:
+            # Of equal ones the youngest.
+            largest = max(reversed(pieces), key=lambda chunk: chunk.num_tokens)
+            return [chunk for chunk in chunks if chunk is not largest]
+        if pieces:
+            self._fail_prompt(pieces[0].request, error, outputs)
+        elif len(streams) > 1 and self._runner.can_resume:
+            self.scheduler.send_back(streams[-1].request)
+        elif len(streams) > 1:
+            outputs.append(self.end(streams[-1].request, Ended.FAILED, _error_info(error, "a decode step")))
+        else:
+            self._fail_batch([chunk.request for chunk in streams or chunks], error, outputs)
+        return [chunk for chunk in chunks if chunk.request.state is RequestState.RUNNING]
 
     def _sample(self, logits: StepLogits, outputs: list[RequestOutput]) -> list[int] | None:
         """Return one token per request of `logits`, None when there are none or sampling failed."""
@@ -174,6 +206,8 @@ class EngineCore:
     def _fail_prompt(self, request: Request, error: Exception, outputs: list[RequestOutput]) -> None:
         self._note_death(error)
         outputs.append(self.end(request, Ended.FAILED, _error_info(error, "prefill")))
+        if _is_out_of_memory(error):
+            self._runner.free_memory()
 
     def _fail_batch(self, requests: Sequence[Request], error: Exception, outputs: list[RequestOutput]) -> None:
         self._num_failed_steps += 1
@@ -225,5 +259,7 @@ def _error_info(error: Exception, where: str) -> ErrorInfo:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    # PyTorch's CPU allocator and cuBLAS' workspaces raise a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

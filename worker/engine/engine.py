@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from worker.engine.backend import PagedConfig, build_runner
+from worker.engine.claim import ModelClaim
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
 from worker.engine.scheduler import SchedulerLimits
@@ -62,7 +63,7 @@ class _Stop:
 
 
 class Engine:
-    """Serves one model. `start` it once, `submit` and `cancel` from any thread, `stop` it once.
+    """Serves one model, alone. `start` it once, `submit` and `cancel` from any thread, `stop` it once.
 
     `outbox` is called on the engine thread with all outputs of one step and must return at once: decoding waits for
     it. Every submitted request gets exactly one output with `finish`, also when it is cancelled, when the engine
@@ -78,7 +79,13 @@ class Engine:
         clock: StepClock | None = None,
     ) -> None:
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
-        runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged)
+        self._claim = ModelClaim(model)
+        try:
+            runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged)
+        except BaseException:
+            self._claim.give_up()
+            raise
+        self._runner = runner
         self._clock = clock or StepClock()
         self._core = EngineCore(model, tokenizer, runner, limits, self._clock)
         self._row_length = config.max_model_len
@@ -87,11 +94,22 @@ class Engine:
         )
         self._outbox = outbox
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
-        # Guards `_is_open`: nothing may enter the inbox after its last reading.
+        # Guards `_is_open` and `_request_ids`: nothing may enter the inbox after its last reading, or twice.
         self._door = threading.Lock()
         self._is_open = True
+        self._request_ids: set[str] = set()
         self._last_step_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def kv_backend(self) -> str:
+        """ "slots" or "paged": where keys and values live."""
+        return self._runner.kv_backend
+
+    @property
+    def why_not_paged(self) -> str | None:
+        """Why it is slots although paged was asked for; None when it was not, or is."""
+        return self._runner.why_not_paged
 
     @property
     def is_alive(self) -> bool:
@@ -139,12 +157,14 @@ class Engine:
         self._post(_Stop())
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        elif self._thread.ident is None:
+            self._claim.give_up()
 
     def submit(self, request: GenerationRequest) -> None:
         """Hand a request to the engine.
 
         Raises PromptTooLong when prompt and `max_new_tokens` do not fit, EngineDead when nobody would serve it and
-        ValueError for sampling that is not resolved.
+        ValueError for sampling that is not resolved or an id that another request has which has not ended.
         """
         if request.sampling.max_new_tokens is None or request.sampling.seed is None:
             raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
@@ -160,8 +180,15 @@ class Engine:
         """Put a message into the inbox unless its last reading is over; return whether it is in."""
         with self._door:
             if self._is_open:
+                if isinstance(message, _Submit):
+                    self._enter(message.generation.request_id)
                 self._inbox.put(message)
             return self._is_open
+
+    def _enter(self, request_id: str) -> None:
+        if request_id in self._request_ids:
+            raise ValueError(f"a request with the id {request_id} has not ended yet")
+        self._request_ids.add(request_id)
 
     def _check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
         num_tokens = num_prompt_tokens + max_new_tokens
@@ -189,6 +216,7 @@ class Engine:
             self._core.is_dead = True
         if self._core.is_dead:
             reason, error = Ended.FAILED, ErrorInfo.of(ErrorCode.INTERNAL, "the engine died")
+        self._claim.give_up()
         self._close(reason, error)
 
     def _take_messages(self) -> bool:
@@ -213,8 +241,14 @@ class Engine:
             self._tell([self._core.end(request, Ended.CANCELLED)])
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
-        if outputs:
-            self._outbox(outputs)
+        if not outputs:
+            return
+        ended = [output.request_id for output in outputs if output.finish is not None]
+        if ended:
+            # Before anybody is told, who may then use the id again.
+            with self._door:
+                self._request_ids.difference_update(ended)
+        self._outbox(outputs)
 
     def _close(self, reason: Ended, error: ErrorInfo | None) -> None:
         """Report every request that has no end yet, those still in the inbox included."""

@@ -108,6 +108,7 @@ class BlockTables:
         self.table = torch.zeros(num_rows, -(-max_tokens // block_size), dtype=torch.long)
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._blocks: dict[int, list[int]] = {}
+        self._unclean: list[int] = []
 
     @property
     def num_open(self) -> int:
@@ -134,6 +135,7 @@ class BlockTables:
             self._pool.release(found)
             return None
         row = self._free_rows.pop()
+        self._unclean += fresh[-1:]
         blocks = self._blocks[row] = found + fresh
         self.table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.long)
         return row, len(found) * self.block_size
@@ -154,7 +156,13 @@ class BlockTables:
             return False
         self.table[row, len(owned) : len(owned) + num_missing] = torch.tensor(blocks, dtype=torch.long)
         owned += blocks
+        self._unclean += blocks
         return True
+
+    def take_unclean(self) -> list[int]:
+        """Return, once, the blocks given out that will be looked at before they are full; see `PagedKV.clear`."""
+        unclean, self._unclean = self._unclean, []
+        return unclean
 
     def close(self, row: int) -> None:
         """Give a row and its blocks back."""
@@ -176,21 +184,33 @@ class BlockTables:
 class PagedKV:
     """The tensors: per layer, keys and values [num_blocks · block_size, heads, dim]. All memory is taken at once.
 
-    Zeros at first: masked entries get weight 0, which only finite garbage survives.
+    Masked entries get weight 0, which hides only finite numbers: hence zeros at first, and `clear`.
     """
 
     def __init__(self, layout: Mapping[int, LayerShape], num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        num_slots = num_blocks * block_size
-        self._keys = {
-            layer: torch.zeros(num_slots, s.num_heads, s.key_dim, dtype=s.dtype, device=s.device)
-            for layer, s in layout.items()
-        }
-        self._values = {
-            layer: torch.zeros(num_slots, s.num_heads, s.value_dim, dtype=s.dtype, device=s.device)
-            for layer, s in layout.items()
-        }
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        # Layers of one shape lie in one tensor, [layers, num_blocks, numbers of a block].
+        self._stores: list[Tensor] = []
+        for shape in set(layout.values()):
+            layers = [layer for layer, each in layout.items() if each == shape]
+            self._keys |= self._taken(layers, shape, shape.key_dim)
+            self._values |= self._taken(layers, shape, shape.value_dim)
+
+    def _taken(self, layers: Sequence[int], shape: LayerShape, dim: int) -> Mapping[int, Tensor]:
+        """Take memory for layers of one shape; return each one's tensor."""
+        sizes = (len(layers), self.num_blocks * self.block_size, shape.num_heads, dim)
+        store = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
+        self._stores.append(store.view(len(layers), self.num_blocks, -1))
+        return dict(zip(layers, store.unbind(), strict=True))
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Write zeros over what earlier owners left in `blocks`, infinities and NaN among it. Waits for no device."""
+        for store in self._stores if blocks else ():
+            index = torch.tensor(blocks, dtype=torch.long).to(store.device, non_blocking=True)
+            store.index_fill_(1, index, 0)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Write keys and values [T, heads, dim] of T tokens at `slots` [T]."""

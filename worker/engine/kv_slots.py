@@ -23,7 +23,8 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """KV rows of up to `num_rows` requests of up to `row_length` tokens each. Engine thread only.
 
     Memory is taken at the first `load`, when the layers' shapes are known. Sliding-window layers keep whole rows
-    too; the mask hides what has left the window.
+    too; the mask hides what has left the window. Masked entries get weight 0, which hides only finite numbers: what
+    is not a row's own is zero.
     """
 
     is_compileable = False
@@ -53,6 +54,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         for tensor in (*self._keys, *self._values):
             tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
 
+    def wipe(self, row: int, num_tokens: int) -> None:
+        """Write zeros over the first `num_tokens` tokens of a row and the next, which a failed step may have left."""
+        for tensor in (*self._keys, *self._values):
+            tensor[row, :, : num_tokens + 1] = 0
+
     def begin_step(self, lengths: Tensor, kv_length: int) -> None:
         """Prepare a decode step: row r's new token is written at `lengths[r]`; attention sees `kv_length` entries."""
         self._rows = torch.arange(lengths.shape[0], device=lengths.device)
@@ -80,14 +86,15 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return self._kv_length
 
     def _allocate(self, prompt: DynamicCache) -> None:
-        """Take rows of zeros: masked entries get weight 0, which only finite garbage survives."""
+        """Take rows of zeros, all or none."""
 
         def rows_like(states: Tensor) -> Tensor:
             _, num_heads, _, head_dim = states.shape
             return states.new_zeros(self.num_rows, num_heads, self.row_length, head_dim)
 
-        self._keys = [rows_like(layer.keys) for layer in prompt.layers]
-        self._values = [rows_like(layer.values) for layer in prompt.layers]
+        keys = [rows_like(layer.keys) for layer in prompt.layers]
+        values = [rows_like(layer.values) for layer in prompt.layers]
+        self._keys, self._values = keys, values
 
 
 class SlotMasks:

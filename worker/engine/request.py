@@ -148,6 +148,11 @@ class Request:
         return self.num_unread == 1 and bool(self.output_ids)
 
     @property
+    def must_stay_whole(self) -> bool:
+        """Whether what comes next is a prompt that cannot be cut."""
+        return not self.is_chunkable and self.num_cached_tokens < self.num_prompt_cached
+
+    @property
     def next_position(self) -> int:
         """Position id of the newest token, the next to be fed."""
         return self.first_position + len(self.output_ids) - 1

@@ -27,11 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 class PagedRunner:
-    """A `Runner` with a block table per running request.
+    """A `Runner` with a block table per running request. It can resume requests.
 
     reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
     reuses_prefixes: do not read again what another prompt that began alike left in full blocks.
     """
+
+    kv_backend = "paged"
+    why_not_paged: str | None = None
+    can_resume = True
 
     def __init__(
         self,
@@ -102,8 +106,9 @@ class PagedRunner:
 
     def run(self, chunks: Sequence[Chunk]) -> StepLogits:
         """Feed streams and pieces in one forward, then prompts that must stay whole, each in its own."""
+        self._kv.clear(self._tables.take_unclean())
         streams = [chunk.request for chunk in chunks if chunk.request.is_decoding]
-        pieces = [chunk for chunk in chunks if not chunk.request.is_decoding and not self._is_whole(chunk.request)]
+        pieces = [chunk for chunk in chunks if not chunk.request.is_decoding and not chunk.request.must_stay_whole]
         requests: list[Request] = []
         logits: list[Tensor] = []
         failed: list[tuple[Request, Exception]] = []
@@ -111,13 +116,14 @@ class PagedRunner:
             logits.append(self._run_flat(streams, pieces))
             requests += self._count([*(Chunk(request, 1) for request in streams), *pieces])
         for chunk in chunks:
-            if self._is_whole(chunk.request) and chunk.request.num_unread:
+            if chunk.request.must_stay_whole:
                 try:
                     read = self._run_whole(chunk.request)
                 except Exception as error:
                     facts = {"action": "engine.prefill", "job_id": chunk.request.request_id}
                     logger.warning("prefill failed", extra=facts, exc_info=True)
-                    failed.append((chunk.request, error))
+                    # Its frames hold the tensors of the prompt.
+                    failed.append((chunk.request, error.with_traceback(None)))
                 else:
                     done = self._count([chunk])
                     logits += [read] * len(done)
@@ -133,16 +139,16 @@ class PagedRunner:
 
     def reset(self) -> None:
         """Give temporary memory back; the blocks of other requests are as they were."""
+        self.free_memory()
+
+    def free_memory(self) -> None:
+        """See `Runner`."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _forget(self, request: Request) -> None:
         self._prompts.pop(request, None)
         self._keys.pop(request, None)
-
-    def _is_whole(self, request: Request) -> bool:
-        """Whether the next chunk is a prompt that cannot be cut."""
-        return not request.is_chunkable and request.num_cached_tokens < request.num_prompt_cached
 
     def _count(self, chunks: Sequence[Chunk]) -> list[Request]:
         """Count what was fed; return the requests that get a token for it."""

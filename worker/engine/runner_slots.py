@@ -29,7 +29,13 @@ KV_LENGTH_STEP = 32
 class SlotRunner:
     """A `Runner` with a row per request that has been read. Rows 0…B−1 are taken, without gaps."""
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, row_length: int) -> None:
+    kv_backend = "slots"
+    can_resume = False
+
+    def __init__(
+        self, model: PreTrainedModel, num_rows: int, row_length: int, why_not_paged: str | None = None
+    ) -> None:
+        self.why_not_paged = why_not_paged
         self._entrances = Entrances(model)
         text_config = self._entrances.text_config
         if text_config._attn_implementation not in ("sdpa", "eager"):
@@ -70,7 +76,8 @@ class SlotRunner:
             except Exception as error:
                 facts = {"action": "engine.prefill", "job_id": request.request_id}
                 logger.warning("prefill failed", extra=facts, exc_info=True)
-                failed.append((request, error))
+                # Its frames hold the tensors of the prompt.
+                failed.append((request, error.with_traceback(None)))
         return StepLogits(list(self._rows), torch.cat(logits) if logits else None, failed)
 
     def release(self, request: Request) -> None:
@@ -78,8 +85,10 @@ class SlotRunner:
         if request.row < 0:
             return
         last = self._rows.pop()
+        self._cache.wipe(request.row, request.num_cached_tokens)
         if last is not request:
             self._cache.move(last.row, request.row, last.num_cached_tokens)
+            self._cache.wipe(last.row, last.num_cached_tokens)
             self._rows[request.row] = last
             last.row = request.row
         request.row = -1
@@ -87,6 +96,10 @@ class SlotRunner:
     def reset(self) -> None:
         """Give the rows' memory back."""
         self._cache.clear()
+        self.free_memory()
+
+    def free_memory(self) -> None:
+        """See `Runner`."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -60,6 +60,7 @@ class Scheduler:
         self._running_by_id: dict[str, Request] = {}
         self.running: list[Request] = []
         self.num_preempted = 0
+        self._is_held = False
 
     @property
     def num_waiting(self) -> int:
@@ -83,7 +84,7 @@ class Scheduler:
 
     def next_to_start(self) -> Request | None:
         """Return the oldest waiting request if there is a place, budget and space for it in this step."""
-        if not self._waiting or len(self.running) == self._limits.max_num_seqs:
+        if not self._waiting or len(self.running) == self._limits.max_num_seqs or (self._is_held and self.running):
             return None
         if sum(request.num_unread for request in self.running) >= self._limits.max_num_batched_tokens:
             return None
@@ -120,10 +121,20 @@ class Scheduler:
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
             del self._running_by_id[request.request_id]
+            self._is_held = False
         else:
             self._waiting.pop(request.request_id, None)
         self._space.release(request)
         request.enter(RequestState.ENDED)
+
+    def send_back(self, request: Request) -> None:
+        """Let a running request, and those younger than it, wait until one of the others has ended.
+
+        For a step that memory did not hold; requests must be able to give their KV space up.
+        """
+        while request.state is RequestState.RUNNING:
+            self._preempt()
+        self._is_held = True
 
     def everything(self) -> list[Request]:
         """Return running and waiting requests."""

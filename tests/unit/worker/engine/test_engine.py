@@ -16,9 +16,10 @@ from tests.servers import eventually
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import TIMEOUT_S, Outbox, request, running_engine
+from worker.engine.backend import PagedConfig
 from worker.engine.engine import Engine, EngineConfig
 from worker.engine.request import Ended, GenerationRequest
-from worker.errors import EngineDead, PromptTooLong
+from worker.errors import CannotStart, EngineDead, PromptTooLong
 from worker.models.inputs import ModelInputs
 
 
@@ -203,6 +204,38 @@ def test_unresolved_sampling_is_refused(idefics2: TinyModel) -> None:
         engine.submit(GenerationRequest("id", idefics2.inputs("a"), SamplingParams()))
 
 
+def test_an_id_is_refused_until_its_request_has_ended(idefics2: TinyModel) -> None:
+    generation = request(idefics2.inputs("once"), max_new_tokens=3)
+    with running_engine(idefics2) as (engine, outbox):
+        long = request(idefics2.inputs("long"), max_new_tokens=400)
+        engine.submit(long)
+        with pytest.raises(ValueError, match=f"{long.request_id} has not ended"):
+            engine.submit(GenerationRequest(long.request_id, generation.inputs, generation.sampling))
+        engine.submit(generation)
+        outbox.finish(generation.request_id)
+        outbox.outputs[generation.request_id].clear()
+        engine.submit(generation)
+        assert outbox.finish(generation.request_id).num_completion_tokens == 3
+        engine.cancel(long.request_id)
+        outbox.finish(long.request_id)
+
+
+def test_a_model_serves_one_engine_at_a_time(idefics2: TinyModel) -> None:
+    config, outbox = EngineConfig(1, 64), Outbox()
+    with running_engine(idefics2) as (engine, _):
+        assert (engine.kv_backend, engine.why_not_paged) == ("slots", None)
+        with pytest.raises(ValueError, match="another engine"):
+            Engine(idefics2.model, idefics2.tokenizer, config, outbox.steps.put)
+    unstarted = Engine(idefics2.model, idefics2.tokenizer, config, outbox.steps.put)
+    with pytest.raises(ValueError, match="another engine"):
+        Engine(idefics2.model, idefics2.tokenizer, config, outbox.steps.put)
+    unstarted.stop(timeout_s=1)
+    with pytest.raises(CannotStart):
+        Engine(idefics2.model, idefics2.tokenizer, EngineConfig(1, 64, paged=PagedConfig(16, 2)), outbox.steps.put)
+    with running_engine(idefics2):
+        unstarted.stop(timeout_s=1)
+
+
 def test_cancel_ends_running_and_waiting_requests_and_leaves_others_alone(idefics2: TinyModel) -> None:
     running, waiting, other = (request(idefics2.inputs(text), max_new_tokens=400) for text in ("one", "two", "three"))
     with running_engine(idefics2, max_num_seqs=1, max_model_len=1024) as (engine, outbox):
@@ -245,7 +278,7 @@ def test_counts_and_the_sign_of_life_follow_the_work(idefics2: TinyModel) -> Non
         for each in requests:
             engine.submit(each)
         eventually(lambda: (engine.num_running, engine.num_waiting) == (2, 1))
-        assert engine.last_step_at > before
+        eventually(lambda: engine.last_step_at > before)
         for each in requests:
             engine.cancel(each.request_id)
         eventually(lambda: (engine.num_running, engine.num_waiting) == (0, 0))

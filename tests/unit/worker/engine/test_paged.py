@@ -145,6 +145,7 @@ def test_padding_rows_change_nothing(tiny_model: Callable[[str], TinyModel], nam
 
 def test_an_engine_on_blocks_serves_and_cancels(idefics2: TinyModel) -> None:
     with running_engine(idefics2, max_num_seqs=3, paged=PagedConfig(block_size=8)) as (engine, outbox):
+        assert (engine.kv_backend, engine.why_not_paged) == ("paged", None)
         requests = [request(idefics2.inputs(f"number {n}", [picture(n)]), max_new_tokens=20) for n in range(6)]
         for each in requests:
             engine.submit(each)
@@ -207,8 +208,10 @@ def test_layers_of_an_unknown_type_and_models_of_another_attention_go_to_rows(
             probe(Entrances(gemma3.model))
     finally:
         config.layer_types = before
-    build_runner(tiny_model("git").model, 2, 64, PagedConfig())
-    assert [record.reason for record in caplog.records] == ["0 of 3 layers call the attention function"]  # type: ignore[attr-defined]
+    runner = build_runner(tiny_model("git").model, 2, 64, PagedConfig())
+    reason = "0 of 3 layers call the attention function"
+    assert (runner.kv_backend, runner.why_not_paged) == ("slots", reason)
+    assert [record.reason for record in caplog.records] == [reason]  # type: ignore[attr-defined]
 
 
 def test_blocks_that_do_not_hold_one_full_request_are_refused(idefics2: TinyModel) -> None:
