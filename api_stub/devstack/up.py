@@ -25,7 +25,7 @@ def run_up(options: StackOptions, env_file: Path | None, say: Callable[[str], No
     if env_file is not None:
         claim(env_file)
     with StopSignals() as signals, Stack(options, signals) as stack:
-        say("starting Redis, S3 and the workers …")
+        say("starting Redis, S3, the workers and the gateway …")
         stack.start()
         with nullcontext() if env_file is None else published(env_file, stack):
             say(_ready(stack, env_file))
@@ -81,4 +81,6 @@ def write_exports(path: Path, variables: Mapping[str, str]) -> None:
 def _ready(stack: Stack, env_file: Path | None) -> str:
     workers = "1 worker" if stack.options.num_workers == 1 else f"{stack.options.num_workers} workers"
     how = exports(stack.endpoints) if env_file is None else f"  . {shlex.quote(str(env_file))}\n"
-    return f"ready: Redis, S3 and {workers}; in another terminal:\n{how}Ctrl-C stops it; logs are in {stack.directory}"
+    url = stack.endpoints.get("VISIONQ_API_URL")
+    parts = f"Redis, S3 and {workers}" + (f", gateway at {url}" if url else "")
+    return f"ready: {parts}; in another terminal:\n{how}Ctrl-C stops it; logs are in {stack.directory}"

@@ -20,7 +20,8 @@ from api_stub.errors import InvalidSettings
 from api_stub.settings import GatewaySettings
 
 PREFIX: Final = "vq_"
-_ENTRY: Final = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?P<digest>[0-9a-fA-F]{64})")
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_ENTRY: Final = re.compile(rf"(?P<name>{_NAME}):(?P<digest>[0-9a-fA-F]{{64}})")
 _OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets"})
 
 
@@ -88,6 +89,11 @@ class KeyRing:
 def new_key() -> str:
     """Return a key that nobody else has."""
     return PREFIX + secrets.token_urlsafe(32)
+
+
+def is_key_name(name: str) -> bool:
+    """Tell whether a key, and with it a tenant, may have this name."""
+    return re.fullmatch(_NAME, name) is not None
 
 
 def digest_of(key: str) -> str:

@@ -80,7 +80,7 @@ def test_the_endpoints_serve_jobs_and_a_dead_worker_is_replaced(up: Up, tmp_path
     process = up("--env-file", str(env_file), "--concurrency", "2")
     endpoints = wait_for(env_file, process)
     assert endpoints.keys() == {
-        "VISIONQ_REDIS_URL", "VISIONQ_MEDIA_BUCKET",
+        "VISIONQ_REDIS_URL", "VISIONQ_MEDIA_BUCKET", "VISIONQ_API_URL",
         "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION",
     }  # fmt: skip
     assert env_file.stat().st_mode & 0o777 == 0o600

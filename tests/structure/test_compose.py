@@ -13,7 +13,10 @@ from typing import Any
 import jsonschema
 import pytest
 from pydantic import AliasChoices
+from pydantic_settings import BaseSettings
 
+from api_stub.gateway.keys import KeyRing, check_host
+from api_stub.settings import GatewaySettings
 from tests import compose
 from worker.settings import WorkerSettings
 
@@ -45,8 +48,8 @@ def test_docker_compose_accepts_the_files() -> None:
     subprocess.run(command, cwd=ROOT, check=True, env={"PATH": "/usr/bin:/bin:/usr/local/bin"} | compose.SECRETS)
 
 
-def test_the_services_are_broker_storage_and_worker(services: dict[str, Any]) -> None:
-    assert services.keys() == {"valkey", "seaweedfs", "worker"}
+def test_the_services_are_broker_storage_worker_and_gateway(services: dict[str, Any]) -> None:
+    assert services.keys() == {"valkey", "seaweedfs", "worker", "api"}
 
 
 def test_images_are_pinned(services: dict[str, Any]) -> None:
@@ -67,18 +70,23 @@ def test_nothing_runs_as_root(services: dict[str, Any]) -> None:
         users = re.findall(r"^USER (\d+):", (ROOT / path).read_text(), re.MULTILINE)
         assert users
         assert int(users[-1]) > 0
-    assert services["worker"]["user"] == "10001:10001"
+    assert services["worker"]["user"] == services["api"]["user"] == "10001:10001"
 
 
-def test_the_worker_waits_for_healthy_servers(services: dict[str, Any]) -> None:
+def test_worker_and_gateway_wait_for_healthy_servers(services: dict[str, Any]) -> None:
     for name in ("valkey", "seaweedfs"):
-        assert services["worker"]["depends_on"][name] == {"condition": "service_healthy"}
+        for service in ("worker", "api"):
+            assert services[service]["depends_on"][name] == {"condition": "service_healthy"}
         assert {"test", "interval", "timeout", "retries", "start_period"} <= services[name]["healthcheck"].keys()
 
 
 def test_everything_that_must_last_is_on_a_named_volume(services: dict[str, Any]) -> None:
     declared = compose.load("docker-compose.yml")["volumes"].keys()
-    mounted = {name: dict(volume.split(":") for volume in service["volumes"]) for name, service in services.items()}
+    mounted = {
+        name: dict(volume.split(":") for volume in service["volumes"])
+        for name, service in services.items()
+        if "volumes" in service
+    }
     assert mounted == {
         "valkey": {"valkey-data": "/data"},
         "seaweedfs": {"seaweedfs-data": "/data"},
@@ -89,7 +97,7 @@ def test_everything_that_must_last_is_on_a_named_volume(services: dict[str, Any]
 
 def test_servers_listen_on_the_host_only(services: dict[str, Any]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert sorted(ports) == ["127.0.0.1:6379:6379", "127.0.0.1:8333:8333"]
+    assert sorted(ports) == ["127.0.0.1:6379:6379", "127.0.0.1:8000:8000", "127.0.0.1:8333:8333"]
 
 
 def test_logs_are_bounded(services: dict[str, Any]) -> None:
@@ -104,10 +112,13 @@ def test_the_worker_is_given_time_to_drain(services: dict[str, Any]) -> None:
     assert int(number) * UNIT_S[unit] >= drain_s + 15
 
 
-def test_the_worker_is_told_only_settings_that_it_has(services: dict[str, Any]) -> None:
-    told = {name for name in services["worker"]["environment"] if name.startswith(("VISIONQ_", "AWS_"))}
+@pytest.mark.parametrize(("service", "settings"), [("worker", WorkerSettings), ("api", GatewaySettings)])
+def test_a_service_is_told_only_settings_that_it_has(
+    services: dict[str, Any], service: str, settings: type[BaseSettings]
+) -> None:
+    told = {name for name in services[service]["environment"] if name.startswith(("VISIONQ_", "AWS_"))}
     known = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-    for name, setting in WorkerSettings.model_fields.items():
+    for name, setting in settings.model_fields.items():
         alias = setting.validation_alias
         known |= set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {f"VISIONQ_{name.upper()}"}
     assert told <= known
@@ -119,6 +130,17 @@ def test_defaults_are_those_of_the_worker(services: dict[str, Any], monkeypatch:
     for name in services["worker"]["environment"].keys() - addresses:
         monkeypatch.setenv(name, services["worker"]["environment"][name])
     assert WorkerSettings() == plain
+
+
+def test_the_gateway_is_open_to_its_port_only_with_keys(services: dict[str, Any]) -> None:
+    environment = {name: value for name, value in services["api"]["environment"].items() if value}
+    settings = GatewaySettings.model_validate(
+        {name.removeprefix("VISIONQ_").lower(): environment[name] for name in environment}
+    )
+    assert len(KeyRing.load(settings)) == 1
+    check_host(settings, KeyRing.load(settings))
+    assert services["api"]["ports"] == [f"127.0.0.1:8000:{settings.api_port}"]
+    assert f":{settings.api_port}/readyz" in str(services["api"]["healthcheck"]["test"])
 
 
 @pytest.mark.parametrize("missing", sorted(compose.SECRETS))

@@ -22,8 +22,8 @@ def would_run(target: str, venv: Path) -> str:
 @pytest.mark.parametrize(
     ("target", "steps"),
     [
-        ("demo", ["-m venv", '".[worker,local]"', "visionq demo"]),
-        ("test", ["-m venv", '".[worker,quantization,local,bench,dev]"', "-m pytest"]),
+        ("demo", ["-m venv", '".[worker,local,api]"', "visionq demo"]),
+        ("test", ["-m venv", '".[worker,quantization,local,api,bench,dev]"', "-m pytest"]),
         (
             "check",
             ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest", "tests/vision"],
