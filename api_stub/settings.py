@@ -56,6 +56,12 @@ class ClientSettings(BaseSettings):
     max_attempts: int = Field(
         default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
     )
+    tenant_max_running: int = Field(
+        default=0, ge=0, description="Jobs of one tenant and model that run at a time; 0: no limit"
+    )
+    ageing_s: float = Field(
+        default=60.0, gt=0, description="Time in the queue after which a job is served among those of priority 0"
+    )
     result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
     events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
 
@@ -87,6 +93,8 @@ class ClientSettings(BaseSettings):
             lease_s=self.lease_s,
             grace_s=self.grace_s,
             max_attempts=self.max_attempts,
+            tenant_max_running=self.tenant_max_running,
+            ageing_s=self.ageing_s,
             max_queued=self.max_queued,
             result_ttl_s=self.result_ttl_s,
             events_ttl_s=self.events_ttl_s,

@@ -28,7 +28,7 @@ from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Bell, JobConflict, LedgerFull
+from api_stub.ledger.rows import Bell, JobConflict, LedgerFull, Submission
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +104,17 @@ def submit(ledger: Ledger, doorbells: Doorbells, job_id: str, job: Job) -> None:
     Raises InvalidRequest (the id belongs to another body), QueueFull, StoreUnavailable.
     """
     with submit_errors():
-        ledger.submit(job_id, job)
-    announce(doorbells, Bell(job_id, job.task, job.model, job.priority))
+        submission = ledger.submit(job_id, job)
+    if submission is not Submission.HELD:
+        announce(doorbells, Bell(job_id, job.task, job.model, job.priority))
 
 
 async def submit_async(ledger: AsyncLedger, doorbells: Doorbells, job_id: str, job: Job) -> None:
     """`submit` for asyncio. kombu publishes synchronously, so the doorbell is rung from another thread."""
     with submit_errors():
-        await ledger.submit(job_id, job)
-    await asyncio.to_thread(announce, doorbells, Bell(job_id, job.task, job.model, job.priority))
+        submission = await ledger.submit(job_id, job)
+    if submission is not Submission.HELD:
+        await asyncio.to_thread(announce, doorbells, Bell(job_id, job.task, job.model, job.priority))
 
 
 def announce(doorbells: Doorbells, bell: Bell) -> None:

@@ -27,6 +27,11 @@ SUBMITTED_KEY: Final = PREFIX + "submitted"  # counter: one number per doorbell,
 LISTS_KEY: Final = PREFIX + "lists"  # SET of `<model>:<priority step>` whose waiting jobs reapers watch
 WATCH_KEY: Final = PREFIX + "watch"  # HASH at, seconds: how long Redis was seen to answer, the clock of leases
 COUNTS_KEY: Final = PREFIX + "counts"  # HASH of ledger counters (claims, reaped leases, rung bells, ...)
+TURN_KEY: Final = PREFIX + "turn"  # counter: one number per turn of a tenant
+NUM_HELD_KEY: Final = PREFIX + "num_held"  # HASH `<model>:<priority step>` -> number of jobs held back
+LEASES_KEY: Final = (
+    PREFIX + "leases"
+)  # ZSET lease in seconds -> Redis time until which a worker that counts it is alive
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
 
 _MODEL_NAME = re.compile(MODEL_NAME_PATTERN)
@@ -93,6 +98,31 @@ def waiting_key(list_id: str) -> str:
 def jobs_key(tenant: str) -> str:
     """ZSET job id -> Redis time of its submission: a tenant's jobs, as long as their rows are kept."""
     return f"{PREFIX}jobs:{tenant}"
+
+
+def held_key(list_id: str, tenant: str) -> str:
+    """ZSET job id -> its place in the line: a tenant's queued jobs whose doorbells are held back."""
+    return f"{PREFIX}held:{list_id}:{tenant}"
+
+
+def turns_key(list_id: str) -> str:
+    """ZSET tenant -> number of its turn: the tenants with held jobs that may be rung, the next one first."""
+    return f"{PREFIX}turns:{list_id}"
+
+
+def tenants_key(model: str) -> str:
+    """HASH tenant -> number of its jobs that run or whose doorbells are out."""
+    return f"{PREFIX}tenants:{model}"
+
+
+def suspects_key(worker: str) -> str:
+    """SET of ids of the jobs that a worker runs and that lost a worker before."""
+    return f"{PREFIX}suspects:{worker}"
+
+
+def aged_key(model: str) -> str:
+    """Id of the job that was last let in front because it had waited long."""
+    return f"{PREFIX}aged:{model}"
 
 
 def watermark_key(list_id: str) -> str:

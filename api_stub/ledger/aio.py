@@ -93,6 +93,18 @@ class AsyncLedger:
         """See `Ledger.cancel`."""
         return await self._run(calls.cancel(job_id))
 
+    async def retry(self, job_id: str) -> str | None:
+        """See `Ledger.retry`."""
+        return await self._run(calls.retry(job_id, str(uuid.uuid4())))
+
+    async def dead(self, limit: int = 100) -> tuple[JobView, ...]:
+        """See `Ledger.dead`."""
+        return await self._run(views.dead(limit))
+
+    async def drop(self, job_id: str) -> bool:
+        """See `Ledger.drop`."""
+        return await self._run(calls.drop(job_id))
+
     async def reap(self) -> tuple[Bell, ...]:
         """See `Ledger.reap`."""
         bells: list[Bell] = []

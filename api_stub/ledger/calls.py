@@ -25,6 +25,7 @@ from api_stub.ledger.lua import Transition
 from api_stub.ledger.rows import (
     Bell,
     Cancelled,
+    CannotRetry,
     Claim,
     Finished,
     Hold,
@@ -75,7 +76,7 @@ def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
     def parse(reply: list[str]) -> Claim | Refusal:
         if reply[0] != "claimed":
             return Refusal(RefusalReason(reply[0]))
-        _, task, model, body, attempt, fence, left_s, queued_s, age_s = reply
+        _, task, model, body, attempt, fence, left_s, queued_s, age_s, retries = reply
         return Claim(
             job_id=job_id,
             task=task_of(task),
@@ -86,6 +87,7 @@ def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
             deadline_left_s=float(left_s) if left_s else None,
             queued_s=float(queued_s),
             age_s=float(age_s),
+            num_retries=int(retries),
         )
 
     return Call(Transition.CLAIM, (job_id, worker, token), parse)
@@ -123,6 +125,27 @@ def give_back(job_id: str, fence: int, reason: RetryReason, delay_s: float) -> C
 def cancel(job_id: str) -> Call[Cancelled]:
     """End a queued job, or ask a running one to stop."""
     return Call(Transition.CANCEL, (job_id,), Cancelled)
+
+
+def retry(job_id: str, new_id: str) -> Call[str | None]:
+    """Make a new job of a finished one; None when the job is unknown. Raises CannotRetry, LedgerFull."""
+
+    def parse(reply: list[Any]) -> str | None:
+        answer, *rest = reply
+        if answer == "unfinished":
+            raise CannotRetry(f"job {job_id!r} is {rest[0]}; only a finished job can be tried again")
+        if answer == "invalid":
+            raise CannotRetry(f"job {job_id!r} had no valid body")
+        if answer == "full":
+            raise LedgerFull(str(rest[0]), int(rest[1]), int(rest[2]), RETRY_AFTER_S)
+        return str(rest[0]) if rest else None
+
+    return Call(Transition.RETRY, (job_id, new_id), parse)
+
+
+def drop(job_id: str) -> Call[bool]:
+    """Take a job off the dead list."""
+    return Call(Transition.DROP, (job_id,), lambda reply: bool(reply > 0))
 
 
 def reap() -> Call[Sweep]:

@@ -14,6 +14,10 @@ class LedgerConfig:
         that starts when all others are dead sees such a gap, too.
     grace_s: time after which a queued job is checked for a lost doorbell.
     max_attempts: lost leases after which a job is given up (`poison_job`).
+    tenant_max_running: jobs of one tenant and model that run or are about to; 0 means no limit. The workers' own
+        setting decides.
+    ageing_s: time in the queue after which a job of a lower priority is served among those of priority 0.
+    window: doorbells of one priority list that are out at a time; more when there are many workers.
     max_queued: queued and in-progress jobs per model that submit admits; 0 means no limit.
     """
 
@@ -21,5 +25,8 @@ class LedgerConfig:
     grace_s: float = 15.0
     max_attempts: int = 3
     max_queued: int = 0
+    tenant_max_running: int = 0
+    ageing_s: float = 60.0
+    window: int = 8
     result_ttl_s: int = 86_400
     events_ttl_s: int = 3_600

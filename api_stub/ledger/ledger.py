@@ -71,7 +71,9 @@ class Ledger:
         self.client.close()
 
     def submit(self, job_id: str, job: Job) -> Submission:
-        """Write a new job; the caller then rings its doorbell. The same id and body again is the same job.
+        """Write a new job; the caller then rings its doorbell, unless the answer is HELD.
+
+        The same id and body again is the same job.
 
         Raises JobConflict for another body, LedgerFull above `max_queued`.
         """
@@ -119,6 +121,21 @@ class Ledger:
     def cancel(self, job_id: str) -> Cancelled:
         """End a queued job at once; flag a running one and tell its worker on the cancel channel."""
         return self._run(calls.cancel(job_id))
+
+    def retry(self, job_id: str) -> str | None:
+        """Queue a new job with the body of a finished one and return its id; asked twice, the same new job.
+
+        The ledger rings for it. None: no such job. Raises CannotRetry (not finished, or never a valid job), LedgerFull.
+        """
+        return self._run(calls.retry(job_id, str(uuid.uuid4())))
+
+    def dead(self, limit: int = 100) -> tuple[JobView, ...]:
+        """Read the jobs that were given up because their workers kept dying, newest first."""
+        return self._run(views.dead(limit))
+
+    def drop(self, job_id: str) -> bool:
+        """Take a job off the dead list; False: it is not on it. The job itself stays."""
+        return self._run(calls.drop(job_id))
 
     def reap(self) -> tuple[Bell, ...]:
         """Take jobs from lost workers, end those out of time or attempts, return the doorbells to ring now.

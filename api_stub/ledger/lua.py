@@ -18,6 +18,7 @@ from api_stub.contract.event import VERSION
 from api_stub.contract.result import FAILURE_CLASS, FAILURE_MODULE
 from api_stub.contract.status import CELERY_STATES
 from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.doorbell import FALLBACK_TASK, message_template
 
 
 class Transition(StrEnum):
@@ -35,12 +36,23 @@ class Transition(StrEnum):
     VIEW = "view"
     LIST_JOBS = "list_jobs"
     REPLAY = "replay"
+    RETRY = "retry"
+    DEAD = "dead"
+    DROP = "drop"
 
 
 #: Parts that some scripts share, read behind what all of them share.
 _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
-    Transition.VIEW: ("_view",),
-    Transition.LIST_JOBS: ("_view",),
+    Transition.SUBMIT: ("_queue", "_create"),
+    Transition.RETRY: ("_queue", "_create"),
+    Transition.CLAIM: ("_queue", "_ending"),
+    Transition.FINISH: ("_queue", "_ending"),
+    Transition.GIVE_BACK: ("_queue", "_ending"),
+    Transition.CANCEL: ("_queue", "_ending"),
+    Transition.REAP: ("_queue", "_ending"),
+    Transition.VIEW: ("_queue", "_view"),
+    Transition.LIST_JOBS: ("_queue", "_view"),
+    Transition.DEAD: ("_queue", "_view"),
 }
 
 
@@ -64,6 +76,14 @@ def _constants(config: LedgerConfig) -> str:
         "jobs": names.jobs_key(""),
         "waiting": names.waiting_key(""),
         "watermark": names.watermark_key(""),
+        "held": names.held_key("", "").removesuffix(":"),
+        "turns": names.turns_key(""),
+        "tenants": names.tenants_key(""),
+        "suspects": names.suspects_key(""),
+        "aged": names.aged_key(""),
+        "turn": names.TURN_KEY,
+        "num_held": names.NUM_HELD_KEY,
+        "leases": names.LEASES_KEY,
         "queue": names.queue(""),
         "separator": names.PRIORITY_SEPARATOR,
         "due": names.DUE_KEY,
@@ -81,6 +101,7 @@ def _constants(config: LedgerConfig) -> str:
         "CELERY_STATE": {status.value: state.value for status, state in CELERY_STATES.items()},
         "RETRYABLE": {code.value: "true" for code in sorted(RETRYABLE_CODES)},
         "EVENT": {"version": VERSION},
+        "DOORBELL": {"message": message_template(), "task": FALLBACK_TASK.value},
         "STEP": {str(step): place for place, step in enumerate(names.PRIORITY_STEPS)},
         "FAILURE": {"class": FAILURE_CLASS, "module": FAILURE_MODULE},
     }

@@ -27,11 +27,16 @@ class LedgerFull(Exception):
         self.model, self.limit, self.depth, self.retry_after_s = model, limit, depth, retry_after_s
 
 
+class CannotRetry(Exception):
+    """Raised when no new job can be made of an old one: it is not finished, or it had no valid body."""
+
+
 class Submission(StrEnum):
     """What `submit` and `adopt` did."""
 
     CREATED = "created"
     SAME = "same"
+    HELD = "held"  # it is in the ledger, which rings for it when it is its tenant's turn: the caller must not
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class Claim:
 
     `body` is the job's JSON, empty when the job was adopted without a valid one. `fence` is greater than that of every
     earlier claim of any job. `deadline_left_s` is None for a job without a deadline. `queued_s` counts from the moment
-    the job was last queued, `age_s` from its submission.
+    the job was last queued, `age_s` from its submission. `num_retries`: how often it was given back for its storage.
     """
 
     job_id: str
@@ -52,6 +57,7 @@ class Claim:
     deadline_left_s: float | None
     queued_s: float
     age_s: float
+    num_retries: int = 0
 
 
 class RefusalReason(StrEnum):
@@ -61,6 +67,8 @@ class RefusalReason(StrEnum):
     BUSY = "busy"  # another claim holds it, or it was given back and its delay is not over
     FINAL = "final"  # completed or failed
     CANCELLED = "cancelled"
+    HELD = "held"  # its tenant is at its cap; the ledger rings when it is its turn
+    APART = "apart"  # it lost workers before and must not run beside others that did; a reaper rings soon
     EXPIRED = "expired"  # the deadline passed in the queue, perhaps just now
 
 

@@ -60,6 +60,11 @@ def list_jobs(
     return Call(Transition.LIST_JOBS, (tenant, status.value if status else "", model or "", cursor or "", num), parse)
 
 
+def dead(limit: int) -> Call[tuple[JobView, ...]]:
+    """Read the jobs that were given up, newest first."""
+    return Call(Transition.DEAD, (limit,), lambda reply: tuple(_view(row) for row in reply))
+
+
 def replay(job_id: str, after: int | None) -> Call[Replay]:
     """Read a job's events after seq `after` (None: none of them) and its ending."""
 

@@ -27,18 +27,29 @@ from hypothesis.stateful import (
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalEvent, OutputDelta, RetryReason
-from api_stub.contract.job import TaskName
+from api_stub.contract.job import Job, TaskName
 from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Cancelled, Claim, Finished, Hold, JobConflict, Refusal, Submission
+from api_stub.ledger.rows import (
+    Cancelled,
+    Claim,
+    Finished,
+    Hold,
+    JobConflict,
+    Refusal,
+    RefusalReason,
+    Submission,
+)
 from tests.unit.api_stub.ledger_kit import answer, delta, events, lease_ends, question, ring_in
 
 MAX_ATTEMPTS = 2
-MAX_JOBS = 4
+MAX_JOBS = 6
+TENANT_MAX_RUNNING = 1
+WINDOW = 1
 PRIORITY = 6
-LIST = names.list_id("default", names.priority_step(PRIORITY))
-WAITING = names.waiting_key(LIST)
+LISTS = tuple(names.list_id("default", step) for step in names.PRIORITY_STEPS)
+WORKERS = ("worker-1", "worker-2")
 TEXTS = st.text(alphabet='aé😀"\\/\n\x00<{', max_size=4)
 
 
@@ -48,6 +59,8 @@ class ModelJob:
 
     job_id: str
     has_deadline: bool
+    tenant: str = ""
+    worker: str = ""
     status: JobStatus = JobStatus.QUEUED
     attempt: int = 0
     losses: int = 0
@@ -59,6 +72,11 @@ class ModelJob:
     is_lease_over: bool = False
     number: int = 0
     texts: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def body(self) -> Job:
+        fields = {"deadline_s": 3600.0} if self.has_deadline else {}
+        return question(tenant=self.tenant, **fields)
 
     def becomes(self, status: JobStatus) -> None:
         assert status in TRANSITIONS[self.status], f"{self.status} -> {status}"
@@ -77,7 +95,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.ledger = Ledger.connect(url, LedgerConfig(max_attempts=MAX_ATTEMPTS))
+        self.ledger = Ledger.connect(
+            url, LedgerConfig(max_attempts=MAX_ATTEMPTS, window=WINDOW, tenant_max_running=TENANT_MAX_RUNNING)
+        )
         self.redis = self.ledger.client
         self.model: dict[str, ModelJob] = {}
         self.last_fence = 0
@@ -92,22 +112,27 @@ class LedgerMachine(RuleBasedStateMachine):
     # what producers do
 
     @precondition(lambda self: len(self.model) < MAX_JOBS)
-    @rule(target=jobs, is_adopted=st.booleans(), has_deadline=st.booleans())
-    def create(self, is_adopted: bool, has_deadline: bool) -> str:
-        job_id = f"job-{len(self.model)}"
-        job = question(deadline_s=3600.0) if has_deadline else question()
+    @rule(
+        target=jobs, is_adopted=st.booleans(), has_deadline=st.booleans(), tenant=st.sampled_from(("", "zoo", "park"))
+    )
+    def create(self, is_adopted: bool, has_deadline: bool, tenant: str) -> str:
+        job = ModelJob(f"job-{len(self.model)}", has_deadline, tenant)
         if is_adopted:
-            made = self.ledger.adopt(job_id, task=TaskName.VQA, model="default", job=job, priority=PRIORITY)
+            made = self.ledger.adopt(job.job_id, task=TaskName.VQA, model="default", job=job.body, priority=PRIORITY)
+            assert made is Submission.CREATED
         else:
-            made = self.ledger.submit(job_id, job)
-        assert made is Submission.CREATED
-        self.model[job_id] = ModelJob(job_id, has_deadline)
-        return job_id
+            has_room = self._room(LISTS[2]) > 0 and not self.redis.exists(names.turns_key(LISTS[2]))
+            must_wait = not has_room or self._is_capped(job)
+            made = self.ledger.submit(job.job_id, job.body)
+            assert made is (Submission.HELD if must_wait else Submission.CREATED)
+        self.model[job.job_id] = job
+        return job.job_id
 
     @rule(job_id=jobs)
     def submit_again(self, job_id: str) -> None:
-        job = question(deadline_s=3600.0) if self.model[job_id].has_deadline else question()
-        assert self.ledger.submit(job_id, job) is Submission.SAME
+        job = self.model[job_id]
+        is_held = self._is_held(job)
+        assert self.ledger.submit(job_id, job.body) is (Submission.HELD if is_held else Submission.SAME)
 
     @rule(job_id=jobs)
     def submit_something_else(self, job_id: str) -> None:
@@ -131,24 +156,61 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # what workers do
 
-    @rule(target=claims, job_id=jobs)
-    def claim(self, job_id: str) -> object:
+    @rule(target=claims, job_id=jobs, worker=st.sampled_from(WORKERS))
+    def claim(self, job_id: str, worker: str) -> object:
         job = self.model[job_id]
         can_start = job.status is JobStatus.QUEUED and not job.is_late and not job.is_delayed
-        claim = self.ledger.claim(job_id, "worker")
+        must_be_apart = (
+            can_start and job.losses > 0 and any(self._is_loser_on(other, worker) for other in self._others(job))
+        )
+        must_wait = can_start and not must_be_apart and self._is_capped(job)
+        claim = self.ledger.claim(job_id, worker)
         if isinstance(claim, Refusal):
-            assert not can_start, claim
+            assert not can_start or must_be_apart or must_wait, claim
+            assert (claim.reason is RefusalReason.APART) == must_be_apart
+            assert (claim.reason is RefusalReason.HELD) == must_wait
+            job.is_delayed = job.is_delayed or must_be_apart
             if job.status is JobStatus.QUEUED and job.is_late:
                 job.becomes(JobStatus.EXPIRED)
             return multiple()
         assert can_start
+        assert not must_be_apart
+        assert not must_wait
         assert claim.fence > self.last_fence
         self.last_fence = job.fence = claim.fence
         job.becomes(JobStatus.IN_PROGRESS)
         job.attempt += 1
         job.number = 0
+        job.worker = worker
         assert claim.attempt == job.attempt
         return claim
+
+    def _others(self, job: ModelJob) -> list[ModelJob]:
+        return [other for other in self.model.values() if other is not job]
+
+    def _is_loser_on(self, job: ModelJob, worker: str) -> bool:
+        return job.status is JobStatus.IN_PROGRESS and job.worker == worker and job.losses > 0
+
+    def _is_capped(self, job: ModelJob) -> bool:
+        """Others of its tenant run or are about to, as many as may."""
+        others = [other for other in self._others(job) if other.tenant == job.tenant]
+        return job.tenant != "" and sum(self._is_in_flight(other) for other in others) >= TENANT_MAX_RUNNING
+
+    def _is_in_flight(self, job: ModelJob) -> bool:
+        return job.status is JobStatus.IN_PROGRESS or self._is_waiting(job)
+
+    def _list(self, job: ModelJob) -> str:
+        return self.redis.hget(names.job_key(job.job_id), "list") or ""
+
+    def _is_waiting(self, job: ModelJob) -> bool:
+        return self.redis.zscore(names.waiting_key(self._list(job)), job.job_id) is not None
+
+    def _is_held(self, job: ModelJob) -> bool:
+        return self.redis.zscore(names.held_key(self._list(job), job.tenant), job.job_id) is not None
+
+    def _room(self, list_id: str) -> int:
+        window = max(WINDOW, 2 * self.redis.zcard(names.workers_key("default")))
+        return window - self.redis.zcard(names.waiting_key(list_id))
 
     @rule(claim=claims, texts=st.lists(TEXTS, max_size=3), num_replayed=st.integers(0, 2))
     def publish(self, claim: Claim, texts: list[str], num_replayed: int) -> None:
@@ -163,9 +225,9 @@ class LedgerMachine(RuleBasedStateMachine):
             job.number += len(texts)
             job.texts.setdefault(job.attempt, []).extend(texts)
 
-    @rule(held=st.lists(claims, max_size=4))
-    def beat(self, held: list[Claim]) -> None:
-        answers = self.ledger.beat("worker", "default", [(claim.job_id, claim.fence) for claim in held])
+    @rule(held=st.lists(claims, max_size=4), worker=st.sampled_from(WORKERS))
+    def beat(self, held: list[Claim], worker: str) -> None:
+        answers = self.ledger.beat(worker, "default", [(claim.job_id, claim.fence) for claim in held])
         for claim, hold in zip(held, answers, strict=True):
             job = self.model[claim.job_id]
             if not job.is_held_by(claim):
@@ -238,13 +300,18 @@ class LedgerMachine(RuleBasedStateMachine):
             self.redis.zadd(names.DUE_KEY, {job_id: 1})
             job.is_delayed = False
 
+    @rule(job_id=jobs)
+    def waits_long(self, job_id: str) -> None:
+        if self.model[job_id].status is JobStatus.QUEUED:
+            self.redis.hset(names.job_key(job_id), "queued_at", "1")
+
     @rule()
     def doorbells_arrive(self) -> None:
         ring_in(self.redis)
 
     @rule()
     def broker_forgets(self) -> None:
-        self.redis.delete(names.queue_list("default", names.priority_step(PRIORITY)))
+        self.redis.delete(*(names.queue_list("default", step) for step in names.PRIORITY_STEPS))
 
     @rule()
     def reap(self) -> None:
@@ -279,6 +346,35 @@ class LedgerMachine(RuleBasedStateMachine):
     def counts_every_job_that_is_not_final(self) -> None:
         num_open = sum(not job.status.is_final for job in self.model.values())
         assert int(self.redis.get(names.depth_key("default")) or 0) == num_open
+
+    @invariant()
+    def counts_every_tenants_jobs(self) -> None:
+        in_flight: dict[str, int] = {}
+        for job in self.model.values():
+            if job.tenant and self._is_in_flight(job):
+                in_flight[job.tenant] = in_flight.get(job.tenant, 0) + 1
+        counted = self.redis.hgetall(names.tenants_key("default"))
+        assert {tenant: int(num) for tenant, num in counted.items()} == in_flight
+        running = [job.tenant for job in self.model.values() if job.status is JobStatus.IN_PROGRESS and job.tenant]
+        assert all(running.count(tenant) <= TENANT_MAX_RUNNING for tenant in running)
+
+    @invariant()
+    def knows_which_jobs_have_lost_a_worker(self) -> None:
+        for worker in WORKERS:
+            losers = {job.job_id for job in self.model.values() if self._is_loser_on(job, worker)}
+            assert self.redis.smembers(names.suspects_key(worker)) == losers
+
+    @invariant()
+    def holds_nobody_back_who_may_go(self) -> None:
+        held = {list_id: [job for job in self.model.values() if self._is_held(job) and self._list(job) == list_id]
+                for list_id in LISTS}  # fmt: skip
+        assert self.redis.hgetall(names.NUM_HELD_KEY) == {key: str(len(jobs)) for key, jobs in held.items() if jobs}
+        for list_id, jobs in held.items():
+            in_turn = set(self.redis.zrange(names.turns_key(list_id), 0, -1))
+            assert in_turn <= {job.tenant for job in jobs}
+            assert {job.tenant for job in jobs if not self._is_capped(job)} <= in_turn
+            free = [job for job in jobs if not self._is_capped(job)]
+            assert not free or self._room(list_id) <= 0
 
     @invariant()
     def every_job_is_where_its_model_is(self) -> None:
@@ -316,29 +412,31 @@ class LedgerMachine(RuleBasedStateMachine):
         """Somebody will look at it: it waits for a doorbell, or a reaper has it in mind."""
         row = self.redis.hgetall(names.job_key(job.job_id))
         due = self.redis.zscore(names.DUE_KEY, job.job_id)
-        is_waiting = self.redis.zscore(WAITING, job.job_id) is not None
-        assert is_waiting != ("alarm" in row)
+        is_waiting = self._is_waiting(job)
+        assert [is_waiting, "alarm" in row, self._is_held(job)].count(True) == 1
         if "alarm" in row or job.has_deadline:
             assert due is not None
             assert due <= min(float(row.get("alarm", "inf")), float(row.get("deadline", "inf")))
-        if is_waiting:
-            assert self.redis.sismember(names.LISTS_KEY, LIST)
+        if "alarm" not in row:
+            assert self.redis.sismember(names.LISTS_KEY, row["list"])
         assert "worker" not in row
         assert self.redis.ttl(names.job_key(job.job_id)) == -1
 
     def _check_running(self, job: ModelJob) -> None:
         """It has an owner, a lease and no doorbell."""
         row = self.redis.hgetall(names.job_key(job.job_id))
-        assert (row["worker"], row["fence"]) == ("worker", str(job.fence))
+        assert (row["worker"], row["fence"]) == (job.worker, str(job.fence))
         assert self.redis.zscore(names.DUE_KEY, job.job_id) is not None
-        assert self.redis.zscore(WAITING, job.job_id) is None
+        assert not self._is_waiting(job)
+        assert not self._is_held(job)
         assert "alarm" not in row
         assert not self.redis.exists(names.result_key(job.job_id))
 
     def _check_final(self, job: ModelJob) -> None:
         """Nobody looks at it any more, and everything about it will go."""
         assert self.redis.zscore(names.DUE_KEY, job.job_id) is None
-        assert self.redis.zscore(WAITING, job.job_id) is None
+        assert not self._is_waiting(job)
+        assert not self._is_held(job)
         meta = json.loads(self.redis.get(names.result_key(job.job_id)) or "{}")
         assert meta["status"] == CELERY_STATES[job.status]
         for key in (names.job_key, names.result_key, names.events_key):

@@ -1,15 +1,35 @@
 -- What `view` and `list_jobs` tell about a job.
 
--- How many doorbells are answered before this one: those of more urgent lists, and those that came earlier to its own.
+local function num_waiting(list)
+  return redis.call('ZCARD', KEY.waiting .. list)
+end
+
+-- How many jobs of its own list come before a held one, when every tenant's line is long enough to use its turns.
+local function held_before(id, row)
+  local place = redis.call('ZRANK', line_of(row.list, row.tenant), id)
+  if not place then
+    return nil
+  end
+  local num_lines = redis.call('ZCARD', KEY.turns .. row.list)
+  local turn = redis.call('ZRANK', KEY.turns .. row.list, row.tenant) or num_lines
+  local num_held = tonumber(redis.call('HGET', KEY.num_held, row.list) or '0')
+  return num_waiting(row.list) + math.min(place * math.max(1, num_lines) + turn, num_held - 1)
+end
+
+-- How many jobs come before this one: those of more urgent lists, and of its own those that are earlier or whose turn is.
 local function position(id, row)
-  local rank = redis.call('ZRANK', KEY.waiting .. row.list, id)
-  if row.status ~= 'queued' or not rank then
+  if row.status ~= 'queued' then
+    return ''
+  end
+  local rank = redis.call('ZRANK', KEY.waiting .. row.list, id) or held_before(id, row)
+  if not rank then
     return ''
   end
   local model, step = string.match(row.list, '^(.*):(%d+)$')
   for other, place in pairs(STEP) do
     if place < STEP[step] then
-      rank = rank + redis.call('ZCARD', KEY.waiting .. model .. ':' .. other)
+      local list = model .. ':' .. other
+      rank = rank + num_waiting(list) + tonumber(redis.call('HGET', KEY.num_held, list) or '0')
     end
   end
   return rank

@@ -6,6 +6,11 @@ local seconds = watch()
 redis.call('ZREMRANGEBYSCORE', KEY.workers .. model, '-inf', stamp)
 redis.call('ZADD', KEY.workers .. model, lease_ends, worker)
 redis.call('PEXPIRE', KEY.workers .. model, math.ceil(CONFIG.lease_s * 1000))
+-- Who counts other leases than others do takes their jobs too early: `visionq doctor` looks for more than one.
+local lease = string.format('%.9g', CONFIG.lease_s)
+redis.call('ZREMRANGEBYSCORE', KEY.leases, '-inf', stamp)
+redis.call('ZADD', KEY.leases, lease_ends, lease)
+redis.call('PEXPIRE', KEY.leases, math.ceil(CONFIG.lease_s * 1000))
 
 local holds = {}
 for i = 3, #ARGV, 2 do

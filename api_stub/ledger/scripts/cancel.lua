@@ -1,6 +1,6 @@
 -- A queued job ends at once; a running one is flagged and its worker told, by channel now and by its next beat.
 local id = unpack(ARGV)
-local row = read(id, 'status', 'model', 'list', 'attempt', 'started_seq')
+local row = read(id, 'status', 'model', 'list', 'tenant', 'worker', 'attempt', 'started_seq')
 if not row.status then
   return 'unknown'
 elseif row.status == 'queued' then

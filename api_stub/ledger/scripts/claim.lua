@@ -1,13 +1,13 @@
 -- queued -> in_progress for one worker. `token` names this call: asked again with it, the same claim is answered again.
 local id, worker, token = unpack(ARGV)
 local row = read(id, 'status', 'task', 'model', 'list', 'body', 'created', 'queued_at', 'deadline', 'attempt', 'fence', 'token',
-  'started', 'started_seq', 'order', 'not_before')
+  'started', 'started_seq', 'order', 'not_before', 'tenant', 'losses', 'retries', 'place')
 
 local function claimed()
   return {'claimed', row.task, row.model, row.body, row.attempt, row.fence,
     row.deadline and moment(tonumber(row.deadline) - now) or '',
     moment(tonumber(row.started) - tonumber(row.queued_at)),
-    moment(tonumber(row.started) - tonumber(row.created))}
+    moment(tonumber(row.started) - tonumber(row.created)), row.retries}
 end
 
 if not row.status then
@@ -21,21 +21,34 @@ elseif row.deadline and now >= tonumber(row.deadline) then
   return {'expired'}
 elseif row.not_before and now < tonumber(row.not_before) then
   return {'busy'}
+elseif must_run_elsewhere(id, row, worker) then
+  stop_waiting(id, row)
+  leave_line(id, row)
+  postpone(id, row, CONFIG.lease_s / 15)
+  return {'apart'}
 end
 
-row.fence = string.format('%.0f', redis.call('INCR', KEY.fence))
+row.fence = string.format('%.0f', redis.call('INCR', KEY.fence)) -- before any removal: a full Redis refuses here or not at all
+stop_waiting(id, row)
+if is_capped(row.model, row.tenant) then
+  hold(id, row)
+  return {'held'}
+end
+leave_line(id, row)
+
 row.attempt = tonumber(row.attempt) + 1
 row.started = stamp
 local _, seq = emit(id, row.attempt, '"type":"job.started","worker":' .. quote(worker) .. ',"model":' .. quote(row.model))
 redis.call('HSET', KEY.job .. id, 'status', 'in_progress', 'attempt', row.attempt, 'fence', row.fence, 'worker', worker,
   'token', token, 'lease', moment(watched() + CONFIG.lease_s), 'number', 0, 'started', stamp, 'started_seq', seq)
 redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
-redis.call('ZREM', KEY.waiting .. row.list, id)
+begin_running(id, row, worker)
 redis.call('ZADD', KEY.due, moment(now + CONFIG.lease_s), id)
 -- Doorbells of one list arrive in order: whoever was submitted before this job and still waits has lost its own.
 if tonumber(row.order) > tonumber(redis.call('GET', KEY.watermark .. row.list) or '0') then
   redis.call('SET', KEY.watermark .. row.list, row.order)
 end
 count('claimed')
+make_room(row)
 row.attempt = tostring(row.attempt)
 return claimed()

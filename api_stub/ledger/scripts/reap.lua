@@ -20,8 +20,7 @@ local function has_passed(time)
 end
 
 local function list_is_empty(list)
-  local model, step = string.match(list, '^(.*):(%d+)$')
-  return redis.call('LLEN', KEY.queue .. model .. (step == '0' and '' or KEY.separator .. step)) == 0
+  return redis.call('LLEN', (broker_list(list))) == 0
 end
 
 local function watermark(list)
@@ -44,6 +43,7 @@ local function take_from_lost_worker(id, row)
   else
     requeue(id, row, 'lost', 0)
     ring(id, row)
+    make_room(row)
   end
 end
 
@@ -72,7 +72,7 @@ local due = redis.call('ZRANGEBYSCORE', KEY.due, '-inf', stamp, 'LIMIT', 0, BATC
 for _, id in ipairs(due) do
   redis.call('ZREM', KEY.due, id)
   local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'created', 'deadline', 'attempt', 'started_seq', 'cancel',
-    'bell', 'alarm', 'lease')
+    'bell', 'alarm', 'lease', 'tenant', 'worker', 'place')
   if row.status == 'in_progress' then
     look_at_running(id, row)
   elseif row.status == 'queued' then
@@ -86,22 +86,62 @@ local function find_suspects(list)
   local limit = list_is_empty(list) and '+inf' or '(' .. watermark(list)
   local suspects = redis.call('ZRANGEBYSCORE', KEY.waiting .. list, '-inf', limit, 'LIMIT', 0, BATCH)
   for _, id in ipairs(suspects) do
-    redis.call('ZREM', KEY.waiting .. list, id)
+    local row = read(id, 'model', 'tenant', 'deadline')
+    row.list = list
+    stop_waiting(id, row)
     redis.call('HSET', KEY.job .. id, 'alarm', moment(now + CONFIG.grace_s))
-    schedule(id, now + CONFIG.grace_s, tonumber(redis.call('HGET', KEY.job .. id, 'deadline') or nil))
+    schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
   end
   return #suspects
+end
+
+-- The job at the head of a list that is not the first, when it has waited long enough: the longest wait of each model.
+local aged = {}
+
+local function find_aged(list)
+  local model, step = string.match(list, '^(.*):(%d+)$')
+  local id = step ~= '0' and redis.call('ZRANGE', KEY.waiting .. list, 0, 0)[1]
+  if not id then
+    return
+  end
+  local queued_at = tonumber(redis.call('HGET', KEY.job .. id, 'queued_at'))
+  if now - queued_at >= CONFIG.ageing_s and (not aged[model] or queued_at < aged[model].queued_at) then
+    aged[model] = {id = id, list = list, queued_at = queued_at}
+  end
+end
+
+-- Moves an aged job into its model's first list. One at a time, so that the urgent jobs stay ahead of all the aged ones together.
+local function let_in_front(model, oldest)
+  local id, first = oldest.id, model .. ':0'
+  local former = redis.call('GET', KEY.aged .. model)
+  if former and redis.call('ZSCORE', KEY.waiting .. first, former) then
+    return
+  end
+  local row = read(id, 'task', 'model', 'priority', 'tenant', 'deadline')
+  row.list = oldest.list
+  stop_waiting(id, row)
+  row.list = first
+  -- Its doorbell in the former list is still there and may be the faster one: it must overtake nobody here, so order is 0.
+  redis.call('HSET', KEY.job .. id, 'list', first, 'order', 0)
+  ring_here(id, row)
+  redis.call('SET', KEY.aged .. model, id, 'EX', 86400)
+  release(oldest.list)
 end
 
 local is_more = #due == BATCH
 for _, list in ipairs(redis.call('SMEMBERS', KEY.lists)) do
   local num_suspects = find_suspects(list)
+  release(list)
+  find_aged(list)
   is_more = is_more or num_suspects == BATCH
   local depth = redis.call('GET', KEY.depth .. string.match(list, '^(.*):%d+$'))
   if num_suspects == 0 and (depth or '0') == '0' then
     redis.call('SREM', KEY.lists, list)
     redis.call('DEL', KEY.watermark .. list)
   end
+end
+for model, oldest in pairs(aged) do
+  let_in_front(model, oldest)
 end
 reply[1] = is_more and 1 or 0
 return reply

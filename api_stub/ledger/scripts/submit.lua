@@ -1,35 +1,32 @@
--- Writes a new job: from our client (its doorbell follows) or adopted from a plain Celery message (its doorbell is in hand).
+-- Writes a new job: from our client (its doorbell follows, unless the job is held) or adopted from a plain Celery message (its
+-- doorbell is in hand).
 local id, digest, body, task, model, priority, list, tenant, deadline_s, origin = unpack(ARGV)
 
 local known = redis.call('HGET', KEY.job .. id, 'digest')
 if known then
-  return {known == digest and 'same' or 'conflict'}
+  local is_held = redis.call('ZSCORE', line_of(list, tenant), id)
+  return {known ~= digest and 'conflict' or is_held and 'held' or 'same'}
 end
-local depth = tonumber(redis.call('GET', KEY.depth .. model) or '0')
-if origin == 'client' and CONFIG.max_queued > 0 and depth >= CONFIG.max_queued then
+local is_refused, depth = is_full(model)
+if origin == 'client' and is_refused then
   return {'full', CONFIG.max_queued, depth}
 end
 
-local row = {list = list, deadline = deadline_s ~= '' and moment(now + tonumber(deadline_s)) or nil}
-redis.call('HSET', KEY.job .. id, 'status', 'queued', 'task', task, 'model', model, 'priority', priority, 'list', list,
-  'tenant', tenant, 'body', body, 'digest', digest, 'created', stamp, 'queued_at', stamp, 'seq', 0, 'attempt', 0, 'losses', 0,
-  'order', 0, 'bell', 0)
-if row.deadline then
-  redis.call('HSET', KEY.job .. id, 'deadline', row.deadline)
-end
-redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
-redis.call('INCR', KEY.depth .. model)
-list_under(tenant, id)
-emit(id, 0, '"type":"job.queued","model":' .. quote(model) .. ',"priority":' .. priority)
+local row = create(id, {digest = digest, body = body, task = task, model = model, priority = priority, list = list,
+  tenant = tenant, deadline_s = deadline_s})
+count(origin == 'client' and 'submitted' or 'adopted')
 
-if origin == 'client' then
-  local order = redis.call('INCR', KEY.submitted)
-  redis.call('HSET', KEY.job .. id, 'order', order)
-  await_doorbell(id, row, order)
-else
+if origin ~= 'client' then
   -- Nobody knows when its message was pushed, so it says nothing about the messages behind it: order stays 0.
   redis.call('HSET', KEY.job .. id, 'alarm', moment(now + CONFIG.grace_s))
   schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
+  return {'created'}
 end
-count(origin == 'client' and 'submitted' or 'adopted')
+if room(list) <= 0 or redis.call('EXISTS', KEY.turns .. list) == 1 or is_capped(model, tenant) then
+  hold(id, row)
+  release(list)
+  return {'held'}
+end
+redis.call('HSET', KEY.job .. id, 'order', row.place)
+await_doorbell(id, row, row.place)
 return {'created'}

@@ -119,6 +119,6 @@ def test_waiting_consumer_is_woken_by_the_ending(
     ],
 )
 def test_dates_are_right_in_leap_years(redis_client: redis.Redis, seconds: int, day: str) -> None:
-    text = script(Transition.LEAVE, LedgerConfig()).replace("redis.call('TIME')", f"{{'{seconds}', '7'}}")
-    head, _, _ = text.partition("-- A worker stops")
+    text = script(Transition.FINISH, LedgerConfig()).replace("redis.call('TIME')", f"{{'{seconds}', '7'}}")
+    head, _, _ = text.partition("-- in_progress -> final")
     assert redis_client.eval(head + "return iso8601()", 0) == f"{day}.000007+00:00"

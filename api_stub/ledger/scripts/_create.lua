@@ -1,0 +1,50 @@
+-- A new row, queued, with its first event.
+
+-- The index that `list_jobs` reads: bounded in number, cleared of expired rows as new ones come, and gone when no job has come for
+-- as long as a row could be kept that waited no longer than a deadline may be.
+local MAX_LISTED = 100000
+local MAX_WAIT_S = 7 * 86400
+
+local function list_under(tenant, id)
+  local key = KEY.jobs .. tenant
+  redis.call('ZADD', key, stamp, id)
+  redis.call('EXPIRE', key, CONFIG.result_ttl_s + MAX_WAIT_S)
+  redis.call('ZREMRANGEBYRANK', key, 0, -MAX_LISTED - 1)
+  for _, oldest in ipairs(redis.call('ZRANGE', key, 0, 1)) do
+    if redis.call('EXISTS', KEY.job .. oldest) == 0 then
+      redis.call('ZREM', key, oldest)
+    end
+  end
+end
+
+-- `job` needs: digest body task model priority list tenant deadline_s (empty: none).
+local function create(id, job)
+  local row = {list = job.list, model = job.model, tenant = job.tenant, task = job.task, priority = job.priority,
+    deadline = job.deadline_s ~= '' and moment(now + tonumber(job.deadline_s)) or nil,
+    place = redis.call('INCR', KEY.submitted)}
+  redis.call('HSET', KEY.job .. id, 'status', 'queued', 'task', job.task, 'model', job.model, 'priority', job.priority,
+    'list', job.list, 'tenant', job.tenant, 'body', job.body, 'digest', job.digest, 'created', stamp, 'queued_at', stamp,
+    'seq', 0, 'attempt', 0, 'losses', 0, 'retries', 0, 'place', row.place, 'order', 0, 'bell', 0)
+  if row.deadline then
+    redis.call('HSET', KEY.job .. id, 'deadline', row.deadline)
+  end
+  redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
+  redis.call('INCR', KEY.depth .. job.model)
+  list_under(job.tenant, id)
+  emit(id, 0, '"type":"job.queued","model":' .. quote(job.model) .. ',"priority":' .. job.priority)
+  return row
+end
+
+-- kombu's rule: a priority goes to the highest step not above it.
+local function step_of(priority)
+  local highest = 0
+  for step in pairs(STEP) do
+    highest = tonumber(step) <= tonumber(priority) and math.max(highest, tonumber(step)) or highest
+  end
+  return string.format('%d', highest)
+end
+
+local function is_full(model)
+  local depth = tonumber(redis.call('GET', KEY.depth .. model) or '0')
+  return CONFIG.max_queued > 0 and depth >= CONFIG.max_queued, depth
+end

@@ -1,0 +1,74 @@
+-- The one way in which a job ends.
+
+-- ISO 8601 in UTC of `now`; days to date after H. Hinnant, "chrono-compatible low-level date algorithms".
+local function iso8601()
+  local seconds = tonumber(clock[1])
+  local z = math.floor(seconds / 86400) + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  local time = seconds % 86400
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06d+00:00', year, month, day,
+    math.floor(time / 3600), math.floor(time / 60) % 60, time % 60, clock[2])
+end
+
+-- Ends a job for good. `fragment`: body of the final event. `outcome`: JSON of Celery's `result` member.
+-- ZREM comes first for the reason told at `go_on_when_full`. `row` needs: status model list tenant worker attempt.
+local function final(id, row, status, fragment, outcome)
+  redis.call('ZREM', KEY.due, id)
+  if row.status == 'queued' then
+    stop_waiting(id, row)
+    leave_line(id, row)
+  else
+    stop_running(id, row)
+  end
+  local event = emit(id, row.attempt, fragment)
+  redis.call('HSET', KEY.job .. id, 'status', status, 'finished', stamp, 'final', event)
+  redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before', 'token', 'lease')
+  redis.call('DECR', KEY.depth .. row.model)
+  local meta = '{"status":"' .. CELERY_STATE[status] .. '","result":' .. outcome
+    .. ',"traceback":null,"children":[],"date_done":"' .. iso8601() .. '","task_id":' .. quote(id) .. '}'
+  redis.call('SET', KEY.result .. id, meta, 'EX', CONFIG.result_ttl_s)
+  redis.call('PUBLISH', KEY.result .. id, meta)
+  redis.call('EXPIRE', KEY.job .. id, CONFIG.result_ttl_s)
+  redis.call('EXPIRE', KEY.events .. id, CONFIG.events_ttl_s)
+  count(status)
+  make_room(row)
+end
+
+-- What the last attempt wrote before it ended without a result: its text as JSON, and its number of tokens.
+local function partial(id, started_seq)
+  local text, num_tokens = {}, 0
+  if started_seq then
+    for _, entry in ipairs(redis.call('XRANGE', KEY.events .. id, started_seq .. '-0', '+')) do
+      local event = cjson.decode(entry[2][2])
+      if event.type == 'output.delta' then
+        text[#text + 1] = event.text
+        num_tokens = num_tokens + event.num_tokens
+      end
+    end
+  end
+  return quote(table.concat(text)), string.format('%d', num_tokens)
+end
+
+-- Ends a job that no worker can end any more. `row` needs what `final` needs, and started_seq.
+local function unanswered(id, row, status, code, message)
+  local text, num_tokens = partial(id, row.started_seq)
+  local retryable = RETRYABLE[code] or 'false'
+  local fragment = '"type":"job.' .. status .. '","error":{"code":"' .. code .. '","message":' .. quote(message)
+    .. ',"retryable":' .. retryable .. '},"partial_text":' .. text
+    .. ',"usage":{"prompt_tokens":0,"completion_tokens":' .. num_tokens .. ',"images":0,"frames":0}'
+  local outcome = '{"exc_type":"' .. FAILURE.class .. '","exc_module":"' .. FAILURE.module
+    .. '","exc_message":["' .. code .. '",' .. quote(message) .. ',' .. retryable .. ']}'
+  final(id, row, status, fragment, outcome)
+end
+
+local function expire(id, row)
+  local allowed_s = tonumber(row.deadline) - tonumber(row.created)
+  unanswered(id, row, 'expired', 'expired', string.format('deadline_s: %.6g s passed while the job was queued', allowed_s))
+end

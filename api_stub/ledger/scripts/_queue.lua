@@ -1,0 +1,216 @@
+-- Queued jobs: whose doorbell is in the broker's list, who is held back, whose turn it is.
+--
+-- Only a few doorbells of each list are out at a time (`waiting`). The other jobs are held, one line per tenant, and whenever
+-- there is room the ledger itself rings for the first of the line whose turn it is. So nobody waits behind another's backlog.
+-- A tenant at its cap takes no turns until one of its jobs leaves.
+
+-- When must a reaper look at a queued job: at its alarm or at its deadline, whichever comes first.
+local function schedule(id, alarm, deadline)
+  local due = alarm and deadline and math.min(alarm, deadline) or alarm or deadline
+  if due then
+    redis.call('ZADD', KEY.due, moment(due), id)
+  else
+    redis.call('ZREM', KEY.due, id)
+  end
+end
+
+local function line_of(list, tenant)
+  return KEY.held .. list .. ':' .. tenant
+end
+
+-- A tenant's jobs of one model that run or whose doorbells are out.
+local function in_flight(model, tenant)
+  return tonumber(redis.call('HGET', KEY.tenants .. model, tenant) or '0')
+end
+
+local function is_at_cap(num)
+  return CONFIG.tenant_max_running > 0 and num >= CONFIG.tenant_max_running
+end
+
+local function is_capped(model, tenant)
+  return tenant ~= '' and CONFIG.tenant_max_running > 0 and is_at_cap(in_flight(model, tenant))
+end
+
+local function take_turns(list, tenant)
+  if not redis.call('ZSCORE', KEY.turns .. list, tenant) then
+    redis.call('ZADD', KEY.turns .. list, redis.call('INCR', KEY.turn), tenant)
+  end
+end
+
+local function add_in_flight(row, num)
+  if row.tenant == '' then
+    return
+  end
+  if redis.call('HINCRBY', KEY.tenants .. row.model, row.tenant, num) <= 0 then
+    redis.call('HDEL', KEY.tenants .. row.model, row.tenant)
+  end
+  if num < 0 then
+    for step in pairs(STEP) do
+      local list = row.model .. ':' .. step
+      if redis.call('EXISTS', line_of(list, row.tenant)) == 1 then
+        take_turns(list, row.tenant)
+      end
+    end
+  end
+end
+
+-- From now on a doorbell with this number is expected in the job's list.
+local function await_doorbell(id, row, bell)
+  redis.call('HSET', KEY.job .. id, 'bell', bell)
+  redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
+  if redis.call('ZADD', KEY.waiting .. row.list, bell, id) == 1 then
+    add_in_flight(row, 1)
+  end
+  redis.call('SADD', KEY.lists, row.list)
+  schedule(id, nil, tonumber(row.deadline))
+end
+
+local function stop_waiting(id, row)
+  if redis.call('ZREM', KEY.waiting .. row.list, id) == 1 then
+    add_in_flight(row, -1)
+  end
+end
+
+-- The broker's list of a priority list, and the message that a Celery producer would put there.
+local function broker_list(list)
+  local model, step = string.match(list, '^(.*):(%d+)$')
+  return KEY.queue .. model .. (step == '0' and '' or KEY.separator .. step), model
+end
+
+local function ring_here(id, row)
+  local bell = redis.call('INCR', KEY.submitted)
+  await_doorbell(id, row, bell)
+  local key, model = broker_list(row.list)
+  local values = {id = quote(id), task = quote(row.task ~= '' and row.task or DOORBELL.task), priority = row.priority,
+    queue = quote(KEY.queue .. model), tag = quote(id .. '#' .. bell)}
+  redis.call('LPUSH', key, (string.gsub(DOORBELL.message, '<(%l+)>', values)))
+  count('rung')
+  return bell
+end
+
+-- Puts a queued job into its tenant's line.
+local function hold(id, row)
+  if redis.call('ZADD', line_of(row.list, row.tenant), row.place, id) == 1 then
+    redis.call('HINCRBY', KEY.num_held, row.list, 1)
+  end
+  redis.call('HSET', KEY.job .. id, 'bell', 0)
+  redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
+  redis.call('SADD', KEY.lists, row.list)
+  if not is_capped(row.model, row.tenant) then
+    take_turns(row.list, row.tenant)
+  end
+  schedule(id, nil, tonumber(row.deadline))
+end
+
+local function forget_held(list, num)
+  if redis.call('HINCRBY', KEY.num_held, list, -num) <= 0 then
+    redis.call('HDEL', KEY.num_held, list)
+  end
+end
+
+local function leave_line(id, row)
+  local line = line_of(row.list, row.tenant)
+  if redis.call('ZREM', line, id) == 1 then
+    forget_held(row.list, 1)
+    if redis.call('EXISTS', line) == 0 then
+      redis.call('ZREM', KEY.turns .. row.list, row.tenant)
+    end
+  end
+end
+
+-- More doorbells than workers can take before the next claim makes room would only lengthen everybody's way.
+local function room(list)
+  local model = string.match(list, '^(.*):%d+$')
+  return math.max(CONFIG.window, 2 * redis.call('ZCARD', KEY.workers .. model)) - redis.call('ZCARD', KEY.waiting .. list)
+end
+
+local function ring_next(list, model, tenant)
+  local line = line_of(list, tenant)
+  local id = redis.call('ZPOPMIN', line)[1]
+  if id then
+    forget_held(list, 1)
+    local row = read(id, 'task', 'priority', 'deadline')
+    row.list, row.model, row.tenant = list, model, tenant
+    redis.call('HSET', KEY.job .. id, 'order', ring_here(id, row))
+  end
+  if redis.call('EXISTS', line) == 0 then
+    redis.call('ZREM', KEY.turns .. list, tenant)
+  else
+    redis.call('ZADD', KEY.turns .. list, redis.call('INCR', KEY.turn), tenant)
+  end
+  return id
+end
+
+-- Rings for held jobs of one list, tenant by tenant, while there is room.
+local function release(list)
+  if redis.call('EXISTS', KEY.turns .. list) == 0 then
+    return
+  end
+  local model = string.match(list, '^(.*):%d+$')
+  local num = room(list)
+  while num > 0 do
+    local tenant = redis.call('ZRANGE', KEY.turns .. list, 0, 0)[1]
+    if not tenant then
+      return
+    elseif is_capped(model, tenant) then
+      redis.call('ZREM', KEY.turns .. list, tenant)
+    elseif ring_next(list, model, tenant) then
+      num = num - 1
+    end
+  end
+end
+
+-- After a job has left the queue or stopped running: whoever it kept waiting may go on.
+local function make_room(row)
+  if row.tenant == '' then
+    return release(row.list)
+  end
+  for step in pairs(STEP) do
+    release(row.model .. ':' .. step)
+  end
+end
+
+-- A job on its last life runs on a worker beside no other job that has lost one: a killer meets nobody twice in vain, and when
+-- it kills again it is known.
+local LAST_LIFE = math.max(1, CONFIG.max_attempts - 1)
+
+local function must_run_elsewhere(id, row, worker)
+  if row.losses == '0' then
+    return false
+  end
+  for _, other in ipairs(redis.call('SMEMBERS', KEY.suspects .. worker)) do
+    local losses = tonumber(redis.call('HGET', KEY.job .. other, 'losses') or '0')
+    if math.max(losses, tonumber(row.losses)) >= LAST_LIFE then
+      return true
+    end
+  end
+  return false
+end
+
+local function begin_running(id, row, worker)
+  add_in_flight(row, 1)
+  if row.losses ~= '0' then
+    redis.call('SADD', KEY.suspects .. worker, id)
+  end
+end
+
+local function stop_running(id, row)
+  add_in_flight(row, -1)
+  redis.call('SREM', KEY.suspects .. row.worker, id)
+end
+
+-- No doorbell announces the job until a reaper rings, after `delay_s`.
+local function postpone(id, row, delay_s)
+  local again_at = now + delay_s
+  redis.call('HSET', KEY.job .. id, 'bell', 0, 'alarm', moment(again_at), 'not_before', moment(again_at))
+  schedule(id, again_at, tonumber(row.deadline))
+end
+
+-- Ends an attempt without ending the job. `row` needs: model list tenant worker attempt deadline.
+local function requeue(id, row, reason, delay_s)
+  redis.call('HSET', KEY.job .. id, 'status', 'queued', 'queued_at', stamp)
+  redis.call('HDEL', KEY.job .. id, 'worker', 'token', 'lease')
+  postpone(id, row, delay_s)
+  stop_running(id, row)
+  emit(id, row.attempt, '"type":"job.retrying","reason":' .. quote(reason))
+end
