@@ -8,6 +8,7 @@ models hand down to their layers; nothing is global, so engines in one process c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -19,7 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from worker.engine.kernels import SDPA, Kernels, PieceAttention
 from worker.engine.kv_paged import LayerShape, PagedKV
+from worker.engine.transfer import to_device
 
 FLAT: Final = "visionq_flat"
 PROMPT: Final = "visionq_prompt"
@@ -86,6 +89,29 @@ class Span:
     blocks: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Sequences that pieces of prompts end, one behind the other. entries [S]: where their tokens are in the cache.
+
+    starts, longest: see `PieceAttention`.
+    """
+
+    entries: Tensor
+    starts: tuple[Tensor, Tensor]
+    longest: tuple[int, int]
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], block_size: int) -> Sequences:
+        """Lay out the sequences; lengths come from the host, so nothing waits."""
+        device = spans[0].blocks.device
+        places = torch.arange(block_size, device=device)
+        entries = [(span.blocks[:, None] * block_size + places).flatten()[: span.kv_len] for span in spans]
+        lengths = [[span.num_tokens for span in spans], [span.kv_len for span in spans]]
+        starts = torch.tensor([list(itertools.accumulate(each, initial=0)) for each in lengths], dtype=torch.int32)
+        pieces, sequences = to_device(starts, device)
+        return cls(torch.cat(entries), (pieces, sequences), (max(lengths[0]), max(lengths[1])))
+
+
 @dataclass(slots=True)
 class FlatStep:
     """A row [1, T]: decode rows first, then pieces of prompts. `slots` [T] says where each token is written."""
@@ -94,6 +120,8 @@ class FlatStep:
     slots: Tensor
     decode: DecodeRows | None = None
     spans: Sequence[Span] = ()
+    kernels: Kernels = SDPA
+    _sequences: Sequences | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _scratch: dict[str, Tensor] = field(default_factory=dict)
 
@@ -107,15 +135,23 @@ class FlatStep:
         if self.decode is not None:
             start = self.decode.kv_lens.shape[0]
             parts.append(self._decode(flat[:start], self.decode, layer, scale, call.window))
-        for number, span in enumerate(self.spans):
-            end = start + span.num_tokens
-            parts.append(self._read(flat[start:end], number, layer, scale, call.window))
-            start = end
+        if self.spans and self.kernels.pieces is not None:
+            parts.append(self._read_all(flat[start:], self.kernels.pieces, layer, scale, call.window))
+        else:
+            for number, span in enumerate(self.spans):
+                end = start + span.num_tokens
+                parts.append(self._read(flat[start:end], number, layer, scale, call.window))
+                start = end
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def _decode(self, query: Tensor, rows: DecodeRows, layer: int, scale: float, window: int | None) -> Tensor:
-        """Gather the blocks of all rows and attend once; heads that share keys lie side by side as query rows."""
+        """Attend with the kernel; without one gather the blocks of all rows and attend once.
+
+        Heads that share keys lie side by side as query rows then.
+        """
         keys, values = self.kv.blocks(layer)
+        if self.kernels.decode is not None:
+            return self.kernels.decode(query, keys, values, rows.block_table, rows.kv_lens, scale, window)
         num_rows, num_entries = rows.block_table.shape[0], rows.block_table.shape[1] * self.kv.block_size
         index = rows.block_table.flatten().to(keys.device)
         keys = self._gathered("keys", keys, index).view(num_rows, num_entries, *keys.shape[2:])
@@ -151,6 +187,14 @@ class FlatStep:
             mask = (entries <= newest) if window is None else (entries <= newest) & (entries > newest - window)
             mask = self._masks[-1, window] = mask[:, None, None]
         return mask
+
+    def _read_all(self, query: Tensor, attend: PieceAttention, layer: int, scale: float, window: int | None) -> Tensor:
+        """Gather what the pieces [T, heads, dim] may see, one sequence behind the other, and attend once."""
+        if self._sequences is None:
+            self._sequences = Sequences.of(self.spans, self.kv.block_size)
+        its = self._sequences
+        keys, values = (each.flatten(0, 1).index_select(0, its.entries) for each in self.kv.blocks(layer))
+        return attend(query, keys, values, its.starts, its.longest, scale, window)
 
     def _read(self, query: Tensor, number: int, layer: int, scale: float, window: int | None) -> Tensor:
         """Attend for one piece of a prompt, [n, heads, dim]."""

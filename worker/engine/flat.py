@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worker.engine.attention import FLAT, DecodeRows, FlatStep, Span
 from worker.engine.entrances import Entrances
+from worker.engine.kernels import SDPA, Kernels
 from worker.engine.kv_paged import PagedKV
+from worker.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +49,27 @@ class FlatForward:
     """Feeds decode rows and pieces of prompts to the text model in one forward. Engine thread only.
 
     num_axes: axes of the model's position ids, 1 until a prompt with more comes by.
+    kernels: attention code for the device. compiles: let `torch.compile` have the forward of decode steps.
     """
 
-    def __init__(self, entrances: Entrances, kv: PagedKV) -> None:
+    def __init__(self, entrances: Entrances, kv: PagedKV, kernels: Kernels = SDPA, *, compiles: bool = False) -> None:
         self._entrances = entrances
         self._kv = kv
+        self._kernels = kernels
+        self._decode_forward = _compiled(entrances.text_forward) if compiles else entrances.text_forward
         self.num_axes = 1
 
     def decode(self, inputs: DecodeInputs) -> Tensor:
         """Return logits [B, V]. Only tensors go in and nothing waits for the device: fit for a CUDA graph."""
-        return self._run(
-            self._entrances.embed(inputs.ids), self._spread(inputs.positions), self._decode_step(inputs), None
-        )
+        embeds, positions = self._entrances.embed(inputs.ids), self._spread(inputs.positions)
+        return self._run(self._decode_forward, embeds, positions, self._decode_step(inputs), None)
 
     def mixed(self, inputs: DecodeInputs | None, pieces: Sequence[PromptPiece]) -> Tensor:
         """Return logits of the decode rows and of the last token of each prompt that ends, [B + ends, V]."""
         embeds = [piece.embeds for piece in pieces]
         positions = [self._spread(piece.positions) for piece in pieces]
         slots = [piece.slots for piece in pieces]
-        step = FlatStep(self._kv, slots[0])
+        step = FlatStep(self._kv, slots[0], kernels=self._kernels)
         num_decode = 0
         if inputs is not None:
             step = self._decode_step(inputs)
@@ -77,20 +82,25 @@ class FlatForward:
         ends = itertools.accumulate((span.num_tokens for span in step.spans), initial=num_decode - 1)
         next(ends)
         wanted = [*range(num_decode), *(end for end, piece in zip(ends, pieces, strict=True) if piece.is_last)]
-        last = torch.tensor(wanted, dtype=torch.long).to(embeds[0].device)
-        return self._run(torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
+        last = to_device(torch.tensor(wanted, dtype=torch.long), embeds[0].device)
+        return self._run(self._entrances.text_forward, torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
 
     def _decode_step(self, inputs: DecodeInputs) -> FlatStep:
         block_size = self._kv.block_size
         blocks = inputs.block_table.gather(1, (inputs.lengths // block_size)[:, None])[:, 0]
         slots = blocks * block_size + inputs.lengths % block_size
-        return FlatStep(self._kv, slots, DecodeRows(inputs.block_table, inputs.lengths + 1))
+        rows = DecodeRows(inputs.block_table, inputs.lengths + 1)
+        if self._kernels.decode is not None:
+            rows = DecodeRows(rows.block_table.int(), rows.kv_lens.int())
+        return FlatStep(self._kv, slots, rows, kernels=self._kernels)
 
-    def _run(self, embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None) -> Tensor:
+    def _run(
+        self, forward: Callable[..., Any], embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None
+    ) -> Tensor:
         """Return logits of the tokens `last` points at, of all without it."""
         positions = positions[None] if positions.ndim == 1 else positions[:, None]
         with self._entrances.attending(FLAT):
-            output = self._entrances.text_forward(
+            output = forward(
                 inputs_embeds=embeds[None],
                 position_ids=positions,
                 use_cache=False,
@@ -105,3 +115,9 @@ class FlatForward:
         if positions.ndim == 2 or self.num_axes == 1:
             return positions
         return positions.expand(self.num_axes, -1)
+
+
+def _compiled(forward: nn.Module) -> Callable[..., Any]:
+    """Compile for any number of rows at once: a compilation takes minutes."""
+    compiled: Callable[..., Any] = torch.compile(forward, dynamic=True)
+    return compiled
