@@ -68,6 +68,8 @@ def make_app(settings: WorkerSettings) -> Celery:
         broker_connection_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # A full Redis, and one that is a replica for a moment, refuses the loop's own commands: no reason to end either.
+        broker_channel_error_retry=True,
         broker_connection_timeout=4,
         broker_transport_options=_transport_options(),
         redis_socket_timeout=SOCKET_TIMEOUT_S,
