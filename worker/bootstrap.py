@@ -184,13 +184,12 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
             f"VISIONQ_MAX_NUM_BATCHED_TOKENS: {num_batched} leaves nothing for prompts beside "
             f"VISIONQ_MAX_NUM_SEQS={settings.max_num_seqs}"
         )
-    is_paged = settings.kv_backend is KVBackend.PAGED or (settings.kv_backend is KVBackend.AUTO and not on_cpu)
     sizes = PagedConfig(settings.kv_block_size, settings.kv_blocks, settings.kv_memory_fraction)
     return EngineConfig(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len or automatic,
         max_num_batched_tokens=num_batched,
-        paged=sizes if is_paged else None,
+        paged=None if settings.kv_backend is KVBackend.SLOTS else sizes,
     )
 
 

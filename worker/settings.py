@@ -57,7 +57,7 @@ class Quantization(StrEnum):
 
 
 class KVBackend(StrEnum):
-    """Where keys and values live; auto is paged on a GPU and slots on a CPU."""
+    """Where keys and values live; auto is paged, and slots for a model that blocks cannot serve."""
 
     AUTO = "auto"
     SLOTS = "slots"
@@ -127,7 +127,7 @@ class WorkerSettings(BaseSettings):
     kv_backend: KVBackend = Field(
         default=KVBackend.AUTO,
         validation_alias=AliasChoices("kv_backend", "VISIONQ_KV"),
-        description="Keys and values: `paged` blocks, `slots` of full length, `auto`: paged on a GPU, slots on a CPU",
+        description="Keys and values: `paged` blocks, `slots` of full length, `auto`: paged where the model is suited",
     )
     kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens of one paged block")
     kv_blocks: int = Field(

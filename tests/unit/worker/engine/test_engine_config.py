@@ -14,18 +14,18 @@ from worker.models.loader import LoadedModel, load
 from worker.settings import WorkerSettings
 
 
+BLOCKS = PagedConfig(block_size=32, num_blocks=99, memory_fraction=0.5)
+
+
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint: Callable[[str], Path]) -> LoadedModel:
     return load(WorkerSettings(model=str(tiny_checkpoint("idefics2")), device="cpu"))
 
 
-@pytest.mark.parametrize(
-    ("value", "paged"), [(None, None), ("auto", None), ("slots", None), ("paged", PagedConfig(32, 99, 0.5))]
-)
+@pytest.mark.parametrize(("value", "paged"), [(None, BLOCKS), ("auto", BLOCKS), ("slots", None), ("paged", BLOCKS)])
 def test_the_kv_back_end_is_chosen_by_a_variable(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, value: str | None, paged: PagedConfig | None
 ) -> None:
-    """A CPU keeps rows unless told otherwise."""
     if value is not None:
         monkeypatch.setenv("VISIONQ_KV", value)
     monkeypatch.setenv("VISIONQ_KV_BLOCK_SIZE", "32")
