@@ -20,6 +20,7 @@ READY_S = 120.0
 class WorkerProcess:
     """`visionq-worker start` with its own log file. `settings` are VISIONQ_ variables without the prefix."""
 
+    program: tuple[str, ...] = ("-m", "worker.cli", "start")
     options: tuple[str, ...] = ()
 
     def __init__(
@@ -48,7 +49,7 @@ class WorkerProcess:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker.cli", "start", *self.options],
+                [sys.executable, *self.program, *self.options],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

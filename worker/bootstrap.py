@@ -7,12 +7,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import redis
 
+from api_stub.contract import names
 from api_stub.contract.redis_url import redis_address
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
@@ -24,8 +26,21 @@ from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
 from worker.intake import Intake
 from worker.lifecycle.attempt import Attempts
+from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
+from worker.lifecycle.health import Health, Vitals
 from worker.lifecycle.heartbeat import Heartbeat
+from worker.lifecycle.watchdog import (
+    FROZEN_MARGIN_S,
+    EngineWatch,
+    Finding,
+    QueueWatch,
+    ThreadWatch,
+    Trouble,
+    Watchdog,
+    end_within,
+    look_s,
+)
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
 from worker.media.decoder_process import DecodeLimits
@@ -33,7 +48,9 @@ from worker.media.decoders import Decoders
 from worker.media.fetch import MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
 from worker.media.scratch import remove_leftovers
+from worker.metering import JobMeter, StepMeter, TimedStep, TokenMeter, engine_readings, media_readings
 from worker.models.loader import LoadedModel, load
+from worker.observability.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
 from worker.settings import KVBackend, WorkerSettings
@@ -44,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_S: Final = 5.0
 STOP_TIMEOUT_S: Final = 5.0
+#: A worker that gives up and has nothing to wait for ends by itself in this time, else by force.
+LAST_RESORT_S: Final = 30.0
 #: Rows of the KV cache on a CPU when the setting leaves the length to us: longer contexts cost memory at boot.
 CPU_MAX_MODEL_LEN: Final = 4096
 
@@ -56,7 +75,7 @@ class Runtime:
     settings: WorkerSettings
     ledger: Ledger
     engine: Engine
-    publisher: Publisher[list[RequestOutput]]
+    publisher: Publisher[TimedStep]
     pipeline: Pipeline
     intake: Intake
     drain: Drain
@@ -64,9 +83,30 @@ class Runtime:
     media_cache: MediaCache
     decoders: Decoders
     try_out: Callable[[], TriedOut]
+    attempts: Attempts
+    consumption: Consumption
+    health: Health
+    metrics: Metrics
+    step_meter: StepMeter
+    token_meter: TokenMeter
     exit_status: int = 0
     ring: Callable[[Bell], None] | None = None
+    watchdog: Watchdog = field(init=False)
     _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        watches = (
+            EngineWatch(self.engine, settings.stall_s),
+            ThreadWatch(Trouble.PUBLISHER_DEAD, lambda: self.publisher.is_alive),
+            QueueWatch(self.consumption, self._queue_length, settings.mute_s),
+        )
+        self.watchdog = Watchdog(
+            watches,
+            self.fail,
+            interval_s=look_s(min(settings.stall_s, settings.mute_s)),
+            frozen_s=settings.stall_s + FROZEN_MARGIN_S,
+        )
 
     def start(self) -> None:
         """Start what works beside the jobs, and answer one prompt, so that the first job finds everything warm.
@@ -81,18 +121,72 @@ class Runtime:
         except WorkerError as error:
             raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
         self.decoders.wait_ready()
+        self.step_meter.is_on = self.token_meter.is_on = True
+        self.health.serve(self.vitals)
+        self.metrics.read_at_scrape(self.readings)
 
     def on_ready(self) -> None:
-        """The worker consumes: start heartbeats and the reaper."""
+        """The worker consumes: start heartbeats, the watchdog and the reaper."""
         self.heartbeat.start()
+        self.watchdog.start()
         if self.ring is not None:
             reaper = Reaper(self.ledger, self.ring, self.settings.sweep_s)
             threading.Thread(target=reaper.run, args=(self._stopping,), name="reaper", daemon=True).start()
         logger.info("worker ready", extra={"action": "ready", "worker": self.worker_name})
 
+    def fail(self, finding: Finding) -> None:
+        """End the process so that a supervisor restarts it: as SIGTERM does, but with a failing exit status.
+
+        Only a worker that is mute can still finish what it runs. Any thread, more than once.
+        """
+        if not self.health.fail(finding):
+            return
+        facts = {"action": "fail", "trouble": finding.trouble.value, "facts": finding.facts}
+        logger.critical("worker gives up", extra=facts)
+        self.exit_status = 1
+        may_finish = finding.trouble is Trouble.MUTE
+        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))
+        was_draining = self.drain.is_draining
+        self.drain.begin()
+        if not may_finish:
+            self.drain.give_back()
+        if not was_draining:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def vitals(self) -> Vitals:
+        """Return what probes want to know."""
+        return Vitals(
+            is_engine_alive=self.engine.is_alive,
+            is_publisher_alive=self.publisher.is_alive,
+            is_consuming=self.consumption.is_consuming,
+            is_draining=self.drain.is_draining,
+            redis_silent_s=round(time.monotonic() - self.heartbeat.last_beat_at, 3),
+            num_held=len(self.attempts),
+            num_running=self.engine.num_running,
+            num_waiting=self.engine.num_waiting,
+        )
+
+    def readings(self) -> Mapping[str, float]:
+        """Return the metrics that others keep."""
+        own = {
+            "num_jobs_held": len(self.attempts),
+            "num_slots": self.consumption.num_slots,
+            "redis_silent_seconds": time.monotonic() - self.heartbeat.last_beat_at,
+            "is_ready": self.health.readiness().is_good,
+            "is_draining": self.drain.is_draining,
+        }
+        return own | dict(engine_readings(self.engine)) | dict(media_readings(self.media_cache.stats()))
+
+    def _queue_length(self) -> int:
+        with self.ledger.client.pipeline(transaction=False) as pipe:
+            for step in names.PRIORITY_STEPS:
+                pipe.llen(names.queue_list(self.settings.model_name, step))
+            return sum(pipe.execute())
+
     def stop(self) -> None:
         """Stop everything, in the order in which work flows."""
         self._stopping.set()
+        self.watchdog.stop(STOP_TIMEOUT_S)
         self.intake.close()
         self.decoders.close()
         self.engine.stop(STOP_TIMEOUT_S)
@@ -100,15 +194,21 @@ class Runtime:
         self.heartbeat.stop(STOP_TIMEOUT_S)
 
 
-def build(settings: WorkerSettings) -> Runtime:
+def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Health | None = None) -> Runtime:
     """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
+    metrics, health = metrics or Metrics(settings.model_name), health or Health(REDIS_TIMEOUT_S)
     remove_leftovers()
     ledger = connect(settings)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
     attempts, answers, prompts = Attempts(), Answers(), PromptBuilder(loaded)
-    publisher: Publisher[list[RequestOutput]] = Publisher(ledger, answers.translate)
-    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), publisher.put_step)
+    step_meter, token_meter, job_meter = StepMeter(metrics), TokenMeter(metrics), JobMeter(metrics)
+    publisher: Publisher[TimedStep] = Publisher(ledger, token_meter.watching(answers.translate))
+
+    def outbox(outputs: list[RequestOutput]) -> None:
+        publisher.put_step(TimedStep(outputs, time.monotonic()))
+
+    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), outbox, step_meter)
     policy = media_policy(settings)
     media_cache = MediaCache(settings.media_cache_bytes)
     decoders = Decoders(
@@ -134,12 +234,19 @@ def build(settings: WorkerSettings) -> Runtime:
             prompts=prompts,
             engine=engine,
             events=publisher,
-            on_engine_dead=lambda: die(runtime),
+            meter=job_meter,
+            on_engine_dead=lambda: runtime.fail(Finding(Trouble.ENGINE_DEAD, "a job met a dead engine")),
         ),
         media_cache=media_cache,
         decoders=decoders,
         try_out=lambda: try_out(engine, prompts, answers),
-        intake=Intake(ledger, worker=worker_name, model=settings.model_name),
+        attempts=attempts,
+        consumption=Consumption(settings.concurrency),
+        health=health,
+        metrics=metrics,
+        step_meter=step_meter,
+        token_meter=token_meter,
+        intake=Intake(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
         drain=Drain(attempts, settings.drain_s),
         heartbeat=Heartbeat(
             ledger,
@@ -163,12 +270,6 @@ def connect(settings: WorkerSettings) -> Ledger:
     except (redis.RedisError, ValueError) as error:
         raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {redis_address(url)}: {error}") from error
     return ledger
-
-
-def die(runtime: Runtime) -> None:
-    """End the process so that a supervisor restarts it: as SIGTERM does, but with a failing exit status."""
-    runtime.exit_status = 1
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig:

@@ -9,15 +9,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from queue import Empty
-from typing import Any
+from typing import Any, Final
 
 import redis
+from celery.app.amqp import AMQP
+from kombu import Connection
 from kombu.transport.redis import Channel, Transport
 
 logger = logging.getLogger(__name__)
 
 #: Faults of the connection, not of a message: kombu and Celery reconnect.
 _CONNECTION_FAULTS = (redis.RedisError, OSError)
+
+
+#: Pauses between two tries to reach the broker. kombu's own grow to half a minute, which jobs wait after an outage.
+RECONNECT: Final = {"interval_start": 1.0, "interval_step": 0.5, "interval_max": 1.0}
+
+
+class SwiftConnection(Connection):
+    """Comes back soon after an outage."""
+
+    def _ensure_connection(self, *args: Any, **options: Any) -> Any:
+        return super()._ensure_connection(*args, **RECONNECT | options)
+
+
+class SwiftAMQP(AMQP):
+    """Makes swift connections. `worker.celery_app` names this class."""
+
+    Connection = SwiftConnection
 
 
 class GuardedChannel(Channel):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import ssl
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
 from celery.apps.worker import Worker
 from kombu import Queue
 
@@ -20,11 +20,13 @@ from api_stub.contract import names
 from api_stub.contract.job import TaskName
 from api_stub.ledger.rows import Bell
 from worker.bootstrap import Runtime
+from worker.lifecycle.consumption import Consumption
 from worker.settings import WorkerSettings
 
 SOCKET_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
 HEALTH_CHECK_S: Final = 10
+LOOP_TURN_S: Final = 1.0
 #: A second net only: after this a message of a dead worker comes back once more and is skipped by the claim.
 VISIBILITY_TIMEOUT_S: Final = 600
 #: How the messages of Celery's consumer begin that quote a message's body.
@@ -35,7 +37,7 @@ def make_app(settings: WorkerSettings) -> Celery:
     """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks."""
     url = settings.redis_url.get_secret_value()
     queue = names.queue(settings.model_name)
-    app = Celery("visionq", broker=url, backend=url, set_as_current=False)
+    app = Celery("visionq", broker=url, backend=url, amqp="worker.broker:SwiftAMQP", set_as_current=False)
     app.conf.update(
         # Named apart as well: CELERY_BROKER_URL, set for another Celery on this machine, would beat the app's broker.
         broker_read_url=url,
@@ -68,7 +70,7 @@ def make_app(settings: WorkerSettings) -> Celery:
         broker_connection_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        # A full Redis, and one that is a replica for a moment, refuses the loop's own commands: no reason to end either.
+        # A full Redis, or one that is a replica for a moment, refuses the loop's own commands: no reason to end.
         broker_channel_error_retry=True,
         broker_connection_timeout=4,
         broker_transport_options=_transport_options(),
@@ -124,6 +126,22 @@ def ring(app: Celery, bell: Bell) -> None:
     )
 
 
+def consumption_step(consumption: Consumption) -> type[bootsteps.StartStopStep]:
+    """Return what tells `consumption`, for every connection to the broker anew, that the event loop turns."""
+
+    class Consuming(bootsteps.StartStopStep):
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, parent: Any) -> None:
+            consumption.subscribed()
+            parent.timer.call_repeatedly(LOOP_TURN_S, consumption.turned)
+
+        def stop(self, parent: Any) -> None:
+            consumption.unsubscribed()
+
+    return Consuming
+
+
 def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
     """Consume until SIGTERM; return the process's exit status. Blocks the main thread."""
 
@@ -136,6 +154,7 @@ def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
     logging.getLogger("celery.worker.consumer.consumer").addFilter(without_bodies)
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
+    app.steps["consumer"].add(consumption_step(runtime.consumption))
     worker: Worker = app.Worker(
         hostname=runtime.worker_name,
         pool="threads",

@@ -13,7 +13,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from worker.errors import CannotStart
+from worker.lifecycle.health import Health
+from worker.lifecycle.http import OperationsServer
 from worker.observability.logging import configure_logging
+from worker.observability.metrics import Metrics
+from worker.observability.redaction import Redactor
 from worker.settings import LogFormat, WorkerSettings
 from worker.supervisor import EXIT_CANNOT_START, Supervisor, parse_devices
 
@@ -37,19 +41,22 @@ def start(
     options = {"model": model, "model_name": model_name}
     given = {name: value for name, value in options.items() if value is not None}
     settings = read_settings(given)
-    configure_logging(settings.log_format, settings.log_level)
+    metrics = Metrics(settings.model_name)
+    redact = Redactor(settings.secrets())
+    configure_logging(settings.log_format, settings.log_level, redact=redact, count=metrics.count_log_event)
     if devices is not None:
         sys.exit(supervise(devices, given, settings))
+    health = answer_probes(settings, metrics)
     # torch and transformers load only now: a wrong setting is told in milliseconds.
     from worker.bootstrap import build
     from worker.celery_app import make_app, ring, serve
     from worker.tasks import register
 
     try:
-        runtime = build(settings)
+        runtime = build(settings, metrics, health)
         runtime.start()
     except CannotStart as error:
-        refuse(str(error))
+        refuse(redact(str(error)))
     celery_app = make_app(settings)
     register(celery_app, runtime)
     runtime.ring = lambda bell: ring(celery_app, bell)
@@ -132,6 +139,18 @@ def _range(text: str) -> tuple[int, int]:
     if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
         raise typer.BadParameter(f"{text!r} is not LEAST-MOST, like 8-96", param_hint="--max-new-tokens")
     return int(least), int(most or least)
+
+
+def answer_probes(settings: WorkerSettings, metrics: Metrics) -> Health:
+    """Begin to answer probes and scrapers, if asked to; return what they are told from."""
+    # A Redis that missed three beats is away.
+    health = Health(3 * settings.beat_s + 1.0)
+    if settings.http_port:
+        try:
+            OperationsServer(settings.http_host, settings.http_port, health, metrics).start()
+        except CannotStart as error:
+            refuse(str(error))
+    return health
 
 
 def supervise(devices: str, given: dict[str, str], settings: WorkerSettings) -> int:

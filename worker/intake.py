@@ -18,7 +18,7 @@ import redis
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import Job, parse_job
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Claim, JobConflict, Refusal
+from api_stub.ledger.rows import Claim, JobConflict, Refusal, RefusalReason
 from worker.knock import Knock
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,11 @@ class Accepted:
 class Intake:
     """Turns knocks into claims for one worker that serves one model name."""
 
-    def __init__(self, ledger: Ledger, *, worker: str, model: str) -> None:
+    def __init__(
+        self, ledger: Ledger, *, worker: str, model: str, on_refusal: Callable[[RefusalReason], None] | None = None
+    ) -> None:
         self._ledger, self._worker, self._model = ledger, worker, model
+        self._on_refusal = on_refusal
         self._stopping = threading.Event()
 
     def accept(self, knock: Knock) -> Accepted | None:
@@ -58,6 +61,8 @@ class Intake:
         claim = self._again(lambda: self._ledger.claim(knock.job_id, self._worker, token))
         if isinstance(claim, Refusal):
             logger.info("no claim", extra={"action": "claim", "job_id": knock.job_id, "reason": claim.reason.value})
+            if self._on_refusal is not None:
+                self._on_refusal(claim.reason)
             return None
         return Accepted(claim, problem)
 

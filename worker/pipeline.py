@@ -27,7 +27,9 @@ from worker.intake import Accepted
 from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
 from worker.media.collect import AnyMediaPart, MediaCollector, media_parts
 from worker.media.types import DecodedMedia
+from worker.metering import JobMeter
 from worker.models.inputs import ModelInputs
+from worker.observability.logging import job_context
 from worker.prompting.prepare import PromptBuilder
 from worker.stopwatch import Stopwatch
 from worker.streaming.outgoing import Outgoing
@@ -76,6 +78,7 @@ class Pipeline:
         prompts: PromptBuilder,
         engine: EngineDoor,
         events: EventDoor,
+        meter: JobMeter,
         on_engine_dead: Callable[[], None],
     ) -> None:
         self._model = model
@@ -86,15 +89,21 @@ class Pipeline:
         self._prompts = prompts
         self._engine = engine
         self._events = events
+        self._meter = meter
         self._on_engine_dead = on_engine_dead
         self._pause = threading.Event()
 
     def run(self, accepted: Accepted) -> None:
         """Bring one claimed job to its end. Raises only what no job may survive (KeyboardInterrupt and the like)."""
+        with job_context(accepted.claim.job_id, accepted.claim.attempt):
+            self._run(accepted)
+
+    def _run(self, accepted: Accepted) -> None:
         attempt = Attempt(accepted.claim)
         answer = self._answers.open(attempt.request_id, attempt.stream)
         watch = Stopwatch(accepted.claim.queued_s, accepted.claim.age_s)
         logger.info("job started", extra=_facts(attempt))
+        self._meter.begins(attempt)
         self._attempts.add(attempt)
         try:
             body = self._ending(attempt, accepted.problem, answer, watch)
@@ -102,6 +111,7 @@ class Pipeline:
         finally:
             self._attempts.remove(attempt)
             self._answers.close(answer)
+        self._meter.ends(attempt, body, outcome, watch)
         logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
 
     def _ending(
@@ -114,6 +124,7 @@ class Pipeline:
             inputs = self._prepare(attempt, job, watch)
             usage = used(inputs, 0)
             finish = self._generate(attempt, job, inputs, answer, watch)
+            self._meter.answered(watch.first_token_s(finish))
             return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
         except Stopped as stopped:
             return stopped_body(stopped.reason, answer, usage)

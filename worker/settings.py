@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -20,6 +21,8 @@ from api_stub.contract.redis_url import check_redis_url
 from api_stub.ledger.config import LedgerConfig
 
 MEBIBYTE = 1024 * 1024
+#: Read by libraries, not by these settings.
+SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 
 
 class Switch(StrEnum):
@@ -146,6 +149,18 @@ class WorkerSettings(BaseSettings):
         default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
     )
     drain_s: float = Field(default=30.0, ge=0, description="Time running jobs get after SIGTERM")
+    stall_s: float = Field(
+        default=300.0, ge=1, description="An engine with work that makes no step this long is restarted"
+    )
+    mute_s: float = Field(
+        default=30.0, ge=1, description="A worker that takes nothing this long from a full queue is restarted"
+    )
+    http_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address of `/healthz`, `/readyz` and `/metrics`"
+    )
+    http_port: int = Field(
+        default=0, ge=0, le=65_000, description="Port of the first device's worker, the next ones follow; 0: none"
+    )
     result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
     events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
     max_image_bytes: int = Field(default=32 * MEBIBYTE, ge=1, description="Bytes of one image")
@@ -191,6 +206,11 @@ class WorkerSettings(BaseSettings):
         if value * 3 > lease_s:
             raise ValueError(f"must be at most a third of the lease ({lease_s} s)")
         return value
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return what no line of this process may show: passwords and keys that its environment holds."""
+        url_password = urlsplit(self.redis_url.get_secret_value()).password or ""
+        return tuple(filter(None, (url_password, *(os.environ.get(name, "") for name in SECRET_VARIABLES))))
 
     @property
     def readable_buckets(self) -> frozenset[str]:

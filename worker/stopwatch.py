@@ -14,15 +14,15 @@ class Lap:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._entered_at = 0.0
+        self.entered_at = 0.0
 
     def __enter__(self) -> None:
-        self._entered_at = time.monotonic()
+        self.entered_at = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.seconds += time.monotonic() - self._entered_at
+        self.seconds += time.monotonic() - self.entered_at
 
 
 class Stopwatch:
@@ -37,6 +37,10 @@ class Stopwatch:
     def total_s(self) -> float:
         """Seconds from submit until now."""
         return self._age_s + time.monotonic() - self._started_at
+
+    def first_token_s(self, finish: Finish) -> float:
+        """Return seconds from submit until the first token of an answer."""
+        return self._age_s + self.generate.entered_at - self._started_at + finish.first_token_s
 
     def timings(self, finish: Finish) -> Timings:
         """Return the timings of an attempt that has just ended."""

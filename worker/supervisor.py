@@ -115,6 +115,7 @@ class Supervisor:
         self._command = command
         self._environment = dict(environment)
         self._stop_s = settings.drain_s + STOP_MARGIN_S
+        self._http_port = settings.http_port
         self._workers = [_Worker(number, device) for number, device in enumerate(devices)]
         self._signals: list[int] = []
         if not settings.torch_threads and len(devices) > 1:
@@ -158,7 +159,7 @@ class Supervisor:
     def _start(self, worker: _Worker) -> None:
         worker.process = subprocess.Popen(
             self._command,
-            env=self._environment | worker.device.environment,
+            env=self._environment | worker.device.environment | self._port(worker),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the supervisor alone; it decides the order of the end
             preexec_fn=_die_with_parent,
@@ -166,6 +167,9 @@ class Supervisor:
         worker.started_at = time.monotonic()
         worker.num_starts += 1
         logger.info("worker started", extra=_facts(worker) | {"pid": worker.process.pid})
+
+    def _port(self, worker: _Worker) -> dict[str, str]:
+        return {"VISIONQ_HTTP_PORT": str(self._http_port + worker.number)} if self._http_port else {}
 
     def _note_end(self, worker: _Worker, status: int) -> None:
         lived_s = time.monotonic() - worker.started_at

@@ -60,7 +60,8 @@ class _JobTask(Task[Any, Any]):
         """Handle one message. Always raises Ignore, or Reject to put a message back that could not be recorded."""
         said = Knock.from_json(knock)
         try:
-            self._handle(said)
+            with self._runtime.consumption.taken():
+                self._handle(said)
         except redis.RedisError as error:
             logger.warning(
                 "message not handled",
@@ -76,6 +77,7 @@ class _JobTask(Task[Any, Any]):
 
     def _handle(self, knock: Knock) -> None:
         if self._runtime.drain.is_draining:
+            logger.info("message put back", extra={"action": "drain", "job_id": knock.job_id})
             raise Reject(reason="draining", requeue=True)  # another worker takes it at once
         accepted = self._runtime.intake.accept(knock)
         if accepted is not None:

@@ -47,6 +47,9 @@ class Runner(Protocol):
     why_not_paged: str | None
     can_resume: bool
 
+    def kv_usage(self) -> float:
+        """Return the share of KV space that requests hold, 0…1."""
+
     def prefix_stats(self) -> PrefixStats:
         """Return what earlier prompts that began alike have spared so far."""
 

@@ -55,6 +55,10 @@ class EngineCore:
         self._texts: dict[str, Detokenizer] = {}
         self._num_failed_steps = 0
 
+    def kv_usage(self) -> float:
+        """Return the share of KV space that requests hold, 0…1; any thread."""
+        return self._runner.kv_usage()
+
     def prefix_stats(self) -> PrefixStats:
         """Return what earlier prompts that began alike have spared; any thread."""
         return self._runner.prefix_stats()

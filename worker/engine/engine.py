@@ -131,6 +131,10 @@ class Engine:
         """How often a request gave its KV space up to be read again later."""
         return self._core.scheduler.num_preempted
 
+    def kv_usage(self) -> float:
+        """Return the share of KV space that requests hold, 0…1."""
+        return self._core.kv_usage()
+
     def prefix_stats(self) -> PrefixStats:
         """Return how many prompt tokens were not read because an earlier prompt began alike."""
         return self._core.prefix_stats()

@@ -65,6 +65,10 @@ class PagedRunner:
         """Blocks that no request holds."""
         return self._tables.num_free_blocks
 
+    def kv_usage(self) -> float:
+        """Return the share of blocks that have an owner."""
+        return 1.0 - self._tables.num_free_blocks / max(1, self._kv.num_blocks - 1)
+
     def prefix_stats(self) -> PrefixStats:
         """Return how many prompt tokens did not have to be read; any thread."""
         return PrefixStats(self._num_queried_tokens, self._num_reused_tokens)

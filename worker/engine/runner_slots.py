@@ -46,6 +46,10 @@ class SlotRunner:
         self._rows: list[Request] = []
         self._device = model.device
 
+    def kv_usage(self) -> float:
+        """Return the share of rows that are taken."""
+        return len(self._rows) / self._cache.num_rows
+
     def prefix_stats(self) -> PrefixStats:
         """Every row is read from its beginning."""
         return PrefixStats()

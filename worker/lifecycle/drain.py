@@ -21,6 +21,7 @@ class Drain:
         self._attempts = attempts
         self._drain_s = drain_s
         self._begun = threading.Event()
+        self._given_back = threading.Event()
 
     @property
     def is_draining(self) -> bool:
@@ -32,10 +33,15 @@ class Drain:
         if self._begun.is_set():
             return
         self._begun.set()
-        logger.info("draining", extra={"action": "drain", "num_running": len(self._attempts), "drain_s": self._drain_s})
-        timer = threading.Timer(self._drain_s, self._give_back)
-        timer.daemon = True
-        timer.start()
+        # Nothing more in a signal handler: what is interrupted may hold a lock that a log line needs.
+        threading.Thread(target=self._run, name="drain", daemon=True).start()
 
-    def _give_back(self) -> None:
+    def _run(self) -> None:
+        logger.info("draining", extra={"action": "drain", "num_running": len(self._attempts), "drain_s": self._drain_s})
+        self._given_back.wait(self._drain_s)
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Wait no longer: what still runs goes back to the queue. Any thread, more than once."""
         self._attempts.close(StopReason.DRAINED)
+        self._given_back.set()

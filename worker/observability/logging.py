@@ -1,6 +1,7 @@
 """Log lines: JSON (one object per line) or text, on stderr.
 
-Facts go into `extra`; prompts, media and credentials never do.
+Facts go into `extra`; prompts, media and credentials never do. Lines that the thread of a job writes carry the job's
+id and attempt by themselves. Also lines of libraries, warnings and the last words of a thread take this form.
 """
 
 from __future__ import annotations
@@ -8,17 +9,43 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Final
 
+from worker.observability.redaction import Redactor
 from worker.settings import LogFormat
+
+logger = logging.getLogger(__name__)
 
 #: Attributes that every LogRecord has; whatever else a record carries came through `extra`.
 _PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message", "data"}
+#: Celery logs every task it takes and drops at INFO; a job's own two lines say more.
+_TALKATIVE: Final = ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers")
+
+_job: ContextVar[dict[str, object] | None] = ContextVar("job", default=None)
+
+
+@contextmanager
+def job_context(job_id: str, attempt: int) -> Iterator[None]:
+    """Lines that this thread writes in here belong to a job."""
+    token = _job.set({"job_id": job_id, "attempt": attempt})
+    try:
+        yield
+    finally:
+        _job.reset(token)
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per record: ts, level, logger, message, then the record's `extra` facts."""
+
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
+        super().__init__()
+        self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -30,30 +57,71 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return self._redact(json.dumps(line, default=str, ensure_ascii=False))
 
 
 class TextFormatter(logging.Formatter):
     """Time, level, message and the facts as key=value, for a person at a terminal."""
 
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
+        super().__init__()
+        self._redact = redact
+
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S")
         facts = "".join(f" {key}={value}" for key, value in _facts(record).items())
         line = f"{at} {record.levelname:<7} {record.getMessage()}{facts}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return self._redact(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
 
-def configure_logging(log_format: LogFormat, level: str) -> None:
-    """Send the root logger to stderr in `log_format`, from `level` up."""
+class CountingHandler(logging.Handler):
+    """Tells `count` level, action and fixed phrase of every line that tells of an action, and of all warnings."""
+
+    def __init__(self, count: Callable[[str, str, str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._count = count
+
+    def emit(self, record: logging.LogRecord) -> None:
+        action = getattr(record, "action", None)
+        if action is not None:
+            self._count(record.levelname, str(action), str(record.msg))
+        elif record.levelno >= logging.WARNING:
+            # A library's phrase may hold anything: its name has to do.
+            self._count(record.levelname, "library", record.name.partition(".")[0])
+
+
+def configure_logging(
+    log_format: LogFormat,
+    level: str,
+    *,
+    redact: Callable[[str], str] | None = None,
+    count: Callable[[str, str, str], None] | None = None,
+) -> None:
+    """Send the root logger to stderr in `log_format`, from `level` up; `count` hears of quieter lines too."""
+    redact = redact or Redactor()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
+    handler.setFormatter(JsonFormatter(redact) if log_format is LogFormat.JSON else TextFormatter(redact))
+    handler.setLevel(level)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    # Celery logs every task it takes and drops at INFO; a job's own two lines say more.
-    for name in ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    root.handlers[:] = [handler] if count is None else [handler, CountingHandler(count)]
+    root.setLevel(min(handler.level, logging.INFO))
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(logging.WARNING, handler.level))
+    logging.captureWarnings(True)
+    threading.excepthook = _thread_ended
+    sys.excepthook = _process_ends
+
+
+def _thread_ended(told: threading.ExceptHookArgs) -> None:
+    if told.exc_type is SystemExit or told.exc_value is None:
+        return
+    facts = {"action": "thread", "thread": told.thread.name if told.thread else ""}
+    logger.critical("thread ended", extra=facts, exc_info=(told.exc_type, told.exc_value, told.exc_traceback))
+
+
+def _process_ends(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logger.critical("process ends", extra={"action": "process"}, exc_info=(kind, error, trace))
 
 
 def _facts(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _PLAIN}
+    return (_job.get() or {}) | {key: value for key, value in vars(record).items() if key not in _PLAIN}
