@@ -190,6 +190,16 @@ def test_images_are_built_from_pinned_packages_and_little_else() -> None:
         }
 
 
+def test_the_workers_image_has_the_torchvision_of_its_torch() -> None:
+    """From PyPI beside a CPU's torch it would not load."""
+    installs = re.findall(r"pip install .*", (ROOT / "worker/Dockerfile").read_text())
+    assert [set(line.split()) & {"torch", "torchvision"} for line in installs] == [{"torch", "torchvision"}, set()]
+    assert "--index-url" in installs[0]
+    assert '".[worker,vision]"' in installs[1]
+    gpu = compose.load("docker-compose.gpu.yml")["services"]["worker"]["build"]["args"]
+    assert gpu == {"TORCH_INDEX_URL": "https://pypi.org/simple"}
+
+
 def test_the_images_command_is_the_services_command(services: dict[str, Any]) -> None:
     text = (ROOT / services["worker"]["build"]["dockerfile"]).read_text()
     assert f"CMD {json.dumps(services['worker']['command'])}" in text
