@@ -15,10 +15,10 @@ from api_stub.gateway.guard import Guard
 from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.openapi import describe
-from api_stub.gateway.routes import events, jobs, operations, uploads
+from api_stub.gateway.routes import events, jobs, operations, page, uploads
 from api_stub.settings import GatewaySettings
 
-ROUTERS = (jobs.router, events.router, uploads.router, operations.router)
+ROUTERS = (jobs.router, events.router, uploads.router, operations.router, page.router)
 
 
 def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
@@ -38,6 +38,7 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.mount("/static", page.PageFiles(directory=page.FILES), name="static")
     describe(app)
     if settings.cors_origins:
         app.add_middleware(

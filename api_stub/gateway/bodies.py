@@ -68,6 +68,13 @@ class UploadReply(WireModel):
     expires_s: int
 
 
+class StoredReply(WireModel):
+    """An object that the gateway stored."""
+
+    uri: str
+    content_type: str
+
+
 def answer(body: WireModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a body as a response, absent fields left out."""
     return Response(body.to_json(), status, headers, "application/json")

@@ -25,7 +25,7 @@ from api_stub.gateway.reader import EventReaders
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
-from api_stub.ledger.rows import Bell
+from api_stub.ledger.rows import Bell, Submission
 from api_stub.settings import GatewaySettings
 from api_stub.storage import Storage
 from api_stub.submit import Doorbells, announce, submit_errors
@@ -101,7 +101,7 @@ class Gateway:
         with submit_errors():
             submission = await self.ledger.submit(job_id, job)
         self.metrics.submitted(job.model)
-        if submission.value == "held":
+        if submission is Submission.HELD:
             return
         bell = Bell(job_id, job.task, job.model, job.priority)
         await to_thread.run_sync(announce, self.doorbells, bell, limiter=self._ringing)

@@ -18,15 +18,16 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
-from api_stub.errors import InvalidRequest, VisionqError
+from api_stub.errors import InvalidRequest, UnknownJob, VisionqError
 from api_stub.gateway.access import check_allowed, media_of
-from api_stub.gateway.bodies import MAX_FILES
+from api_stub.gateway.bodies import MAX_FILES, StoredReply
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.inline import Destination, InlineMedia, take_data_urls, take_files
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import FieldError, Problem, invalid
 from api_stub.gateway.uploads import check_uploads
-from api_stub.submit import checked, checked_id
+from api_stub.ledger.rows import CannotRetry
+from api_stub.submit import checked, checked_id, submit_errors
 
 FORM_JOB: Final = "job"
 FORM_MEDIA: Final = "media"
@@ -83,6 +84,34 @@ async def accept(
         await gateway.limits.release(caller, job_id)
         raise
     return job_id
+
+
+async def store_file(gateway: Gateway, caller: Caller, file: UploadFile) -> StoredReply:
+    """Store a form's file for a caller. Raises Problem (no image or clip, too large), StorageRefused."""
+    where = Destination(gateway.settings.media_bucket, caller.tenant)
+    (media,) = await to_thread.run_sync(take_files, [file], where)
+    await _store(gateway, [media])
+    return StoredReply(uri=media.uri, content_type=media.content_type)
+
+
+async def retry(gateway: Gateway, caller: Caller, job_id: str) -> str:
+    """Queue a new job with the body of a finished one and return its id. Raises Problem, UnknownJob, QueueFull."""
+    place = f"retry:{job_id}"  # the ledger draws the new id
+    await gateway.limits.reserve(caller, place)
+    try:
+        with submit_errors():
+            new_id = await gateway.ledger.retry(job_id)
+    except CannotRetry as error:
+        await gateway.limits.release(caller, place)
+        raise Problem(HTTPStatus.CONFLICT, "cannot_retry", str(error)) from error
+    except VisionqError:
+        await gateway.limits.release(caller, place)
+        raise
+    if new_id is None:
+        await gateway.limits.release(caller, place)
+        raise UnknownJob(f"no job {job_id!r}: its record has expired")
+    await gateway.limits.rename(caller, place, new_id)
+    return new_id
 
 
 async def _parsed(body: bytes) -> dict[str, Any]:

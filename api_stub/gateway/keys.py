@@ -83,6 +83,12 @@ class KeyRing:
             except (OSError, UnicodeDecodeError) as error:
                 raise InvalidSettings(f"VISIONQ_API_KEYS_FILE: cannot be read: {type(error).__name__}") from error
             entries += _parse("VISIONQ_API_KEYS_FILE", text, settings)
+        names = {entry.digest: entry.caller.tenant for entry in entries}
+        for entry in entries:
+            if names[entry.digest] != entry.caller.tenant:
+                raise InvalidSettings(
+                    f"VISIONQ_API_KEYS: one key has two names, {entry.caller.tenant!r} and {names[entry.digest]!r}"
+                )
         return cls(entries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib.resources import files
 from typing import Final
 
@@ -41,6 +42,14 @@ class Limits:
         if not await self._in_flight(keys=[_key("in_flight", caller)], args=arguments):
             detail = f"{caller.max_in_flight} unfinished jobs are the limit of this key"
             raise too_many("too_many_jobs", detail, IN_FLIGHT_RETRY_S)
+
+    async def rename(self, caller: Caller, place: str, job_id: str) -> None:
+        """Give the room made for `place` to a job whose id was not known before."""
+        if caller.max_in_flight > 0:
+            async with self._commands.pipeline(transaction=True) as step:
+                step.zrem(_key("in_flight", caller), place)
+                step.zadd(_key("in_flight", caller), {job_id: time.time()})
+                await step.execute()
 
     async def release(self, caller: Caller, job_id: str) -> None:
         """Give the room back: the job was not taken."""

@@ -1,7 +1,8 @@
-"""One gateway over an empty Redis, and a worker without a model behind it."""
+"""One gateway without keys for all tests, over a Redis that each finds empty; behind it a worker without a model."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,14 +10,35 @@ import pytest
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from tests.gateway.service import Service, serving
-from tests.servers import S3Server
+from tests.servers import RedisServer, S3Server
 from tests.unit.api_stub.workers import ScriptedWorker
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+
+
+@pytest.fixture(scope="session")
+def open_gateway(redis_server: RedisServer, s3_server: S3Server) -> Iterator[Service]:
+    s3_server.client()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        with serving(redis_server.url, s3_server.url) as running:
+            yield running
+
+
+@pytest.fixture
+def service(open_gateway: Service, redis_url: str) -> Service:
+    """A gateway without keys."""
+    return open_gateway
 
 
 @pytest.fixture(autouse=True)
 def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+    for name in os.environ:
+        if name.startswith("VISIONQ_API_"):
+            monkeypatch.delenv(name)
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -29,18 +51,3 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
 @pytest.fixture
 def worker(ledger: Ledger) -> ScriptedWorker:
     return ScriptedWorker(ledger)
-
-
-@pytest.fixture
-def service(redis_url: str) -> Iterator[Service]:
-    """A gateway without keys and without storage."""
-    with serving(redis_url) as running:
-        yield running
-
-
-@pytest.fixture
-def media_service(redis_url: str, s3_server: S3Server) -> Iterator[Service]:
-    """A gateway with storage."""
-    s3_server.client()
-    with serving(redis_url, s3_server.url) as running:
-        yield running

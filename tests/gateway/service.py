@@ -27,6 +27,11 @@ class Service:
     http: httpx.Client
     gateway: Gateway
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        return "127.0.0.1", self.gateway.settings.api_port
+
 
 @contextmanager
 def serving(redis_url: str, s3_url: str = "http://127.0.0.1:1", **options: object) -> Iterator[Service]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 
 import httpx
 import pytest
+import redis
 
+from api_stub.contract import names
 from tests.gateway.service import Service
 from tests.servers import eventually
 from tests.unit.api_stub.workers import ScriptedWorker
@@ -36,33 +39,22 @@ def test_a_job_goes_in_comes_out_and_is_found_again(service: Service, worker: Sc
     assert "position" not in found
 
 
-def test_a_doorbell_is_rung(service: Service) -> None:
+def test_a_doorbell_is_rung(service: Service, redis_client: redis.Redis) -> None:
     job_id = submit(service)
-    ((_, message),) = [service_redis_pop(service)]
-    assert job_id in message
-
-
-def service_redis_pop(service: Service) -> tuple[str, str]:
-    import redis
-
-    url = service.gateway.settings.redis_url.get_secret_value()
-    with redis.Redis.from_url(url, decode_responses=True) as client:
-        popped = client.brpop(["visionq.default\x06\x166"], timeout=10)
-    assert isinstance(popped, (list, tuple))
-    return popped[0], popped[1]
+    (message,) = redis_client.lrange(names.queue_list("default", 6), 0, -1)
+    assert json.loads(message)["headers"]["id"] == job_id
 
 
 def test_a_request_may_wait_for_the_end(service: Service, worker: ScriptedWorker) -> None:
     answers: list[httpx.Response] = []
-    job = {**QUESTION}
 
     def ask() -> None:
-        answers.append(service.http.post("/v1/jobs", json=job, headers={"Prefer": "wait=20"}))
+        answers.append(httpx.post(f"{service.url}/v1/jobs", json=QUESTION, headers={"Prefer": "wait=20"}, timeout=30))
 
     asking = threading.Thread(target=ask)
     asking.start()
     eventually(lambda: service.gateway.hub.num_readers == 1, what="somebody waits")
-    (known,) = httpx.get(f"{service.url}/v1/jobs").json()["jobs"]
+    (known,) = service.http.get("/v1/jobs").json()["jobs"]
     worker.answer(known["job_id"], "red")
     asking.join(30)
     (answer,) = answers
@@ -95,6 +87,18 @@ def test_cancelling_is_idempotent_and_tells_how_far_it_is(service: Service, work
         assert (answer.status_code, answer.json()["cancelling"]) == (202, True)
 
 
+def test_a_finished_job_is_retried_once(service: Service, worker: ScriptedWorker) -> None:
+    job_id = submit(service)
+    early = service.http.post(f"/v1/jobs/{job_id}/retry")
+    assert (early.status_code, early.json()["code"]) == (409, "cannot_retry")
+    worker.take(job_id)
+    worker.fail()
+    first, second = (service.http.post(f"/v1/jobs/{job_id}/retry") for _ in range(2))
+    assert (first.status_code, second.json()["job_id"]) == (202, first.json()["job_id"])
+    assert first.json()["job_id"] != job_id
+    assert first.json()["status"] == "queued"
+
+
 def test_jobs_are_listed_newest_first_page_by_page(service: Service) -> None:
     submitted = [submit(service) for _ in range(3)]
     first = service.http.get("/v1/jobs?limit=2").json()
@@ -105,9 +109,9 @@ def test_jobs_are_listed_newest_first_page_by_page(service: Service) -> None:
     assert service.http.get("/v1/jobs?status=completed").json() == {"jobs": []}
 
 
-@pytest.mark.parametrize("path", ["", "/events", "/cancel"])
+@pytest.mark.parametrize("path", ["", "/events", "/cancel", "/retry"])
 def test_an_unknown_job_is_not_found(service: Service, path: str) -> None:
-    method = "POST" if path == "/cancel" else "GET"
+    method = "POST" if path in ("/cancel", "/retry") else "GET"
     answer = service.http.request(method, f"/v1/jobs/{uuid.uuid4()}{path}")
     assert (answer.status_code, answer.json()["code"]) == (404, "unknown_job")
     assert answer.headers["Content-Type"] == "application/problem+json"

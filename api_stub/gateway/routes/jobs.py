@@ -16,7 +16,7 @@ from api_stub.errors import UnknownJob
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.bodies import JobList, JobReply, answer, job_path
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.intake import accept, read_job
+from api_stub.gateway.intake import accept, read_job, retry
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import invalid
 from api_stub.gateway.sse import leaving
@@ -89,6 +89,16 @@ async def cancel_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) ->
     is_stopping = await gateway.ledger.cancel(job_id) is Cancelled.CANCELLING
     view = await visible(gateway, caller, job_id)
     return answer(JobReply.of(view), HTTPStatus.ACCEPTED if is_stopping else HTTPStatus.OK)
+
+
+@router.post("/{job_id}/retry", status_code=HTTPStatus.ACCEPTED, response_model=JobReply)
+async def retry_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> Response:
+    """Queue a new job with the body of a finished one. Asked twice, the same new job."""
+    await visible(gateway, caller, job_id)
+    new_id = await retry(gateway, caller, job_id)
+    return answer(
+        JobReply.of(await visible(gateway, caller, new_id)), HTTPStatus.ACCEPTED, {"Location": job_path(new_id)}
+    )
 
 
 async def visible(gateway: Gateway, caller: Caller, job_id: str) -> JobView:
