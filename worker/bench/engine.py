@@ -15,13 +15,23 @@ from functools import partial
 import torch
 
 from worker.bench.baselines import static_batches
-from worker.bench.engine_runs import BACK_ENDS, LongPrompt, WideBatch, long_prompt, serving, wide_batch
+from worker.bench.engine_runs import (
+    BACK_ENDS,
+    REUSING,
+    LongPrompt,
+    WideBatch,
+    automatic_back_end,
+    long_prompt,
+    serving,
+    wide_batch,
+)
 from worker.bench.floor import copy_bandwidth, floor_fraction
 from worker.bench.jobs import make_jobs
 from worker.bench.peer import can_run_peer, continuous_batching
 from worker.bench.random_models import RANDOM_MODELS, build_random
 from worker.bench.report import SEQUENTIAL, STATIC, EngineReport, ModeReport, Setting
 from worker.bench.run import BenchJob, Mode, Run, measure
+from worker.engine.backend import PagedConfig
 from worker.models.loader import LoadedModel, load
 from worker.settings import WorkerSettings
 
@@ -86,7 +96,8 @@ def _modes(loaded: LoadedModel, options: BenchOptions, jobs: Sequence[BenchJob])
         STATIC: partial(static_batches, loaded, options.concurrency),
     }
     engines: Mapping[str, Mode] = {
-        name: partial(serving, loaded, back_end, options.concurrency, jobs) for name, back_end in BACK_ENDS.items()
+        name: partial(serving, loaded, back_end, options.concurrency, jobs)
+        for name, back_end in {**BACK_ENDS, REUSING: PagedConfig()}.items()
     }
     return {**baselines, **engines}
 
@@ -121,6 +132,7 @@ def _setting(
     load_average: float,
 ) -> Setting:
     is_gpu = loaded.device.type == "cuda"
+    kv_backend, why_not_paged = automatic_back_end(loaded)
     return Setting(
         model=name,
         device=torch.cuda.get_device_name(loaded.device) if is_gpu else loaded.device.type,
@@ -134,4 +146,6 @@ def _setting(
         num_images=options.num_images,
         num_prompt_tokens=statistics.fmean(job.inputs.num_prompt_tokens for job in jobs),
         copy_bandwidth=bandwidth,
+        kv_backend=kv_backend,
+        why_not_paged=why_not_paged,
     )

@@ -23,9 +23,13 @@ from worker.engine.request import Ended, GenerationRequest, RequestOutput
 from worker.engine.step_times import Stage, Step, StepTimes
 from worker.models.loader import LoadedModel
 
-#: KV back ends by name, as the engine is told about them.
-BACK_ENDS: Final[Mapping[str, PagedConfig | None]] = {"slots": None, "paged": PagedConfig()}
+#: KV back ends by name, as the engine is told about them. Nothing is kept of one job for another, as by `generate`.
+BACK_ENDS: Final[Mapping[str, PagedConfig | None]] = {"slots": None, "paged": PagedConfig(reuses_prefixes=False)}
+#: The same as a worker runs it, which keeps what it can.
+REUSING: Final = "paged-reuse"
 TIMEOUT_S: Final = 600.0
+#: Tokens of a request of the engine that is only asked for its back end.
+PROBE_LENGTH: Final = 64
 #: Tokens fed in one step, prompts and streams together.
 TOKEN_BUDGET: Final = 512
 #: Tokens that each stream has got when the long prompt arrives, and what it wants in all.
@@ -72,6 +76,13 @@ def serving(
     """Answer all jobs that come, `num_seqs` at a time, in an engine sized for `jobs`."""
     with _running(loaded, _config(back_end, num_seqs, jobs)) as (running, reader, times):
         yield partial(_serve, running, reader, times)
+
+
+def automatic_back_end(loaded: LoadedModel) -> tuple[str, str | None]:
+    """Return the KV back end that a worker takes for a model unless told otherwise, and why not paged if so."""
+    engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(1, PROBE_LENGTH, paged=PagedConfig()), lambda _: None)
+    engine.stop(TIMEOUT_S)
+    return engine.kv_backend, engine.why_not_paged
 
 
 @dataclass(frozen=True, slots=True)

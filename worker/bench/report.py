@@ -70,6 +70,7 @@ class ModeReport:
 class Setting:
     """What was measured, and on what. load: running processes when it began, mean of a minute (uptime(1)).
 
+    kv_backend: what a worker takes for this model by itself. why_not_paged: see `Engine`.
     On a busy machine more than one thread makes every kernel wait for a core, and modes with more kernels per token,
     sequential `generate` first, lose more than they would alone.
     """
@@ -86,6 +87,8 @@ class Setting:
     num_images: int
     num_prompt_tokens: float
     copy_bandwidth: float | None
+    kv_backend: str
+    why_not_paged: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +116,20 @@ class EngineReport:
         speeds = {mode.name: mode.tokens_per_s for mode in self.modes}
         return speeds[name] / speeds[base]
 
+    def key_ratios(self) -> Mapping[str, float]:
+        """Return the ratios of tokens per second that the engine is judged by."""
+        own = self.setting.kv_backend
+        found = {f"{own} / {base}": self.ratio(own, base) for base in (SEQUENTIAL, STATIC)}
+        found["paged / slots"] = self.ratio("paged", "slots")
+        if self.peer is not None:
+            speeds = {mode.name: mode.tokens_per_s for mode in self.modes}
+            found[f"{own} / {self.peer.name}"] = speeds[own] / self.peer.tokens_per_s
+        return found
+
     def json(self) -> str:
-        """Return everything, with the ratios to sequential, as JSON."""
+        """Return everything, with the ratios to sequential and those that the engine is judged by, as JSON."""
         ratios = {mode.name: self.ratio(mode.name) for mode in self.modes}
-        content = asdict(self) | {"ratios": ratios, "has_parity": self.has_parity}
+        content = asdict(self) | {"ratios": ratios, "key_ratios": self.key_ratios(), "has_parity": self.has_parity}
         return json.dumps(content, indent=2)
 
     def lines(self) -> str:
@@ -140,6 +153,10 @@ class EngineReport:
             f"{'first p50':>9} {'p99':>7} {'gap p50':>8} {'p99':>7} {'peak MiB':>9} {'same texts':>11}"
         )
         yield from (self._mode_line(mode) for mode in [*self.modes, *([self.peer] if self.peer else [])])
+        yield ""
+        reason = "" if setting.why_not_paged is None else f" (not paged: {setting.why_not_paged})"
+        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.key_ratios().items())
+        yield f"a worker serves this model from {setting.kv_backend}{reason}: {told}"
         yield from self._step_lines()
         yield from _long_lines(self.long_prompts)
         yield from _wide_lines(self.wide_batches)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from worker.bench.baselines import collate, static_batches
 from worker.bench.engine import BenchOptions, bench_loaded
-from worker.bench.engine_runs import BACK_ENDS, TOKEN_BUDGET
+from worker.bench.engine_runs import BACK_ENDS, REUSING, TOKEN_BUDGET
 from worker.bench.floor import entry_bytes, weight_bytes
 from worker.bench.jobs import long_job, make_jobs
 from worker.bench.peer import continuous_batching, text_model
@@ -63,7 +63,7 @@ def report(loaded: LoadedModel) -> EngineReport:
 
 
 def test_all_modes_answer_all_jobs_alike(report: EngineReport) -> None:
-    assert [mode.name for mode in report.modes] == ["sequential", "static", *BACK_ENDS]
+    assert [mode.name for mode in report.modes] == ["sequential", "static", *BACK_ENDS, REUSING]
     assert {mode.num_jobs for mode in report.modes} == {mode.same_texts for mode in report.modes} == {4}
     assert report.has_parity
     assert report.must_have_parity
@@ -73,7 +73,7 @@ def test_all_modes_answer_all_jobs_alike(report: EngineReport) -> None:
 
 def test_only_the_engines_modes_tell_their_steps(report: EngineReport) -> None:
     for mode in report.modes:
-        is_engine = mode.name in BACK_ENDS
+        is_engine = mode.name in {*BACK_ENDS, REUSING}
         assert set(mode.step_s) == (set(Stage) if is_engine else set())
         assert (mode.num_steps > 0) is is_engine
         assert (mode.floor is not None) is is_engine
@@ -111,12 +111,30 @@ def test_the_report_reads_as_text_and_as_json(report: EngineReport) -> None:
     assert content["ratios"]["sequential"] == 1.0
     assert content["ratios"]["paged"] == pytest.approx(report.ratio("paged"))
     assert content["has_parity"] is True
+    assert content["setting"]["kv_backend"] == "paged"
+    assert content["key_ratios"] == pytest.approx(
+        {
+            "paged / sequential": report.ratio("paged"),
+            "paged / static": report.ratio("paged", "static"),
+            "paged / slots": report.ratio("paged", "slots"),
+        }
+    )
     assert content["setting"]["model"] == "tiny"
     assert content["modes"][2]["step_s"]["model"] > 0
     text = report.lines()
+    assert f"from paged: paged / sequential {report.ratio('paged'):.2f}, paged / static" in text
     assert "texts of all modes agree: yes" in text
     assert all(mode.name in text for mode in report.modes)
     assert max(len(line) for line in text.splitlines()) < 200
+
+
+def test_a_peer_and_a_fallback_are_told(report: EngineReport) -> None:
+    peer = replace(report.modes[2], name="peer", tokens_per_s=report.modes[2].tokens_per_s / 2)
+    slots = replace(report.setting, kv_backend="slots", why_not_paged="layers of type odd")
+    other = replace(report, setting=slots, peer=peer)
+    assert other.key_ratios()["slots / peer"] == pytest.approx(2.0)
+    assert "from slots (not paged: layers of type odd): slots / sequential" in other.lines()
+    assert "peer" in [line.split(" ")[0] for line in other.lines().splitlines()]
 
 
 def test_a_different_text_is_found(report: EngineReport) -> None:
