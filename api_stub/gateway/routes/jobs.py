@@ -40,7 +40,10 @@ async def submit_job(
     ] = None,
 ) -> Response:
     """Hand in a job: JSON, or a form with the job's JSON as `job` and files as `media`. Media may be data URLs."""
-    job_id = await accept(gateway, caller, await read_job(request), idempotency_key)
+    try:
+        job_id = await accept(gateway, caller, await read_job(request), idempotency_key)
+    finally:
+        await request.close()  # a form's files
     wait_s = _preferred_wait_s(prefer, gateway)
     headers = {"Location": job_path(job_id)}
     if wait_s is not None:
