@@ -19,8 +19,9 @@ from api_stub.contract.event import CompletedBody, FinalBody, ProgressBody, Retr
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Claim
 from worker.answers import Answer, Answers
-from worker.endings import failed_body, is_passing, retried_or_failed, stopped_body, used
+from worker.endings import MAX_RETRIES, failed_body, is_passing, retried_or_failed, stopped_body, storage_pause_s, used
 from worker.engine.request import Finish, GenerationRequest
 from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, OutOfMemory, WorkerError
 from worker.intake import Accepted
@@ -80,6 +81,7 @@ class Pipeline:
         events: EventDoor,
         meter: JobMeter,
         on_engine_dead: Callable[[], None],
+        max_retries: int = MAX_RETRIES,
     ) -> None:
         self._model = model
         self._ledger = ledger
@@ -91,6 +93,7 @@ class Pipeline:
         self._events = events
         self._meter = meter
         self._on_engine_dead = on_engine_dead
+        self._max_retries = max_retries
         self._pause = threading.Event()
 
     def run(self, accepted: Accepted) -> None:
@@ -133,11 +136,11 @@ class Pipeline:
             self._on_engine_dead()
             return RetryReason.GIVEN_BACK
         except WorkerError as error:
-            return retried_or_failed(attempt.claim.attempt, error.info(), answer, usage)
+            return retried_or_failed(attempt.claim, error.info(), answer, usage, self._max_retries)
         except MemoryError:
             logger.warning("job did not fit into memory", extra=_facts(attempt), exc_info=True)
             info = OutOfMemory("preparing the job did not fit into the worker's memory").info()
-            return retried_or_failed(attempt.claim.attempt, info, answer, usage)
+            return retried_or_failed(attempt.claim, info, answer, usage, self._max_retries)
         except Exception as error:
             logger.exception("job broke", extra=_facts(attempt))
             info = ErrorInfo.of(
@@ -233,7 +236,7 @@ class Pipeline:
         while attempt.stop_reason is not StopReason.LOST:
             try:
                 if isinstance(body, RetryReason):
-                    delay_s = OOM_PAUSE_S * attempt.claim.attempt if body is RetryReason.OUT_OF_MEMORY else 0.0
+                    delay_s = _pause_s(body, attempt.claim)
                     return "given_back" if self._ledger.give_back(job_id, fence, body, delay_s) else "lost"
                 return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
             except redis.RedisError as error:
@@ -256,6 +259,17 @@ class Pipeline:
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
         self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
+
+
+def _pause_s(reason: RetryReason, claim: Claim) -> float:
+    """Return how long a job waits in the ledger before it is rung again."""
+    match reason:
+        case RetryReason.OUT_OF_MEMORY:
+            return OOM_PAUSE_S * claim.attempt
+        case RetryReason.STORAGE:
+            return storage_pause_s(claim.num_retries)
+        case _:
+            return 0.0
 
 
 def _facts(attempt: Attempt) -> dict[str, object]:

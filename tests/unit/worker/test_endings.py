@@ -1,0 +1,92 @@
+"""What becomes of a job whose storage stays away: back to the ledger with growing pauses, a bounded number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.contract.event import FailedBody, JobExpired, JobRetrying, RetryReason
+from api_stub.contract.job import VqaJob
+from api_stub.contract.result import Usage
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Claim
+from tests.unit.api_stub.ledger_kit import claimed, event_types, events, lose, reap_until_bells
+from worker.answers import Answer
+from worker.endings import MAX_RETRY_PAUSE_S, retried_or_failed, storage_pause_s
+from worker.streaming.outgoing import AttemptStream
+
+AWAY = ErrorInfo.of(ErrorCode.STORAGE_UNAVAILABLE, "storage did not answer")
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    with closing(Ledger.connect(redis_url, LedgerConfig())) as opened:
+        yield opened
+
+
+def ending(claim: Claim, info: ErrorInfo, max_retries: int) -> FailedBody | RetryReason:
+    answer = Answer("request", AttemptStream(claim.job_id, claim.fence))
+    return retried_or_failed(claim, info, answer, Usage(), max_retries)
+
+
+def attempt(ledger: Ledger, client: redis.Redis, max_retries: int) -> str:
+    """One attempt that meets storage that is away; its pause is over at once. Return what became of the job."""
+    claim = claimed(ledger, "a")
+    body = ending(claim, AWAY, max_retries)
+    if isinstance(body, FailedBody):
+        return ledger.finish("a", claim.fence, body).value
+    assert ledger.give_back("a", claim.fence, body, storage_pause_s(claim.num_retries))
+    client.hset(names.job_key("a"), mapping={"alarm": "1", "not_before": "1"})
+    client.zadd(names.DUE_KEY, {"a": 1})
+    assert [bell.job_id for bell in reap_until_bells(ledger)] == ["a"]
+    return body.value
+
+
+def test_a_job_without_storage_is_put_back_a_bounded_number_of_times(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", VqaJob(question="hello"))
+    assert [attempt(ledger, redis_client, 2) for _ in range(3)] == ["storage", "storage", "done"]
+    reasons = [event.reason for event in events(redis_client, "a") if isinstance(event, JobRetrying)]
+    assert reasons == [RetryReason.STORAGE] * 2
+    view = ledger.view("a")
+    assert view is not None
+    assert view.error == AWAY
+    assert redis_client.hget(names.job_key("a"), "losses") == "0"
+
+
+def test_lost_workers_do_not_use_up_the_retries(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", VqaJob(question="hello"))
+    assert attempt(ledger, redis_client, 2) == "storage"
+    claimed(ledger, "a")
+    lose(ledger, redis_client, "a")
+    assert claimed(ledger, "a").num_retries == 1
+
+
+def test_permanent_faults_fail_at_once(ledger: Ledger) -> None:
+    ledger.submit("a", VqaJob(question="hello"))
+    claim = claimed(ledger, "a")
+    for code in (ErrorCode.MEDIA_NOT_FOUND, ErrorCode.MEDIA_FORBIDDEN, ErrorCode.INTERNAL):
+        assert isinstance(ending(claim, ErrorInfo.of(code, "no"), 5), FailedBody)
+    assert isinstance(ending(claim, AWAY, 0), FailedBody)
+
+
+def test_deadline_passes_while_a_job_waits_for_its_storage(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.submit("a", VqaJob(question="hello", deadline_s=60))
+    claim = claimed(ledger, "a")
+    ledger.give_back("a", claim.fence, RetryReason.STORAGE, 3600)
+    redis_client.hset(names.job_key("a"), "deadline", "1")
+    redis_client.zadd(names.DUE_KEY, {"a": 1})
+    assert ledger.reap() == ()
+    assert isinstance(events(redis_client, "a")[-1], JobExpired)
+    assert event_types(redis_client, "a")[-2] == "job.retrying"
+
+
+def test_pauses_double_and_are_never_the_same() -> None:
+    for num_retries, longest_s in ((0, 2.0), (1, 4.0), (4, 32.0), (9, MAX_RETRY_PAUSE_S)):
+        pauses = {storage_pause_s(num_retries) for _ in range(50)}
+        assert longest_s / 2 <= min(pauses) < max(pauses) <= longest_s
