@@ -65,6 +65,7 @@ def worker(
         services["worker"]["environment"]["HF_HOME"]: str(directory / "models"),
     }
     environment = {name: replaced(value, hosts) for name, value in services["worker"]["environment"].items()}
+    environment |= {"VISIONQ_HTTP_HOST": "127.0.0.1", "VISIONQ_HTTP_PORT": str(free_port())}
     scripts = Path(sys.executable).parent
     command = services["worker"]["command"]
     program = shutil.which(command[0], path=str(scripts))
@@ -96,6 +97,13 @@ def test_the_broker_keeps_jobs_and_asks_for_its_password(valkey: int) -> None:
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         assert client.config_get("save") == {"save": ""}
         assert client.config_get("requirepass") == {"requirepass": compose.SECRETS["VALKEY_PASSWORD"]}
+
+
+def test_the_health_check_succeeds_and_fails_with_the_worker(services: dict[str, Any], worker: dict[str, str]) -> None:
+    command = [sys.executable, *services["worker"]["healthcheck"]["test"][2:]]
+    for port, is_healthy in ((worker["VISIONQ_HTTP_PORT"], True), (str(free_port()), False)):
+        asked = [replaced(word, {services["worker"]["environment"]["VISIONQ_HTTP_PORT"]: port}) for word in command]
+        assert (subprocess.run(asked, capture_output=True, timeout=60, check=False).returncode == 0) is is_healthy
 
 
 def test_a_plain_celery_job_is_answered(worker: dict[str, str]) -> None:

@@ -125,11 +125,22 @@ def test_a_service_is_told_only_settings_that_it_has(
 
 
 def test_defaults_are_those_of_the_worker(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = {"VISIONQ_REDIS_URL", "AWS_ENDPOINT_URL_S3"}
+    addresses = {"VISIONQ_REDIS_URL", "AWS_ENDPOINT_URL_S3", "VISIONQ_HTTP_HOST", "VISIONQ_HTTP_PORT"}
     plain = WorkerSettings()
     for name in services["worker"]["environment"].keys() - addresses:
         monkeypatch.setenv(name, services["worker"]["environment"][name])
     assert WorkerSettings() == plain
+
+
+def test_the_workers_probes_are_asked_and_not_published(services: dict[str, Any]) -> None:
+    worker = services["worker"]
+    port = worker["environment"]["VISIONQ_HTTP_PORT"]
+    assert worker["expose"] == [port]
+    assert "ports" not in worker
+    assert f"{{{port} + number}}/healthz" in worker["healthcheck"]["test"][-1]
+    devices = compose.load(*FILES, variables=compose.SECRETS | {"WORKER_DEVICES": "0,1"})["services"]["worker"]
+    assert devices["environment"]["WORKER_DEVICES"] == "0,1"
+    assert devices["healthcheck"] == worker["healthcheck"]
 
 
 def test_the_gateway_is_open_to_its_port_only_with_keys(services: dict[str, Any]) -> None:
