@@ -212,7 +212,8 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
     policy = media_policy(settings)
     media_cache = MediaCache(settings.media_cache_bytes)
     decoders = Decoders(
-        settings.num_decode_processes, DecodeLimits(settings.decode_memory_bytes, settings.decode_timeout_s)
+        settings.num_decode_processes,
+        DecodeLimits(settings.decode_memory_bytes, settings.decode_image_s, settings.decode_video_s),
     )
     fetcher = MediaFetcher(
         s3_client(settings.s3_endpoint_url, settings.s3_region, settings.storage_timeout_s),

@@ -180,7 +180,8 @@ class WorkerSettings(BaseSettings):
     decode_processes: int = Field(
         default=0, ge=0, le=256, description="Processes that decode media; 0: one per processor core, 2 to 8"
     )
-    decode_timeout_s: float = Field(default=120.0, gt=0, description="Time to decode one image or clip")
+    decode_image_s: float = Field(default=30.0, gt=0, description="Time to decode one image")
+    decode_video_s: float = Field(default=120.0, gt=0, description="Time to decode the frames of one clip")
     decode_memory_bytes: int = Field(
         default=2048 * MEBIBYTE, ge=512 * MEBIBYTE, description="Memory (address space) of one decoding process"
     )

@@ -15,7 +15,7 @@ from api_stub.gateway.sse import EventStream
 router = APIRouter(prefix="/v1/jobs", tags=["events"])
 
 
-@router.get("/{job_id}/events", response_class=EventStream)
+@router.get("/{job_id}/events", response_class=Response)
 async def follow_job(
     gateway: GatewayHere,
     caller: CallerHere,

@@ -34,7 +34,9 @@ async def submit_job(
     request: Request,
     gateway: GatewayHere,
     caller: CallerHere,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    idempotency_key: Annotated[
+        str | None, Header(alias="Idempotency-Key", description="The same key and job again is the same job.")
+    ] = None,
     prefer: Annotated[
         str | None, Header(description="`wait=N`: answer when the job is done, if that takes ≤ N s.")
     ] = None,

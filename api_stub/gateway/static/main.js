@@ -81,7 +81,7 @@ async function answer(turn, element) {
       element.show();
       if (stage) say(stage);
     }
-    if (turn.state === "completed") say(`Answer: ${turn.answer}`);
+    announce(turn.state === "completed" ? `Answer: ${turn.answer}` : turn.facts);
   } catch (error) {
     Object.assign(turn, { state: "failed", facts: error.message });
     element.show();
@@ -113,6 +113,11 @@ function setBusy(isBusy) {
 
 function say(sentence) {
   page.status.textContent = sentence;
+}
+
+/** For screen readers: the whole answer once, and not every token. */
+function announce(sentence) {
+  byId("announcement").textContent = sentence;
 }
 
 function complain(sentence) {
