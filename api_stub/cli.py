@@ -19,6 +19,7 @@ import typer
 from api_stub.client import Client
 from api_stub.contract.job import DEFAULT_NUM_FRAMES
 from api_stub.contract.schema import schemas
+from api_stub.dead_cli import dead_app
 from api_stub.demo import run_demo
 from api_stub.devstack import StackOptions, exit_status, run_up
 from api_stub.errors import InvalidRequest, InvalidSettings
@@ -40,6 +41,7 @@ app = typer.Typer(
 Media = Annotated[list[str] | None, typer.Argument(help="s3:// URIs, or local files, which are uploaded first.")]
 Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
+app.add_typer(dead_app, name="dead")
 
 
 def main() -> None:

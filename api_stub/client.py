@@ -14,13 +14,24 @@ from typing import Self, Unpack
 
 from api_stub import connections
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, TaskName
+from api_stub.contract.view import JobView
 from api_stub.follow import AsyncFollower, Follower
 from api_stub.handle import AsyncJobHandle, JobHandle
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.settings import ClientSettings
 from api_stub.storage import Storage
-from api_stub.submit import Doorbells, JobOptions, checked, checked_id, compose, submit, submit_async
+from api_stub.submit import (
+    Doorbells,
+    JobOptions,
+    checked,
+    checked_id,
+    compose,
+    retried,
+    submit,
+    submit_async,
+    submit_errors,
+)
 
 
 class Client:
@@ -74,6 +85,24 @@ class Client:
     def job(self, job_id: str) -> JobHandle:
         """Return the handle of a job by its id, without asking whether there is one."""
         return JobHandle(job_id, self._ledger, self._follower)
+
+    def retry(self, job_id: str) -> JobHandle:
+        """Queue a new job with the body of a finished one and return its handle; asked twice, the same new job.
+
+        Raises UnknownJob, InvalidRequest (not finished, or never a valid job), QueueFull, StoreUnavailable.
+        """
+        with submit_errors():
+            return self.job(retried(job_id, self._ledger.retry(job_id)))
+
+    def dead(self, limit: int = 100) -> tuple[JobView, ...]:
+        """Return the jobs that were given up because their workers kept dying, newest first."""
+        with connections.store_errors():
+            return self._ledger.dead(limit)
+
+    def drop(self, job_id: str) -> bool:
+        """Take a job off the list of dead jobs; False: it is not on it."""
+        with connections.store_errors():
+            return self._ledger.drop(job_id)
 
     def upload(self, path: str | Path) -> str:
         """Store a local file in the media bucket and return its `s3://` URI.
@@ -147,6 +176,21 @@ class AsyncClient:
     def job(self, job_id: str) -> AsyncJobHandle:
         """See `Client.job`."""
         return AsyncJobHandle(job_id, self._ledger, self._follower)
+
+    async def retry(self, job_id: str) -> AsyncJobHandle:
+        """See `Client.retry`."""
+        with submit_errors():
+            return self.job(retried(job_id, await self._ledger.retry(job_id)))
+
+    async def dead(self, limit: int = 100) -> tuple[JobView, ...]:
+        """See `Client.dead`."""
+        with connections.store_errors():
+            return await self._ledger.dead(limit)
+
+    async def drop(self, job_id: str) -> bool:
+        """See `Client.drop`."""
+        with connections.store_errors():
+            return await self._ledger.drop(job_id)
 
     async def upload(self, path: str | Path) -> str:
         """See `Client.upload`. Runs in another thread: boto3 blocks."""

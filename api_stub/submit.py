@@ -25,10 +25,10 @@ from api_stub.contract import names
 from api_stub.contract.job import Job, Message, TaskName, Webhook, parse_job
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WireModel
-from api_stub.errors import InvalidRequest, QueueFull
+from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Bell, JobConflict, LedgerFull, Submission
+from api_stub.ledger.rows import Bell, CannotRetry, JobConflict, LedgerFull, Submission
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +128,23 @@ def announce(doorbells: Doorbells, bell: Bell) -> None:
 
 @contextmanager
 def submit_errors() -> Iterator[None]:
-    """Translate what a ledger's `submit` raises."""
+    """Translate what a ledger's `submit` and `retry` raise."""
     with store_errors():
         try:
             yield
         except JobConflict as error:
             raise InvalidRequest(str(error)) from error
+        except CannotRetry as error:
+            raise InvalidRequest(str(error)) from error
         except LedgerFull as error:
             raise QueueFull(str(error), error.retry_after_s) from error
+
+
+def retried(job_id: str, new_id: str | None) -> str:
+    """Return the new id that a ledger's `retry` answered with. Raises UnknownJob."""
+    if new_id is None:
+        raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
+    return new_id
 
 
 def compose(task: TaskName, media: Sequence[str], words: Mapping[str, object], options: JobOptions) -> Job:

@@ -45,6 +45,7 @@ class Transition(StrEnum):
 _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
     Transition.SUBMIT: ("_queue", "_create"),
     Transition.RETRY: ("_queue", "_create"),
+    Transition.BEAT: ("_queue",),
     Transition.CLAIM: ("_queue", "_ending"),
     Transition.FINISH: ("_queue", "_ending"),
     Transition.GIVE_BACK: ("_queue", "_ending"),

@@ -50,6 +50,7 @@ WINDOW = 1
 PRIORITY = 6
 LISTS = tuple(names.list_id("default", step) for step in names.PRIORITY_STEPS)
 WORKERS = ("worker-1", "worker-2")
+TENANTS = st.sampled_from(("", "zoo", "park"))
 TEXTS = st.text(alphabet='aé😀"\\/\n\x00<{', max_size=4)
 
 
@@ -102,9 +103,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model: dict[str, ModelJob] = {}
         self.last_fence = 0
 
-    @initialize()
-    def empty(self) -> None:
+    @initialize(target=jobs, tenants=st.lists(TENANTS, min_size=2, max_size=4), is_adopted=st.booleans())
+    def begin(self, tenants: list[str], is_adopted: bool) -> object:
         self.redis.flushall()
+        return multiple(*(self.create(is_adopted, False, tenant) for tenant in tenants))
 
     def teardown(self) -> None:
         self.ledger.close()
@@ -112,9 +114,10 @@ class LedgerMachine(RuleBasedStateMachine):
     # what producers do
 
     @precondition(lambda self: len(self.model) < MAX_JOBS)
-    @rule(
-        target=jobs, is_adopted=st.booleans(), has_deadline=st.booleans(), tenant=st.sampled_from(("", "zoo", "park"))
-    )
+    @rule(target=jobs, is_adopted=st.booleans(), has_deadline=st.booleans(), tenant=TENANTS)
+    def create_another(self, is_adopted: bool, has_deadline: bool, tenant: str) -> str:
+        return self.create(is_adopted, has_deadline, tenant)
+
     def create(self, is_adopted: bool, has_deadline: bool, tenant: str) -> str:
         job = ModelJob(f"job-{len(self.model)}", has_deadline, tenant)
         if is_adopted:
@@ -269,11 +272,21 @@ class LedgerMachine(RuleBasedStateMachine):
     # what time and the broker do
 
     @rule(job_id=jobs)
-    def lease_ends(self, job_id: str) -> None:
-        job = self.model[job_id]
-        if job.status is JobStatus.IN_PROGRESS:
-            lease_ends(self.redis, job_id)
-            job.is_lease_over = True
+    def one_lease_ends(self, job_id: str) -> None:
+        if self.model[job_id].status is JobStatus.IN_PROGRESS:
+            self.end_lease(self.model[job_id])
+
+    def end_lease(self, job: ModelJob) -> None:
+        lease_ends(self.redis, job.job_id)
+        job.is_lease_over = True
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def worker_dies(self, worker: str) -> None:
+        """With all that it runs, and somebody notices."""
+        for job in self.model.values():
+            if job.status is JobStatus.IN_PROGRESS and job.worker == worker:
+                self.end_lease(job)
+        self.reap()
 
     @rule()
     def nobody_reaches_redis(self) -> None:
@@ -314,6 +327,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.redis.delete(*(names.queue_list("default", step) for step in names.PRIORITY_STEPS))
 
     @rule()
+    def sweep(self) -> None:
+        self.reap()
+
     def reap(self) -> None:
         bells = [bell.job_id for bell in self.ledger.reap()]
         assert len(bells) == len(set(bells))
@@ -451,7 +467,7 @@ def test_any_order_of_calls_keeps_the_ledgers_promises(redis_url: str) -> None:
     run_state_machine_as_test(
         machine(redis_url),
         settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

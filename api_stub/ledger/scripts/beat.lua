@@ -24,4 +24,7 @@ for i = 3, #ARGV, 2 do
     holds[#holds + 1] = 'lost'
   end
 end
+for step in pairs(STEP) do
+  release(model .. ':' .. step) -- a new worker widens the window
+end
 return holds
