@@ -115,7 +115,7 @@ def configure_logging(
 def _thread_ended(told: threading.ExceptHookArgs) -> None:
     if told.exc_type is SystemExit or told.exc_value is None:
         return
-    facts = {"action": "thread", "thread": told.thread.name if told.thread else ""}
+    facts = {"action": "thread", "thread_name": told.thread.name if told.thread else ""}
     logger.critical("thread ended", extra=facts, exc_info=(told.exc_type, told.exc_value, told.exc_traceback))
 
 
