@@ -8,7 +8,7 @@ from functools import cache
 from worker.media.decoder_process import DecodeLimits
 from worker.media.decoders import Decoders
 
-LIMITS = DecodeLimits(memory_bytes=2 << 30, timeout_s=120.0)
+LIMITS = DecodeLimits(memory_bytes=2 << 30, image_s=30.0, video_s=120.0)
 
 
 @cache

@@ -29,7 +29,6 @@ class Confinement(BaseModel):
 
     parent: int
     memory_bytes: int
-    decode_timeout_s: float
 
 
 def confine(confinement: Confinement) -> None:

@@ -46,11 +46,12 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")  # Pillow warns about broken metadata, which is no news here
     calm_opencv()
     confine(confinement)
+    os.dup2(1, 2)  # codecs print what users upload; up to here, what is printed is for the operator
     _say(replies, Ready())
     while prefix := tasks.read(PREFIX.size):
         (num_bytes,) = PREFIX.unpack(prefix)
         task = read_task(tasks.read(num_bytes))
-        limit_cpu_time(confinement.decode_timeout_s)
+        limit_cpu_time(task.limit_s)
         _say(replies, _ending(task, replies))
 
 

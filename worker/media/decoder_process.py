@@ -68,10 +68,15 @@ class DecoderBroken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """What one decoder may use: address space, and the wall-clock time of one task."""
+    """What one decoder may use: address space, and the wall-clock time of one image or clip."""
 
     memory_bytes: int
-    timeout_s: float
+    image_s: float
+    video_s: float
+
+    def time_s(self, kind: MediaKind) -> float:
+        """Return the time for one file."""
+        return self.video_s if kind is MediaKind.VIDEO else self.image_s
 
 
 class DecoderProcess:
@@ -80,9 +85,7 @@ class DecoderProcess:
 
     def __init__(self, limits: DecodeLimits, environment: dict[str, str]) -> None:
         """Start it, without waiting for it to load. It ends with the thread that calls this."""
-        confinement = Confinement(
-            parent=os.getpid(), memory_bytes=limits.memory_bytes, decode_timeout_s=limits.timeout_s
-        )
+        confinement = Confinement(parent=os.getpid(), memory_bytes=limits.memory_bytes)
         self._limits = limits
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "worker.media.decoder", confinement.model_dump_json()],
@@ -99,6 +102,7 @@ class DecoderProcess:
             fcntl.fcntl(self._replies, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._started_at = time.monotonic()
         self._is_ready = False
+        self._is_cramped = False  # memory ran out once: what is left may lie in pieces
         self.num_tasks = 0
         self.is_usable = True
 
@@ -129,15 +133,13 @@ class DecoderProcess:
         self.is_usable = False
         try:
             self._tasks.write(packed(task))
-            media = self._take(task, _Watch(time.monotonic() + self._limits.timeout_s, should_stop))
+            media = self._take(task, _Watch(time.monotonic() + task.limit_s, should_stop))
         except TimeoutError as error:
-            raise MediaTooLarge(
-                f"decoding takes longer than {self._limits.timeout_s:g} s, which is the limit"
-            ) from error
+            raise MediaTooLarge(f"decoding takes longer than {task.limit_s:g} s, which is the limit") from error
         except BrokenPipeError as error:
             raise self._death() from error
         except RequestError:
-            self.is_usable = True
+            self.is_usable = not self._is_cramped
             raise
         self.is_usable = True
         return media
@@ -172,16 +174,14 @@ class DecoderProcess:
                 case Refused() as refused if refused.code in _REFUSALS:
                     raise _REFUSALS[refused.code](refused.words)
                 case OutOfRoom():
-                    raise self._no_room()
+                    self._is_cramped = True
+                    raise MediaTooLarge(
+                        f"decoding needs more than {self._limits.memory_bytes} bytes of memory, which is the limit"
+                    )
                 case Broken() as broken:
                     raise DecoderBroken(broken.words)
                 case _:
                     raise DecoderCrashed("")
-
-    def _no_room(self) -> MediaTooLarge:
-        return MediaTooLarge(
-            f"decoding needs more than {self._limits.memory_bytes} bytes of memory, which is the limit"
-        )
 
     def _picture(self, header: Picture, watch: _Watch) -> Image.Image:
         pixels = self._read(header.width * header.height * PIXEL_BYTES, watch)

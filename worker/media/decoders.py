@@ -87,7 +87,13 @@ class Decoders:
         Raises MediaUnsupported, MediaTooLarge (also for time and memory), MediaCorrupt (also for a file that crashes
         a decoder), OutOfMemory.
         """
-        task = DecodeTask(path=path, kind=kind, num_frames=num_frames, policy=replace(policy, buckets=frozenset()))
+        task = DecodeTask(
+            path=path,
+            kind=kind,
+            num_frames=num_frames,
+            limit_s=self._limits.time_s(kind),
+            policy=replace(policy, buckets=frozenset()),
+        )
         try:
             return self._decode(task, should_stop)
         except DecoderCrashed:

@@ -29,11 +29,12 @@ class _Message(BaseModel):
 
 
 class DecodeTask(_Message):
-    """A file to decode. `num_frames` counts for clips only; the policy's buckets are not sent."""
+    """A file to decode, within `limit_s`. `num_frames` counts for clips only; the policy's buckets are not sent."""
 
     path: Path
     kind: MediaKind
     num_frames: int
+    limit_s: float
     policy: MediaPolicy
 
 

@@ -64,6 +64,8 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+_WEBP_HEADER_BYTES: Final = 30
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
 _WHITE: Final = (255, 255, 255, 255)
 
 
@@ -81,9 +83,14 @@ def decode_image(path: Path, policy: MediaPolicy) -> DecodedImage:
         if reader is None:
             raise MediaUnsupported(f"an image is due here, the object is a {found.value} video")
         file.seek(0)
+        if found is MediaFormat.WEBP:  # its decoder sets a canvas aside as soon as the file is opened
+            check_size(_webp_canvas(file.read(_WEBP_HEADER_BYTES)), policy, policy.max_image_pixels)
+            file.seek(0)
         try:
             with reader(file) as image:
                 check_size(image.size, policy, policy.max_image_pixels)
+                if isinstance(image, TiffImageFile):
+                    _check_tile(image, policy)
                 image.load()
                 return DecodedImage(_rgb(_upright(image)))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -101,6 +108,26 @@ def check_size(size: tuple[int, int], policy: MediaPolicy, max_pixels: int) -> N
         raise MediaTooLarge(f"{width}×{height} = {width * height} pixels, the limit is {max_pixels}")
     if max(size) > policy.max_aspect * min(size):
         raise MediaTooLarge(f"{width}×{height} pixels: one side is over {policy.max_aspect:g} times the other")
+
+
+def _check_tile(image: TiffImageFile, policy: MediaPolicy) -> None:
+    """A tile is decoded whole, however little of it the picture needs."""
+    width, height = (image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+    if width * height > policy.max_image_pixels:
+        raise MediaTooLarge(f"tiles of {width}×{height} pixels, the limit is {policy.max_image_pixels}")
+
+
+def _webp_canvas(header: bytes) -> tuple[int, int]:
+    """Return width and height as the first chunk tells them (RFC 9649, sections 2.5 to 2.7; RFC 6386, section 9.1)."""
+    kind, body = header[12:16], header[20:]
+    if kind == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise MediaCorrupt("the webp image cannot be decoded: its first chunk is no picture")
 
 
 def _upright(image: Image.Image) -> Image.Image:
