@@ -22,6 +22,7 @@ from api_stub.contract.schema import schemas
 from api_stub.dead_cli import dead_app
 from api_stub.demo import run_demo
 from api_stub.devstack import StackOptions, exit_status, run_up
+from api_stub.doctor_cli import doctor
 from api_stub.errors import InvalidRequest, InvalidSettings
 from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, takes_job_flags
 from api_stub.gateway.keys import digest_of, is_key_name, new_key
@@ -42,6 +43,7 @@ Media = Annotated[list[str] | None, typer.Argument(help="s3:// URIs, or local fi
 Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 app.add_typer(dead_app, name="dead")
+app.command()(doctor)
 
 
 def main() -> None:
