@@ -15,7 +15,7 @@ VISION_STAMP := $(VISION)/.installed
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision check bench chaos soak
+.PHONY: help demo test vision check audit bench chaos soak
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -29,11 +29,15 @@ test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go
 vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
 	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)
 
-check: $(DEV_STAMP) ## lint, types, import floors, tests
+audit: $(DEV_STAMP) ## ask for known vulnerabilities of the pinned packages; says so when nobody can be asked
+	$(BIN)/python -m tests.structure.audit
+
+check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) audit
 	$(MAKE) test
 	$(MAKE) vision
 

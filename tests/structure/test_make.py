@@ -26,9 +26,19 @@ def would_run(target: str, venv: Path) -> str:
         ("test", ["-m venv", '".[worker,quantization,local,api,bench,dev]"', "-m pytest"]),
         (
             "check",
-            ["-m venv", "ruff check .", "ruff format --check .", "mypy", "lint-imports", "-m pytest", "tests/vision"],
+            [
+                "-m venv",
+                "ruff check .",
+                "ruff format --check .",
+                "mypy",
+                "lint-imports",
+                "-m tests.structure.audit",
+                "-m pytest",
+                "tests/vision",
+            ],
         ),
         ("vision", ["-m venv", "--no-deps --target", "torchvision num2words", "-m pytest tests/vision"]),
+        ("audit", ["-m venv", "-m tests.structure.audit"]),
         ("bench", ["-m venv", "visionq-worker bench engine", "visionq-worker bench queue"]),
     ],
 )
