@@ -155,18 +155,21 @@ def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> P
     return model_class(config).eval()
 
 
-def _idefics2(*, sliding_window: int | None = None, can_split_images: bool = False) -> Parts:
+def idefics2(*, sliding_window: int | None = None, can_split_images: bool = False, image_seq_len: int = 4) -> Parts:
+    """Make an Idefics2 whose images take `image_seq_len` tokens; the real one's take 64."""
     tokenizer = new_tokenizer(
         ["<fake_token_around_image>", "<image>", "<end_of_utterance>"], bos="<s>", eos="</s>", pad="<unk>"
     )
     image_processor = transformers.Idefics2ImageProcessorPil(
         size={"shortest_edge": 24, "longest_edge": 56}, do_image_splitting=can_split_images
     )
-    processor = transformers.Idefics2Processor(image_processor, tokenizer, image_seq_len=4, chat_template=IDEFICS_TURNS)
+    processor = transformers.Idefics2Processor(
+        image_processor, tokenizer, image_seq_len=image_seq_len, chat_template=IDEFICS_TURNS
+    )
     config = transformers.Idefics2Config(
         vision_config={**VISION, "image_size": 56},
         perceiver_config={
-            "hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4,
+            "hidden_size": 64, "resampler_n_latents": image_seq_len, "resampler_depth": 2, "resampler_n_heads": 4,
             "resampler_head_dim": 16, "num_key_value_heads": 2,
         },
         text_config=transformers.MistralConfig(vocab_size=len(tokenizer), sliding_window=sliding_window, **TEXT),
@@ -305,9 +308,9 @@ def _git() -> Parts:
 
 
 _BUILDERS: dict[str, Callable[[], Parts]] = {
-    "idefics2": _idefics2,
-    "idefics2-window": lambda: _idefics2(sliding_window=24),
-    "idefics2-splitting": lambda: _idefics2(can_split_images=True),
+    "idefics2": idefics2,
+    "idefics2-window": lambda: idefics2(sliding_window=24),
+    "idefics2-splitting": lambda: idefics2(can_split_images=True),
     "llava": _llava,
     "idefics3": _idefics3,
     "gemma3": _gemma3,

@@ -22,6 +22,8 @@ from worker.engine.kv_paged import LayerShape, PagedKV
 from worker.engine.kv_slots import FULL, SLIDING
 from worker.engine.runner_paged import PagedRunner
 from worker.engine.runner_slots import SlotRunner
+from worker.engine.tolerance import TOLERANCE
+from worker.engine.vision import VisionConfig, VisionStage
 from worker.errors import CannotStart
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,6 @@ logger = logging.getLogger(__name__)
 PROBE_TOKENS: Final = 12
 PROBE_CUT: Final = 5
 PROBE_BLOCK_SIZE: Final = 4
-#: How far outputs may lie apart, as a share of the largest: rounding, not another answer.
-TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,20 @@ class Unsuited(Exception):
 
 @torch.inference_mode()
 def build_runner(
-    model: PreTrainedModel, max_num_seqs: int, max_model_len: int, paged: PagedConfig | None
+    model: PreTrainedModel,
+    max_num_seqs: int,
+    max_model_len: int,
+    paged: PagedConfig | None,
+    vision: VisionConfig | None = None,
 ) -> PagedRunner | SlotRunner:
     """Return a paged runner if it is asked for and the model is suited, else rows.
 
     Raises CannotStart when memory does not hold one full request, or when neither back end can serve the model.
     """
     why_not_paged: str | None = None
+    entrances = Entrances(model)
+    stage = VisionStage(entrances, vision or VisionConfig())
     if paged is not None:
-        entrances = Entrances(model)
         try:
             layout = probe(entrances)
         except Unsuited as reason:
@@ -71,19 +76,20 @@ def build_runner(
             facts = {"action": "engine.probe", "kv_backend": "slots", "reason": why_not_paged}
             logger.warning("model cannot be served from paged blocks", extra=facts)
         else:
-            num_blocks = _num_blocks(paged, layout, max_num_seqs, max_model_len)
+            num_blocks = _num_blocks(paged, layout, max_num_seqs, max_model_len, stage.cache_bytes)
             kv = PagedKV(layout, num_blocks, paged.block_size)
             facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
             logger.info("serving from paged blocks", extra=facts)
             return PagedRunner(
                 entrances,
                 kv,
+                stage,
                 max_num_seqs,
                 max_model_len,
                 reads_whole=paged.reads_whole,
                 reuses_prefixes=paged.reuses_prefixes,
             )
-    return SlotRunner(model, max_num_seqs, max_model_len, why_not_paged)
+    return SlotRunner(entrances, stage, max_num_seqs, max_model_len, why_not_paged)
 
 
 def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
@@ -153,13 +159,15 @@ def _one_by_one(entrances: Entrances, embeds: Tensor) -> Tensor:
     return torch.stack(said).float()
 
 
-def _num_blocks(config: PagedConfig, layout: Mapping[int, LayerShape], max_num_seqs: int, max_model_len: int) -> int:
-    """Return how many blocks to take, the trash block included."""
+def _num_blocks(
+    config: PagedConfig, layout: Mapping[int, LayerShape], max_num_seqs: int, max_model_len: int, set_aside_bytes: int
+) -> int:
+    """Return how many blocks to take, the trash block included; `set_aside_bytes` of a GPU are for something else."""
     per_request = -(-max_model_len // config.block_size)
     num_blocks = config.num_blocks or max_num_seqs * per_request + 1
     device = next(iter(layout.values())).device
     if not config.num_blocks and device.type == "cuda":
-        num_free_bytes = torch.cuda.mem_get_info(device)[0] * config.memory_fraction
+        num_free_bytes = (torch.cuda.mem_get_info(device)[0] - set_aside_bytes) * config.memory_fraction
         block_bytes = config.block_size * sum(shape.num_bytes for shape in layout.values())
         num_blocks = min(num_blocks, int(num_free_bytes // block_bytes))
     if num_blocks <= per_request:

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from worker.engine.pictures import Picture
 from worker.engine.request import Request
 from worker.engine.stats import PrefixStats, VisionStats
+from worker.models.inputs import ModelInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,15 @@ class Runner(Protocol):
 
     def vision_stats(self) -> VisionStats:
         """Return what the vision-embedding cache has spared so far."""
+
+    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
+        """Return the pictures of a prompt. Any thread, better another: it reads every pixel."""
+
+    def look_ahead(self, requests: Sequence[Request]) -> None:
+        """Bring pictures of requests that may start soon through the vision tower, so many as a step may.
+
+        `requests` are waiting ones, the next first. A request that is not opened is to be released.
+        """
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """Whether a request of `num_tokens` tokens may be opened beside `num_running` that grow."""

@@ -18,12 +18,14 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.result import FinishReason
 from worker.engine.batch import Chunk, NoRoom, Runner, StepLogits
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
+from worker.engine.pictures import Picture
 from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput, RequestState
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.errors import WorkerError
+from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,16 @@ class EngineCore:
         """Return what the vision-embedding cache has spared; any thread."""
         return self._runner.vision_stats()
 
-    def add(self, generation: GenerationRequest, submitted_at: float) -> None:
-        """Queue a request; `submitted_at` is monotonic."""
-        self.scheduler.add(Request(generation, submitted_at))
+    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
+        """Return the pictures of a prompt for `add`; any thread, better another."""
+        return self._runner.cut(inputs)
+
+    def add(
+        self, generation: GenerationRequest, submitted_at: float, pictures: Sequence[Picture] | None = None
+    ) -> None:
+        """Queue a request; `submitted_at` is monotonic. The prompt's pictures are cut here if they are not given."""
+        pictures = self.cut(generation.inputs) if pictures is None else pictures
+        self.scheduler.add(Request(generation, submitted_at, pictures=pictures))
         self._texts[generation.request_id] = self._detokenizers.make(
             generation.sampling.stop, keeps_leading_space=generation.inputs.is_continuation
         )
@@ -102,6 +111,7 @@ class EngineCore:
 
     def _start_waiting(self, outputs: list[RequestOutput]) -> None:
         """Open the requests that the scheduler lets in; one that cannot be opened fails alone."""
+        self._runner.look_ahead(self.scheduler.next_in_line())
         while not self.is_dead and (request := self.scheduler.next_to_start()) is not None:
             try:
                 self._runner.open(request)

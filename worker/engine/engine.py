@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,12 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.claim import ModelClaim
 from worker.engine.core import EngineCore
+from worker.engine.pictures import Picture
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
 from worker.engine.scheduler import SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
+from worker.engine.vision import VisionConfig
 from worker.errors import EngineDead, PromptTooLong
 
 logger = logging.getLogger(__name__)
@@ -39,18 +41,21 @@ class EngineConfig:
     max_model_len: tokens of prompt and answer together; the length of a KV row.
     max_num_batched_tokens: tokens fed in one step, see `SchedulerLimits`.
     paged: sizes of a paged KV back end; None, or a model that is not suited, takes rows.
+    vision: bounds of the vision tower and of what is kept of it; None takes the defaults.
     """
 
     max_num_seqs: int
     max_model_len: int
     max_num_batched_tokens: int = 512
     paged: PagedConfig | None = None
+    vision: VisionConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
     generation: GenerationRequest
     submitted_at: float
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Engine:
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         self._claim = ModelClaim(model)
         try:
-            runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged)
+            runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged, config.vision)
         except BaseException:
             self._claim.give_up()
             raise
@@ -173,7 +178,9 @@ class Engine:
         if request.sampling.max_new_tokens is None or request.sampling.seed is None:
             raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
         self._check_length(request.inputs.num_prompt_tokens, request.sampling.max_new_tokens)
-        if not self._post(_Submit(request, time.monotonic())):
+        # Here, on the caller's thread: it reads every pixel.
+        pictures = self._core.cut(request.inputs)
+        if not self._post(_Submit(request, time.monotonic(), pictures)):
             raise EngineDead("the engine has ended")
 
     def cancel(self, request_id: str) -> None:
@@ -238,7 +245,7 @@ class Engine:
 
     def _take(self, message: _Submit | _Cancel) -> None:
         if isinstance(message, _Submit):
-            self._core.add(message.generation, message.submitted_at)
+            self._core.add(message.generation, message.submitted_at, message.pictures)
             return
         request = self._core.scheduler.find(message.request_id)
         if request is not None:
@@ -264,5 +271,5 @@ class Engine:
             except queue.Empty:
                 break
             if isinstance(message, _Submit):
-                self._core.add(message.generation, message.submitted_at)
+                self._core.add(message.generation, message.submitted_at, message.pictures)
         self._tell([self._core.end(request, reason, error) for request in self._core.scheduler.everything()])

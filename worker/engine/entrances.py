@@ -91,8 +91,11 @@ class Entrances:
         finally:
             hook.remove()
 
-    def run_to_the_door(self, inputs: ModelInputs) -> dict[str, Any]:
-        """Run the model's own forward on a prompt, images and all, and return what its decoder would get."""
+    def run_to_the_door(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the model's own forward on a prompt, images and all, and return what its decoder would get.
+
+        arguments: of the forward, on the model's device.
+        """
         seen: dict[str, Any] = {}
 
         def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,7 +104,7 @@ class Entrances:
 
         hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self.on_device(inputs), use_cache=False)
+            self.model(**arguments, use_cache=False)
         except _AtTheDoor:
             return seen
         finally:

@@ -16,7 +16,6 @@ from transformers import DynamicCache
 
 from worker.engine.attention import PROMPT, PromptStep
 from worker.engine.entrances import Entrances
-from worker.models.inputs import ModelInputs
 
 #: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
 _ORDINARY: Final = frozenset({"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"})
@@ -56,24 +55,25 @@ class Prompt:
         return self.embeds.shape[0]
 
 
-def prefill(entrances: Entrances, inputs: ModelInputs) -> Prefilled:
-    """Read one prompt into a cache of its own. Raises whatever the model raises."""
+def prefill(entrances: Entrances, arguments: Mapping[str, Any]) -> Prefilled:
+    """Read one prompt into a cache of its own. Raises whatever the model raises.
+
+    arguments, here and below: of the model's forward, on its device.
+    """
     cache = DynamicCache()
     with entrances.watching() as seen:
-        output = entrances.model(
-            **entrances.on_device(inputs), past_key_values=cache, use_cache=True, **entrances.last_logits_only
-        )
+        output = entrances.model(**arguments, past_key_values=cache, use_cache=True, **entrances.last_logits_only)
     positions = seen.get("position_ids")
     # Models that hand no positions down count the tokens of the text, as `generate` does for them.
-    first_position = inputs.num_prompt_tokens if positions is None else int(positions.max()) + 1
+    first_position = arguments["input_ids"].shape[1] if positions is None else int(positions.max()) + 1
     return Prefilled(output.logits[:, -1], cache, first_position)
 
 
-def capture(entrances: Entrances, inputs: ModelInputs) -> Prompt:
+def capture(entrances: Entrances, arguments: Mapping[str, Any]) -> Prompt:
     """Run the model up to its decoder's door and take the prompt from there. Raises whatever the model raises."""
     # The model makes its masks before the door, so they must be real ones.
     with entrances.attending(PROMPT):
-        seen = entrances.run_to_the_door(inputs)
+        seen = entrances.run_to_the_door(arguments)
     embeds: Tensor = seen["inputs_embeds"][0]
     positions = _positions(seen.get("position_ids"), embeds)
     return Prompt(
@@ -84,12 +84,10 @@ def capture(entrances: Entrances, inputs: ModelInputs) -> Prompt:
     )
 
 
-def read_whole(entrances: Entrances, inputs: ModelInputs, step: PromptStep) -> Tensor:
+def read_whole(entrances: Entrances, arguments: Mapping[str, Any], step: PromptStep) -> Tensor:
     """Run a whole prompt through the model's forward, storing keys and values; return logits [1, V]."""
     with entrances.attending(PROMPT):
-        output = entrances.model(
-            **entrances.on_device(inputs), use_cache=False, kv_step=step, **entrances.last_logits_only
-        )
+        output = entrances.model(**arguments, use_cache=False, kv_step=step, **entrances.last_logits_only)
     logits: Tensor = output.logits[:, -1]
     return logits
 

@@ -6,7 +6,7 @@ the last one has `finish` set. `Request` is the engine's own moving state; it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -16,6 +16,7 @@ from torch import Tensor
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import FinishReason
 from api_stub.contract.sampling import SamplingParams
+from worker.engine.pictures import Picture
 from worker.models.inputs import ModelInputs
 
 
@@ -96,6 +97,7 @@ class Request:
     first_position: position id of the first generated token; with multi-axis rotary positions it differs from
         `num_prompt_cached`.
     is_chunkable: the prompt may be read in pieces.
+    pictures: what the vision tower has to see of the prompt.
     row: index in the tables of the KV back end while it holds the request, else −1.
     """
 
@@ -109,6 +111,7 @@ class Request:
     is_chunkable: bool = False
     row: int = -1
     first_token_at: float | None = None
+    pictures: Sequence[Picture] = ()
 
     @property
     def request_id(self) -> str:

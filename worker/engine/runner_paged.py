@@ -17,11 +17,14 @@ from worker.engine.batch import Chunk, NoRoom, StepLogits
 from worker.engine.entrances import Entrances
 from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
 from worker.engine.kv_paged import BlockPool, BlockTables, PagedKV
+from worker.engine.pictures import Picture
 from worker.engine.prefill import Prompt, capture, read_whole
 from worker.engine.prefix import PrefixKeys
 from worker.engine.request import Request
 from worker.engine.runner_slots import check_room
 from worker.engine.stats import PrefixStats, VisionStats
+from worker.engine.vision import VisionStage
+from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class PagedRunner:
         self,
         entrances: Entrances,
         kv: PagedKV,
+        vision: VisionStage,
         num_rows: int,
         max_model_len: int,
         *,
@@ -49,6 +53,7 @@ class PagedRunner:
     ) -> None:
         self._entrances = entrances
         self._kv = kv
+        self._vision = vision
         self._max_model_len = max_model_len
         self._reads_whole = reads_whole
         self._forward = FlatForward(entrances, kv)
@@ -74,8 +79,16 @@ class PagedRunner:
         return PrefixStats(self._num_queried_tokens, self._num_reused_tokens)
 
     def vision_stats(self) -> VisionStats:
-        """Nothing is kept."""
-        return VisionStats()
+        """See `VisionStage`."""
+        return self._vision.stats()
+
+    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
+        """See `VisionStage`."""
+        return self._vision.cut(inputs)
+
+    def look_ahead(self, requests: Sequence[Request]) -> None:
+        """See `VisionStage`."""
+        self._vision.look_ahead(requests)
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """Whether the blocks suffice, one more for each stream set aside: else it might be sent away at once."""
@@ -83,7 +96,7 @@ class PagedRunner:
 
     def open(self, request: Request) -> None:
         """Run images and embedding, take blocks for the prompt and what was generated before. See `Runner`."""
-        prompt = capture(self._entrances, request.inputs)
+        prompt = capture(self._entrances, self._vision.arguments(request))
         check_room(prompt.num_tokens, request, self._max_model_len)
         request.is_chunkable = not (prompt.is_whole or self._reads_whole)
         num_tokens = prompt.num_tokens + len(request.output_ids)
@@ -100,6 +113,8 @@ class PagedRunner:
         request.num_prompt_cached = prompt.num_tokens
         request.first_position = prompt.first_position
         self._prompts[request] = prompt
+        if request.is_chunkable:
+            self._vision.forget(request)
         self._keys[request] = keys
         if prompt.positions.ndim == 2:
             self._forward.num_axes = prompt.positions.shape[0]
@@ -147,11 +162,13 @@ class PagedRunner:
 
     def free_memory(self) -> None:
         """See `Runner`."""
+        self._vision.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _forget(self, request: Request) -> None:
         self._prompts.pop(request, None)
+        self._vision.forget(request)
         self._keys.pop(request, None)
 
     def _count(self, chunks: Sequence[Chunk]) -> list[Request]:
@@ -173,7 +190,9 @@ class PagedRunner:
 
     def _run_whole(self, request: Request) -> Tensor:
         slots = self._tables.slots(request.row, 0, request.num_prompt_cached)
-        return read_whole(self._entrances, request.inputs, PromptStep(self._kv, slots.to(self._device)))
+        return read_whole(
+            self._entrances, self._vision.arguments(request), PromptStep(self._kv, slots.to(self._device))
+        )
 
     def _decode_inputs(self, streams: Sequence[Request]) -> DecodeInputs:
         """Say what every stream feeds: one tensor of numbers and one of blocks go to the device."""

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from worker.engine.batch import Chunk, StepLogits
 from worker.engine.entrances import Entrances
 from worker.engine.kv_slots import SlotCache, SlotMasks
+from worker.engine.pictures import Picture
 from worker.engine.prefill import prefill
 from worker.engine.request import Request
 from worker.engine.stats import PrefixStats, VisionStats
+from worker.engine.vision import VisionStage
 from worker.errors import PromptTooLong
+from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,17 @@ class SlotRunner:
     can_resume = False
 
     def __init__(
-        self, model: PreTrainedModel, num_rows: int, row_length: int, why_not_paged: str | None = None
+        self,
+        entrances: Entrances,
+        vision: VisionStage,
+        num_rows: int,
+        row_length: int,
+        why_not_paged: str | None = None,
     ) -> None:
         self.why_not_paged = why_not_paged
-        self._entrances = Entrances(model)
+        model = entrances.model
+        self._entrances = entrances
+        self._vision = vision
         text_config = self._entrances.text_config
         if text_config._attn_implementation not in ("sdpa", "eager"):
             # Flash attention takes no 4-dimensional mask; only the text decoder needs one.
@@ -55,15 +64,24 @@ class SlotRunner:
         return PrefixStats()
 
     def vision_stats(self) -> VisionStats:
-        """Nothing is kept."""
-        return VisionStats()
+        """See `VisionStage`."""
+        return self._vision.stats()
+
+    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
+        """See `VisionStage`."""
+        return self._vision.cut(inputs)
+
+    def look_ahead(self, requests: Sequence[Request]) -> None:
+        """See `VisionStage`."""
+        self._vision.look_ahead(requests)
 
     def has_room(self, num_tokens: int, num_running: int) -> bool:
         """There is a row for each request that may run."""
         return True
 
     def open(self, request: Request) -> None:
-        """Note the prompt's length as far as it is known before it is read."""
+        """Note the prompt's length as far as it is known before it is read. See `Runner`."""
+        self._vision.check(request)
         request.num_prompt_cached = request.inputs.num_prompt_tokens
 
     def grow(self, request: Request) -> bool:
@@ -86,6 +104,7 @@ class SlotRunner:
 
     def release(self, request: Request) -> None:
         """Free the row of a request; the last row takes its place."""
+        self._vision.forget(request)
         if request.row < 0:
             return
         last = self._rows.pop()
@@ -104,6 +123,7 @@ class SlotRunner:
 
     def free_memory(self) -> None:
         """See `Runner`."""
+        self._vision.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -113,7 +133,8 @@ class SlotRunner:
         Raises PromptTooLong when images turned out to take more entries than the row has, and whatever the model
         raises; the other rows are as they were.
         """
-        prefilled = prefill(self._entrances, request.inputs)
+        prefilled = prefill(self._entrances, self._vision.arguments(request))
+        self._vision.forget(request)
         num_cached = prefilled.cache.get_seq_length()
         check_room(num_cached, request, self._cache.row_length)
         self._cache.load(len(self._rows), prefilled.cache)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from worker.engine.batch import Chunk
@@ -81,6 +82,10 @@ class Scheduler:
     def find(self, request_id: str) -> Request | None:
         """Return the waiting or running request of that id."""
         return self._waiting.get(request_id) or self._running_by_id.get(request_id)
+
+    def next_in_line(self) -> list[Request]:
+        """Return the waiting requests for which there are places, the oldest first."""
+        return list(islice(self._waiting.values(), self._limits.max_num_seqs - len(self.running)))
 
     def next_to_start(self) -> Request | None:
         """Return the oldest waiting request if there is a place, budget and space for it in this step."""

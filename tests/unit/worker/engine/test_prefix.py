@@ -13,7 +13,7 @@ from tests.unit.worker.engine.harness import request
 from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.entrances import Entrances
-from worker.engine.prefill import capture
+from worker.engine.prefill import Prompt, capture
 from worker.engine.prefix import PrefixKeys
 from worker.engine.runner_paged import PagedRunner
 from worker.engine.scheduler import SchedulerLimits
@@ -62,12 +62,15 @@ def test_another_image_is_another_prefix(tiny_model: Callable[[str], TinyModel])
 def test_keys_name_the_whole_prefix(idefics2: TinyModel) -> None:
     entrances, prefixes = Entrances(idefics2.model), PrefixKeys()
 
+    def prompt(text: str, seed: int) -> Prompt:
+        return capture(entrances, entrances.on_device(idefics2.inputs(text, [picture(seed)])))
+
     def keys(text: str, seed: int) -> list[bytes]:
-        return prefixes.keys(capture(entrances, idefics2.inputs(text, [picture(seed)])), 4)
+        return prefixes.keys(prompt(text, seed), 4)
 
     one, same, longer, other = keys("It", 1), keys("It", 1), keys("It is red and blue", 1), keys("It", 2)
     assert one == same
     assert len(set(one)) == len(one)
     assert longer[: len(one) - 2] == one[: len(one) - 2]
     assert not set(other[2:]) & set(one)
-    assert PrefixKeys().keys(capture(entrances, idefics2.inputs("It", [picture(1)])), 4) != one
+    assert PrefixKeys().keys(prompt("It", 1), 4) != one
