@@ -48,6 +48,9 @@ bench: $(DEV_STAMP) ## measure the engine beside plain generate (ARGS go there),
 chaos: $(DEV_STAMP) ## break everything for ten minutes, count what is lost (ARGS="--seconds 60 --jobs 200 --seed 7")
 	$(BIN)/python -m tests.chaos $(ARGS)
 
+soak: $(DEV_STAMP) ## steady load for an hour, tell what grows (ARGS="--minutes 10")
+	$(BIN)/python -m tests.chaos.soak $(ARGS)
+
 # Without pip (Debian keeps it in python3-venv) a half-made environment must not look made.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.12")'

@@ -41,6 +41,7 @@ def main(
             every_s=SIGKILL_EVERY_S,
             kinds=(FaultKind.SIGKILL,),
             max_faults=sigkills,
+            min_others=(1,),
         )
     directory = Path(tempfile.mkdtemp(prefix="visionq-chaos-"))
     typer.echo(f"logs in {directory}")

@@ -85,12 +85,17 @@ def read_outcomes(direct: redis.Redis, tickets: Sequence[Ticket]) -> tuple[list[
     return outcomes, problems
 
 
+def events_of(direct: redis.Redis, job_id: str) -> tuple[Event, ...]:
+    """Return a job's whole stream."""
+    entries: list[tuple[str, dict[str, str]]] = direct.xrange(names.events_key(job_id))  # type: ignore[assignment]
+    return tuple(parse_event(fields["event"]) for _, fields in entries)
+
+
 def _outcome(direct: redis.Redis, ticket: Ticket) -> Outcome | None:
     row = direct.hgetall(names.job_key(ticket.job_id))
     if not row:
         return None
-    entries: list[tuple[str, dict[str, str]]] = direct.xrange(names.events_key(ticket.job_id))  # type: ignore[assignment]
-    events = tuple(parse_event(fields["event"]) for _, fields in entries)
+    events = events_of(direct, ticket.job_id)
     final = events[-1] if events and isinstance(events[-1], FinalEvent) else None
     code = "" if final is None or isinstance(final, JobCompleted) else final.error.code.value
     return Outcome(ticket, str(row["status"]), code, int(row["attempt"]), int(row["losses"]), events)
@@ -149,8 +154,8 @@ def _answer_problems(outcome: Outcome) -> list[str]:
 
 def _reader_problems(outcome: Outcome) -> list[str]:
     ticket, final = outcome.ticket, outcome.events[-1]
-    if not ticket.is_submitted:
-        return []
+    if not ticket.num_visits:
+        return []  # nobody was to read it
     if ticket.read_text is None and ticket.read_code is None:
         return [] if ticket.problems else ["its reader never came to an end"]
     if isinstance(final, JobCompleted):

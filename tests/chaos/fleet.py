@@ -26,7 +26,10 @@ STOP_MARGIN_S: Final = 25.0
 
 @dataclass(slots=True)
 class Life:
-    """One worker process. Times are seconds since 1970; `asked` is the signal that was to end it."""
+    """One worker process. Times are seconds since 1970; `asked` is the signal that was to end it.
+
+    `num_others`: how many other workers served at that moment.
+    """
 
     slot: int
     worker: WorkerProcess
@@ -34,6 +37,7 @@ class Life:
     ready_at: float | None = None
     asked: signal.Signals | None = None
     asked_at: float | None = None
+    num_others: int = 0
     is_stopped: bool = False
     ended_at: float | None = None
     status: int | None = None
@@ -83,7 +87,7 @@ class Fleet:
     def start(self) -> None:
         """Start all workers and wait until they serve."""
         self._thread.start()
-        self.wait_ready(len(self._slots), READY_S)
+        eventually(self._all_serve, READY_S, "all workers serve")
 
     def wait_ready(self, count: int, timeout_s: float) -> None:
         """Wait until at least `count` workers serve."""
@@ -93,10 +97,16 @@ class Fleet:
         """The workers that serve now."""
         return [slot.life for slot in self._slots if slot.life is not None and slot.life.is_ready]
 
+    def _all_serve(self) -> bool:
+        for life in self.lives:
+            assert life.ended_at is None, f"a worker ended at its start:\n{life.worker.text()[-3000:]}"
+        return len(self.ready()) == len(self._slots)
+
     def signal(self, life: Life, signum: signal.Signals) -> None:
         """Send a signal and write it down."""
         with self._lock:
             if signum in (signal.SIGKILL, signal.SIGTERM):
+                life.num_others = sum(other is not life for other in self.ready())
                 life.asked, life.asked_at = signum, time.time()
             else:
                 life.is_stopped = signum == signal.SIGSTOP

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Final
 
 import redis
@@ -29,9 +30,8 @@ from tests.storage_faults import Fault as StorageFault
 
 logger = logging.getLogger(__name__)
 
-#: A worker is broken only while so many others serve; a fault waits this long for them.
-MIN_OTHERS: Final = 1
-PATIENCE_S: Final = 45.0
+#: A fault of a worker waits this long for enough others that serve.
+PATIENCE_S: Final = 60.0
 ORPHANS: Final = 3
 
 STORAGE_FAULTS: Final[dict[FaultKind, StorageFault]] = {
@@ -58,9 +58,17 @@ class Injected:
 class Injector:
     """Runs a schedule against a plant. `done` grows as faults end; `skipped` are those that found no victim."""
 
-    def __init__(self, plant: Plant, faults: Sequence[Fault], office: TicketOffice, readers: Readers) -> None:
+    def __init__(
+        self,
+        plant: Plant,
+        faults: Sequence[Fault],
+        office: TicketOffice,
+        readers: Readers,
+        min_others: Sequence[int],
+    ) -> None:
         self._plant, self._faults = plant, faults
         self._office, self._readers = office, readers
+        self._min_others = cycle(min_others)
         self._stop = threading.Event()
         self._queues: dict[Plane, queue.SimpleQueue[Fault | None]] = {plane: queue.SimpleQueue() for plane in Plane}
         self._threads = [
@@ -134,7 +142,7 @@ class Injector:
     def _victim(self, target: int) -> Life | None:
         fleet = self._plant.fleet
         with suppress(AssertionError):
-            fleet.wait_ready(1 + MIN_OTHERS, PATIENCE_S)
+            fleet.wait_ready(1 + next(self._min_others), PATIENCE_S)
             ready = fleet.ready()
             return next((life for life in ready if life.slot == target), ready[0])
         return None

@@ -65,6 +65,12 @@ def key_problems(direct: redis.Redis) -> list[str]:
     return problems
 
 
+def passing_keys(direct: redis.Redis) -> list[str]:
+    """Return the keys of jobs; a worker's own and kombu's are renewed for as long as it lives."""
+    lasting = (names.workers_key(""), names.suspects_key(""), "_kombu", "unacked")
+    return [key for key in direct.scan_iter(count=1000) if key not in SINGLETONS and not key.startswith(lasting)]
+
+
 def message_problems(direct: redis.Redis) -> list[str]:
     """Return the unacknowledged messages that cannot be explained: each must belong to a job that is over.
 

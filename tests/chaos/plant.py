@@ -25,6 +25,7 @@ NUM_WORKERS: Final = 3
 LEASE_S: Final = 5.0
 DRAIN_S: Final = 3.0
 GRACE_S: Final = 2.0
+KEPT_S: Final = 7200
 MAX_NUM_SEQS: Final = 8
 PREPARE_AHEAD: Final = 4
 #: Attempts are bounded so that a poison job ends; here workers are killed at random, and no job is poison.
@@ -57,6 +58,7 @@ class Plant:
     links: tuple[TcpProxy, ...]
     producers_link: TcpProxy
     fleet: Fleet
+    kept_s: int
 
     @property
     def scratch(self) -> Path:
@@ -70,6 +72,8 @@ class Plant:
             lease_s=LEASE_S,
             grace_s=GRACE_S,
             max_attempts=MAX_ATTEMPTS,
+            result_ttl_s=self.kept_s,
+            events_ttl_s=self.kept_s,
         )
         return Client(settings=settings)
 
@@ -81,8 +85,11 @@ class Plant:
 
 
 @contextmanager
-def plant(directory: Path, num_workers: int = NUM_WORKERS) -> Iterator[Plant]:
-    """Start everything; the workers serve when the block begins. Nothing is left when it ends."""
+def plant(directory: Path, num_workers: int = NUM_WORKERS, kept_s: int = KEPT_S) -> Iterator[Plant]:
+    """Start everything; the workers serve when the block begins. Nothing is left when it ends.
+
+    `kept_s`: how long results and event streams are kept.
+    """
     scratch = directory / "scratch"
     scratch.mkdir()
     with ExitStack() as stack:
@@ -101,10 +108,10 @@ def plant(directory: Path, num_workers: int = NUM_WORKERS) -> Iterator[Plant]:
             [link.url for link in links],
             storage.url,
             variables={"TMPDIR": str(scratch)},
-            settings=WORKER_SETTINGS,
+            settings=WORKER_SETTINGS | {"result_ttl_s": kept_s, "events_ttl_s": kept_s},
         )
         stack.callback(fleet.kill)
         fleet.start()
         logger.info("%d workers serve", num_workers)
         producers_link = network.proxy(redis_server.port)
-        yield Plant(directory, redis_server, s3, s3_client, storage, links, producers_link, fleet)
+        yield Plant(directory, redis_server, s3, s3_client, storage, links, producers_link, fleet, kept_s)

@@ -12,8 +12,11 @@ from typing import Final
 from tests.chaos.audit import Handover, Outcome
 from tests.chaos.fleet import Life
 from tests.chaos.injector import Injected
+from tests.chaos.outage import Outage
 from tests.chaos.plant import LEASE_S
 
+#: Recovery is measured where so many workers were left.
+MIN_OTHERS: Final = 2
 #: What the median recovery may take beyond the lease, and what 95 of 100 cancels of running jobs may take.
 MAX_RECOVERY_S: Final = LEASE_S + 1.5
 MAX_CANCEL_S: Final = 1.0
@@ -32,12 +35,17 @@ class Report:
     lives: list[Life] = field(default_factory=list)
     handovers: list[Handover] = field(default_factory=list)
     calm_cancels_s: list[float] = field(default_factory=list)
+    outage: Outage | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
     def recoveries_s(self) -> list[float]:
-        """Seconds from each SIGKILL to the next start of each job that the worker held."""
-        killed = {life.pid: life.asked_at for life in self.lives if life.asked is signal.SIGKILL}
+        """Seconds from each SIGKILL to the next start of each job that the worker held, while others served."""
+        killed = {
+            life.pid: life.asked_at
+            for life in self.lives
+            if life.asked is signal.SIGKILL and life.num_others >= MIN_OTHERS
+        }
         return [
             handover.restarted_at - killed_at
             for handover in self.handovers
@@ -70,7 +78,7 @@ class Report:
         slowest = max((outcome.ticket.slowest_submit_s for outcome in self.outcomes), default=0.0)
         if slowest > MAX_SUBMIT_S:
             found.append(f"slowest submit call {slowest:.1f} s, the limit is {MAX_SUBMIT_S} s")
-        return found
+        return found + (self.outage.misses if self.outage else [])
 
     def lines(self) -> str:
         """Return the table."""
@@ -96,6 +104,7 @@ class Report:
                 _spread("drain", self.drains_s, "SIGTERM to the end"),
                 _spread("cancel", self.cancels_s, "running, under faults"),
                 _spread("cancel", self.calm_cancels_s, "running, all calm"),
+                *([f"outage       {self.outage.line()}"] if self.outage else []),
                 *(f"MISSED       {miss}" for miss in self.misses),
                 *(f"VIOLATION    {problem}" for problem in self.problems[:40]),
                 f"verdict      {len(self.problems)} violations, {len(self.misses)} figures beyond their limits",

@@ -15,6 +15,7 @@ from tests.chaos import audit, leaks
 from tests.chaos.faults import FaultKind, schedule
 from tests.chaos.injector import Injector
 from tests.chaos.listener import ResultListener
+from tests.chaos.outage import live_through
 from tests.chaos.people import Producer, Readers, submit
 from tests.chaos.plant import LEASE_S, MAX_NUM_SEQS, NUM_WORKERS, PREPARE_AHEAD, Plant, plant
 from tests.chaos.report import Report, life_problems
@@ -41,9 +42,13 @@ class Options:
     every_s: float = 4.0
     kinds: tuple[FaultKind, ...] = tuple(FaultKind)
     max_faults: int | None = None
+    #: A worker is broken only while so many others serve, in turns. Two mostly, so that recovery is the ledger's and
+    #: not the start of another worker.
+    min_others: tuple[int, ...] = (1, 2, 2, 2)
     num_pictures: int = 12
     num_clips: int = 3
     num_calm_cancels: int = NUM_CALM_CANCELS
+    outage_s: float = 30.0
 
 
 class Book:
@@ -76,8 +81,10 @@ def run(options: Options, directory: Path, command: str) -> Report:
             tickets = _load_and_break(system, options, TicketOffice(Random(options.seed), requests), report)
             calm = TicketOffice(Random(f"{options.seed} calm"), requests)
             tickets += _cancel_calmly(system, calm, options.num_calm_cancels, report)
+            if options.outage_s:
+                report.outage = live_through(system, calm, options.outage_s)
         logger.info("all is quiet")
-        _audit(system, tickets, report)
+        _audit(system, tickets + (report.outage.tickets if report.outage else []), report)
         with system.redis.client() as direct:
             report.problems += audit.count_problems(direct, report.outcomes, listener.published, ROUNDS * len(requests))
         _check_leaks(system, report)
@@ -102,9 +109,8 @@ def _load_and_break(system: Plant, options: Options, office: TicketOffice, repor
         num_workers=NUM_WORKERS,
         lease_s=LEASE_S,
     )
-    injector = Injector(
-        system, faults[: options.max_faults], TicketOffice(Random(f"{options.seed} orphans"), office.requests), readers
-    )
+    orphans = TicketOffice(Random(f"{options.seed} orphans"), office.requests)
+    injector = Injector(system, faults[: options.max_faults], orphans, readers, options.min_others)
     readers.start()
     for producer in producers:
         producer.start()

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 PRIORITIES: Final = (0, 3, 6, 6, 6, 9)
-#: Lengths of answers: as short as the model makes them, and long enough to be under way when something breaks.
-LENGTHS: Final = (0, 0, 60, 150)
+TENANTS: Final = ("", "", "red", "blue")
+#: Lengths of answers: 0 is what the model makes of it, the others are under way when something breaks.
+LENGTHS: Final = (0, 80, 0, 250)
 ENDLESS: Final = 1200
 #: Rounds in which the fault-free texts are taken; all must agree.
 ROUNDS: Final = 2
@@ -120,7 +121,11 @@ class TicketOffice:
         plan = plan or self._plans.pop()
         request = self._rng.choice(self.requests)
         job_id = str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
-        fields = request.fields | {"priority": self._rng.choice(PRIORITIES), "metadata": {"plan": plan.value}}
+        fields = request.fields | {
+            "priority": self._rng.choice(PRIORITIES),
+            "tenant": self._rng.choice(TENANTS),
+            "metadata": {"plan": plan.value},
+        }
         if plan is Plan.CANCEL_RUNNING:
             fields["sampling"] = {"min_new_tokens": ENDLESS, "max_new_tokens": ENDLESS}
         elif plan is Plan.DEADLINE:

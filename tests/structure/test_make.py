@@ -40,6 +40,8 @@ def would_run(target: str, venv: Path) -> str:
         ("vision", ["-m venv", "--no-deps --target", "torchvision num2words", "-m pytest tests/vision"]),
         ("audit", ["-m venv", "-m tests.structure.audit"]),
         ("bench", ["-m venv", "visionq-worker bench engine", "visionq-worker bench queue"]),
+        ("chaos", ["-m venv", "-m tests.chaos "]),
+        ("soak", ["-m venv", "-m tests.chaos.soak "]),
     ],
 )
 def test_a_target_starts_from_nothing(target: str, steps: list[str], tmp_path: Path) -> None:
