@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.corpus.run import INTERNAL, POLICY, all_cases, run
 from tests.corpus.traps import set_traps
 from tests.decoding import LIMITS
 from tests.servers import S3Server
-from worker.media.decoders import Decoders
+from worker.media.decoders import FFMPEG_ENVIRONMENT, Decoders
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -47,3 +48,23 @@ def test_the_corpus_is_survived(s3_server: S3Server, s3_client: S3Client, tmp_pa
     assert not [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(f"visionq-media-{os.getpid()}-")]  # noqa: PTH208
     assert len(os.listdir("/proc/self/fd")) <= handles_before + AT_ONCE, "but for sockets to S3"  # noqa: PTH208
     assert not [pid for pid in decoders.pids if Path(f"/proc/{pid}").exists()]
+
+
+OPEN_IT = """
+import sys, cv2
+capture = cv2.VideoCapture(sys.argv[1], cv2.CAP_FFMPEG)
+print(capture.isOpened(), capture.grab())
+"""
+
+
+def test_ffmpeg_left_to_itself_opens_what_a_list_names_and_ours_does_not(tmp_path: Path) -> None:
+    with set_traps(tmp_path) as traps:
+        path = tmp_path / "list"
+        path.write_text(f"ffconcat version 1.0\nfile '{traps.secret.name}'\n")
+        command = [sys.executable, "-c", OPEN_IT, str(path)]
+        subprocess.run(command, timeout=60, check=True, capture_output=True)
+        assert traps.num_openings > 0
+        environment = os.environ | FFMPEG_ENVIRONMENT
+        done = subprocess.run(command, timeout=60, check=True, capture_output=True, env=environment)
+        assert traps.num_openings == 0
+        assert done.stdout.split() == [b"False", b"False"]
