@@ -43,11 +43,13 @@ class Runner(Protocol):
     kv_backend: "slots" or "paged".
     why_not_paged: why it is slots although paged was asked for.
     can_resume: a request that was released may be opened again and go on where it was.
+    can_run_ahead: a step may feed tokens that the host does not know yet.
     """
 
     kv_backend: str
     why_not_paged: str | None
     can_resume: bool
+    can_run_ahead: bool
 
     def kv_usage(self) -> float:
         """Return the share of KV space that requests hold, 0…1."""
@@ -85,6 +87,9 @@ class Runner(Protocol):
         Raises what the model raises for the whole batch. If nothing was counted then, it may be called again, also
         with fewer chunks.
         """
+
+    def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        """Keep the newest tokens [B], which are pending, for the next `run`."""
 
     def release(self, request: Request) -> None:
         """Give up what the request holds, if anything."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
+from worker.engine.transfer import HostCopy
 from worker.errors import WorkerError
 from worker.models.inputs import ModelInputs
 
@@ -33,10 +36,20 @@ logger = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Tokens on their way to the host, one per request."""
+
+    requests: Sequence[Request]
+    tokens: HostCopy
+
+
 class EngineCore:
     """Everything of an engine but its thread. All methods belong to one thread under `torch.inference_mode`.
 
     is_dead: the device is lost or steps keep failing; call nothing but `end` then.
+    runs_ahead: say of each step what it made while the next one runs, where the runner can. An end of which the token
+        tells is known a step late then: what was generated meanwhile is dropped and nobody hears of it.
     """
 
     def __init__(
@@ -46,6 +59,8 @@ class EngineCore:
         runner: Runner,
         limits: SchedulerLimits,
         clock: StepClock | None = None,
+        *,
+        runs_ahead: bool = False,
     ) -> None:
         self.scheduler = Scheduler(limits, runner)
         self.is_dead = False
@@ -56,6 +71,8 @@ class EngineCore:
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._texts: dict[str, Detokenizer] = {}
         self._num_failed_steps = 0
+        self._runs_ahead = runs_ahead and runner.can_run_ahead
+        self._in_flight: _Sampled | None = None
 
     def kv_usage(self) -> float:
         """Return the share of KV space that requests hold, 0…1; any thread."""
@@ -94,9 +111,12 @@ class EngineCore:
         self._clock.feed(chunks)
         logits = self._run(chunks, outputs)
         self._clock.lap(Stage.MODEL)
-        tokens = self._sample(logits, outputs)
+        sampled = self._sample(logits, outputs)
+        if self._runs_ahead:
+            sampled, self._in_flight = self._in_flight, sampled
+        tokens = self._wait(sampled, outputs)
         self._clock.lap(Stage.SAMPLE)
-        self._append(logits.requests, tokens, outputs)
+        self._append(tokens, outputs)
         self._clock.lap(Stage.DETOKENISE)
         return outputs
 
@@ -171,21 +191,42 @@ class EngineCore:
             self._fail_batch([chunk.request for chunk in streams or chunks], error, outputs)
         return [chunk for chunk in chunks if chunk.request.state is RequestState.RUNNING]
 
-    def _sample(self, logits: StepLogits, outputs: list[RequestOutput]) -> list[int] | None:
-        """Return one token per request of `logits`, None when there are none or sampling failed."""
+    def _sample(self, logits: StepLogits, outputs: list[RequestOutput]) -> _Sampled | None:
+        """Choose one token per request of `logits` on the device; None when there are none or sampling failed."""
         if logits.logits is None:
             return None
         try:
-            return self._sampler.sample(logits.logits, logits.requests)
+            tokens = self._sampler.sample(logits.logits, logits.requests)
+            self._runner.remember(logits.requests, tokens)
+            sampled = _Sampled(logits.requests, HostCopy(tokens))
         except Exception as error:
             logger.exception("sampling failed", extra={"action": "engine.sample"})
             self._fail_batch(logits.requests, error, outputs)
             return None
+        for request in logits.requests:
+            request.num_pending += 1
+        return sampled
 
-    def _append(self, requests: Sequence[Request], tokens: Sequence[int] | None, outputs: list[RequestOutput]) -> None:
+    def _wait(self, sampled: _Sampled | None, outputs: list[RequestOutput]) -> Sequence[tuple[Request, int]]:
+        """Return the tokens that have come, without those of requests that ended meanwhile."""
+        if sampled is None:
+            return ()
+        for request in sampled.requests:
+            request.num_pending -= 1
+        alive = [request.state is not RequestState.ENDED for request in sampled.requests]
+        try:
+            tokens = list(zip(sampled.requests, sampled.tokens.wait(), strict=True))
+        except Exception as error:
+            # What the device did behind Python's back is heard of here.
+            logger.exception("sampling failed", extra={"action": "engine.sample"})
+            self._fail_batch(list(compress(sampled.requests, alive)), error, outputs)
+            return ()
+        return list(compress(tokens, alive))
+
+    def _append(self, tokens: Sequence[tuple[Request, int]], outputs: list[RequestOutput]) -> None:
         """Give each request its token; end those that are done."""
         now = time.monotonic()
-        for request, token in zip(requests, tokens or (), strict=tokens is not None):
+        for request, token in tokens:
             request.output_ids.append(token)
             output = self._advance(request, now)
             if output is not None:

@@ -91,6 +91,7 @@ class Request:
     """A request as scheduler, runner and sampler see it. Compared by identity.
 
     output_ids: generated tokens, the end token included. A preempted request keeps them.
+    num_pending: tokens after those that have been chosen on the device and have not come to the host yet.
     num_prompt_cached: KV entries the prompt takes, known once a runner has opened the request; more than the prompt's
         tokens where a family puts image features in front of the text.
     num_cached_tokens: KV entries written so far. The newest token's are written by the step that it is fed to.
@@ -105,6 +106,7 @@ class Request:
     submitted_at: float
     state: RequestState = RequestState.WAITING
     output_ids: list[int] = field(default_factory=list)
+    num_pending: int = 0
     num_prompt_cached: int = 0
     num_cached_tokens: int = 0
     first_position: int = 0
@@ -136,9 +138,19 @@ class Request:
         return self.sampling.max_new_tokens
 
     @property
+    def num_generated(self) -> int:
+        """Tokens chosen so far, whether the host knows them or not."""
+        return len(self.output_ids) + self.num_pending
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more tokens may be generated; it ends when the last of them has come to the host."""
+        return self.num_generated >= self.max_new_tokens
+
+    @property
     def num_tokens(self) -> int:
-        """KV entries of prompt and answer once everything known has been fed."""
-        return self.num_prompt_cached + len(self.output_ids)
+        """KV entries of prompt and answer once everything chosen has been fed."""
+        return self.num_prompt_cached + self.num_generated
 
     @property
     def num_unread(self) -> int:
@@ -148,7 +160,7 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Whether feeding the newest token is all that the next one needs."""
-        return self.num_unread == 1 and bool(self.output_ids)
+        return self.num_unread == 1 and self.num_generated > 0
 
     @property
     def must_stay_whole(self) -> bool:
@@ -158,7 +170,7 @@ class Request:
     @property
     def next_position(self) -> int:
         """Position id of the newest token, the next to be fed."""
-        return self.first_position + len(self.output_ids) - 1
+        return self.first_position + self.num_generated - 1
 
     def enter(self, state: RequestState) -> None:
         """Change state; raises ValueError for a transition that `NEXT_STATES` lacks."""

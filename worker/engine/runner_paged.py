@@ -23,6 +23,7 @@ from worker.engine.prefix import PrefixKeys
 from worker.engine.request import Request
 from worker.engine.runner_slots import check_room
 from worker.engine.stats import PrefixStats, VisionStats
+from worker.engine.transfer import to_device
 from worker.engine.vision import VisionStage
 from worker.models.inputs import ModelInputs
 
@@ -39,6 +40,7 @@ class PagedRunner:
     kv_backend = "paged"
     why_not_paged: str | None = None
     can_resume = True
+    can_run_ahead = True
 
     def __init__(
         self,
@@ -64,6 +66,9 @@ class PagedRunner:
         self._num_queried_tokens = 0
         self._num_reused_tokens = 0
         self._device = entrances.model.device
+        # The newest tokens of the last step, and where each request's lies among them.
+        self._newest = torch.zeros(1, dtype=torch.long, device=self._device)
+        self._places: dict[Request, int] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -149,6 +154,11 @@ class PagedRunner:
                     requests += done
         return StepLogits(requests, torch.cat(logits) if requests else None, failed)
 
+    def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        """See `Runner`."""
+        self._newest = tokens
+        self._places = {request: place for place, request in enumerate(requests)}
+
     def release(self, request: Request) -> None:
         """Give blocks and prompt up."""
         self._forget(request)
@@ -191,19 +201,22 @@ class PagedRunner:
     def _run_whole(self, request: Request) -> Tensor:
         slots = self._tables.slots(request.row, 0, request.num_prompt_cached)
         return read_whole(
-            self._entrances, self._vision.arguments(request), PromptStep(self._kv, slots.to(self._device))
+            self._entrances, self._vision.arguments(request), PromptStep(self._kv, to_device(slots, self._device))
         )
 
     def _decode_inputs(self, streams: Sequence[Request]) -> DecodeInputs:
         """Say what every stream feeds: one tensor of numbers and one of blocks go to the device."""
         lengths = [request.num_cached_tokens for request in streams]
-        ids = [request.output_ids[-1] for request in streams]
+        ids = [0 if request.num_pending else request.output_ids[-1] for request in streams]
         positions = [request.next_position for request in streams]
+        places = [self._places[request] if request.num_pending else -1 for request in streams]
         rows = torch.tensor([request.row for request in streams])
         width = self._tables.num_blocks(max(lengths) + 1)
-        table = self._tables.table[:, :width].index_select(0, rows)
-        numbers = torch.tensor([ids, positions, lengths]).to(self._device, non_blocking=True)
-        return DecodeInputs(numbers[0], numbers[1], numbers[2], table.to(self._device, non_blocking=True))
+        table = to_device(self._tables.table[:, :width].index_select(0, rows), self._device)
+        newest, position, length, place = to_device(torch.tensor([ids, positions, lengths, places]), self._device)
+        if any(request.num_pending for request in streams):
+            newest = torch.where(place < 0, newest, self._newest.index_select(0, place.clamp(min=0)))
+        return DecodeInputs(newest, position, length, table)
 
     def _piece(self, chunk: Chunk) -> PromptPiece:
         """Return the next tokens of a prompt, and of the answer so far where a preempted request is read again."""
@@ -214,8 +227,8 @@ class PagedRunner:
         return PromptPiece(
             embeds=embeds,
             positions=positions,
-            slots=self._tables.slots(row, start, end).to(self._device),
-            blocks=self._tables.blocks(row, end).to(self._device),
+            slots=to_device(self._tables.slots(row, start, end), self._device),
+            blocks=to_device(self._tables.blocks(row, end), self._device),
             kv_len=end,
             is_last=end == request.num_tokens,
         )
@@ -231,7 +244,7 @@ class PagedRunner:
             positions.append(prompt.positions[..., start:end])
         first, last = max(start - num_prompt, 0), end - num_prompt
         if last > first:
-            ids = torch.tensor(request.output_ids[first:last], device=self._device)
+            ids = to_device(torch.tensor(request.output_ids[first:last]), self._device)
             embeds.append(self._entrances.embed(ids))
             places = torch.arange(request.first_position + first, request.first_position + last, device=self._device)
             positions.append(places.expand(*positions[0].shape[:-1], -1) if positions else places)

@@ -33,6 +33,7 @@ class SlotRunner:
 
     kv_backend = "slots"
     can_resume = False
+    can_run_ahead = False
 
     def __init__(
         self,
@@ -101,6 +102,9 @@ class SlotRunner:
                 # Its frames hold the tensors of the prompt.
                 failed.append((request, error.with_traceback(None)))
         return StepLogits(list(self._rows), torch.cat(logits) if logits else None, failed)
+
+    def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        """Nothing is pending here when a step begins."""
 
     def release(self, request: Request) -> None:
         """Free the row of a request; the last row takes its place."""

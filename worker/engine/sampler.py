@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.request import Request
+from worker.engine.transfer import to_device
 
 #: Colder rows are greedy: so does their text come out, and float32 logits would overflow.
 MIN_TEMPERATURE = 1e-4
@@ -47,6 +48,25 @@ class _Penalty:
     factor: Tensor
     seen: Tensor
 
+    def see(self, tokens: Tensor) -> None:
+        """Mark the newest token of each row of the batch, [B]."""
+        self.seen.scatter_(1, tokens.index_select(0, self.rows)[:, None], True)
+
+    def see_pending(self, tokens: Tensor, places: Tensor) -> None:
+        """Mark tokens of the last batch; `places` [B] says for each row of this one where its own lies, −1: nowhere."""
+        places = places.index_select(0, self.rows)[:, None]
+        newest = tokens.index_select(0, places[:, 0].clamp(min=0))[:, None]
+        was_seen = self.seen.gather(1, newest)
+        self.seen.scatter_(1, newest, was_seen | (places >= 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _MinNewTokens:
+    """floors [B]: tokens that each row must have before one of `end_ids` [E] may come."""
+
+    floors: Tensor
+    end_ids: Tensor
+
 
 class Sampler:
     """Holds the batch's parameters as tensors and rebuilds them only when the batch changes. Engine thread only."""
@@ -56,24 +76,35 @@ class Sampler:
         self._requests: list[Request] = []
         self._groups: list[_Group] = []
         self._penalty: _Penalty | None = None
-        self._min_new_tokens: Tensor | None = None
+        self._min_new_tokens: _MinNewTokens | None = None
+        self._last_tokens: Tensor | None = None
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
-        """Return the next token of each request; `logits` [B, V] in the same order."""
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Return the next token [B] of each request; `logits` [B, V] in the same order. Nothing waits for the device.
+
+        A token that is pending for a request is one that the last call returned.
+        """
         if self._requests != requests:
+            pending = self._pending(requests, logits.device)
             self._requests = list(requests)
-            self._rebuild(logits)
+            self._rebuild(logits, pending)
         tokens = self._choose(logits)
         if self._penalty is not None:
-            chosen = tokens[self._penalty.rows]
-            self._penalty.seen[torch.arange(len(chosen), device=chosen.device), chosen] = True
-        result: list[int] = tokens.tolist()
-        return result
+            self._penalty.see(tokens)
+        self._last_tokens = tokens
+        return tokens
+
+    def _pending(self, requests: Sequence[Request], device: torch.device) -> Tensor | None:
+        """Return where the last call's tokens lie that have not come to the host, [B]; −1 for rows without any."""
+        if not any(request.num_pending for request in requests):
+            return None
+        places = {request: place for place, request in enumerate(self._requests)}
+        return to_device(torch.tensor([places[each] if each.num_pending else -1 for each in requests]), device)
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self._penalty is None and self._min_new_tokens is None and not self._groups:
             return logits.argmax(dim=-1)
-        steps = torch.tensor([len(request.output_ids) for request in self._requests], device=logits.device)
+        steps = to_device(torch.tensor([request.num_generated for request in self._requests]), logits.device)
         scores = self._processed(logits.float(), steps)
         tokens = scores.argmax(dim=-1)
         for group in self._groups:
@@ -89,13 +120,12 @@ class Sampler:
             penalised = torch.where(old < 0, old * factor, old / factor)
             scores = scores.index_copy(0, rows, torch.where(seen, penalised, old))
         if self._min_new_tokens is not None:
-            is_too_early = (steps < self._min_new_tokens)[:, None]
-            scores = scores.clone()
-            ends = scores[:, self._eos_token_ids]
-            scores[:, self._eos_token_ids] = ends.masked_fill(is_too_early, -torch.inf)
+            is_too_early = (steps < self._min_new_tokens.floors)[:, None]
+            ends = scores.index_select(1, self._min_new_tokens.end_ids)
+            scores = scores.index_copy(1, self._min_new_tokens.end_ids, ends.masked_fill(is_too_early, -torch.inf))
         return scores
 
-    def _rebuild(self, logits: Tensor) -> None:
+    def _rebuild(self, logits: Tensor, pending: Tensor | None) -> None:
         num_tokens, device = logits.shape[-1], logits.device
         self._groups = [
             _group(self._requests, rows, num_candidates, device)
@@ -103,8 +133,10 @@ class Sampler:
             if rows
         ]
         self._penalty = _penalty(self._requests, num_tokens, device)
+        if self._penalty is not None and pending is not None and self._last_tokens is not None:
+            self._penalty.see_pending(self._last_tokens, pending)
         floors = [request.sampling.min_new_tokens for request in self._requests]
-        self._min_new_tokens = torch.tensor(floors, device=device) if any(floors) and self._eos_token_ids else None
+        self._min_new_tokens = _min_new_tokens(floors, self._eos_token_ids, device)
 
 
 def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
@@ -151,16 +183,16 @@ def _group(requests: Sequence[Request], rows: list[int], num_candidates: int | N
     params = [requests[row].sampling for row in rows]
 
     def column(value: Callable[[int], float]) -> Tensor:
-        return torch.tensor([value(i) for i in range(len(params))], device=device)[:, None]
+        return to_device(torch.tensor([value(i) for i in range(len(params))]), device)[:, None]
 
     return _Group(
-        rows=torch.tensor(rows, device=device),
+        rows=to_device(torch.tensor(rows), device),
         num_candidates=num_candidates,
         temperature=column(lambda i: params[i].temperature),
         top_k=column(lambda i: params[i].top_k or 2**62),
         top_p=column(lambda i: params[i].top_p),
         log_min_p=column(lambda i: params[i].min_p).log(),
-        seeds=torch.tensor([p.seed or 0 for p in params], device=device),
+        seeds=to_device(torch.tensor([p.seed or 0 for p in params]), device),
     )
 
 
@@ -168,12 +200,18 @@ def _penalty(requests: Sequence[Request], num_tokens: int, device: torch.device)
     rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
     if not rows:
         return None
-    seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
-    for index, row in enumerate(rows):
-        seen[index, requests[row].prompt_ids.to(device)] = True
-        seen[index, requests[row].output_ids] = True
     factors = [requests[row].sampling.repetition_penalty for row in rows]
-    return _Penalty(torch.tensor(rows, device=device), torch.tensor(factors, device=device)[:, None], seen)
+    known = [torch.cat((requests[row].prompt_ids, torch.tensor(requests[row].output_ids).long())) for row in rows]
+    marks = torch.cat([ids + index * num_tokens for index, ids in enumerate(known)])
+    seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
+    seen.view(-1).index_fill_(0, to_device(marks, device), True)
+    return _Penalty(to_device(torch.tensor(rows), device), to_device(torch.tensor(factors), device)[:, None], seen)
+
+
+def _min_new_tokens(floors: Sequence[int], end_ids: Sequence[int], device: torch.device) -> _MinNewTokens | None:
+    if not (any(floors) and end_ids):
+        return None
+    return _MinNewTokens(to_device(torch.tensor(floors), device), to_device(torch.tensor(end_ids), device))
 
 
 def _filtered(scores: Tensor, group: _Group) -> tuple[Tensor, Tensor | None]:

@@ -107,7 +107,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Return what this step feeds: streams first, then prompts, both oldest first."""
         self._make_room()
-        chunks = [Chunk(request, 1) for request in self.running if request.is_decoding]
+        chunks = [Chunk(request, 1) for request in self.running if request.is_decoding and not request.is_full]
         num_left = self._limits.max_num_batched_tokens - len(chunks)
         is_first = True
         for request in self.running:
@@ -150,7 +150,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            if request.is_decoding and not self._space.grow(request):
+            if request.is_decoding and not request.is_full and not self._space.grow(request):
                 self._preempt()
             else:
                 index += 1

@@ -30,6 +30,8 @@ BACKENDS = {
     "slots": None,
     "paged": PagedConfig(block_size=8),
     "paged-whole": PagedConfig(block_size=8, reads_whole=True),
+    # Tokens are told a step late.
+    "paged-ahead": PagedConfig(block_size=8),
 }
 
 
@@ -103,17 +105,19 @@ def test_every_one_of_24_mixed_jobs_equals_sequential_generate(
     assert isinstance(runner, SlotRunner if backend == "slots" or name == "git" else PagedRunner)
     num_free = runner.num_free_blocks if isinstance(runner, PagedRunner) else 0
 
-    outbox = run_with_random_arrivals(
-        EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS), requests, cancelled, seed=3
-    )
+    core = EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS, runs_ahead=backend == "paged-ahead")
+    outbox = run_with_random_arrivals(core, requests, cancelled, seed=3)
 
     assert check_answers(tiny, jobs, requests, outbox) >= {"length", Ended.CANCELLED}
     if isinstance(runner, PagedRunner):
         assert runner.num_free_blocks == num_free
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("name", ["idefics2-window", "llava", "gemma3", "paligemma", "blip2"])
-def test_requests_that_are_sent_back_go_on_where_they_were(tiny_model: Callable[[str], TinyModel], name: str) -> None:
+def test_requests_that_are_sent_back_go_on_where_they_were(
+    tiny_model: Callable[[str], TinyModel], name: str, runs_ahead: bool
+) -> None:
     """So few blocks that streams push each other out. Gemma3 and PaliGemma read their prompts whole again."""
     tiny = tiny_model(name)
     prompts = [tiny.inputs(f"What is number {n}?", [picture(n)]) for n in range(10)]
@@ -124,7 +128,7 @@ def test_requests_that_are_sent_back_go_on_where_they_were(tiny_model: Callable[
     runner = build_runner(tiny.model, 7, longest, PagedConfig(block_size=4, num_blocks=longest * 2 // 4))
     assert isinstance(runner, PagedRunner)
     num_free = runner.num_free_blocks
-    core = EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS)
+    core = EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS, runs_ahead=runs_ahead)
 
     outbox = run_with_random_arrivals(core, requests, cancelled, seed=3)
 

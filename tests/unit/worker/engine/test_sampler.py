@@ -91,7 +91,7 @@ def test_draws_follow_the_distribution_of_transformers(params: dict[str, Any], m
         "worker.engine.sampler.uniform", lambda seeds, steps: (torch.arange(len(steps)) + 0.5) / NUM_DRAWS
     )
     scores, request = logits(1)[0], row(**params)
-    tokens = Sampler(EOS).sample(scores.expand(NUM_DRAWS, -1), [request] * NUM_DRAWS)
+    tokens = Sampler(EOS).sample(scores.expand(NUM_DRAWS, -1), [request] * NUM_DRAWS).tolist()
     frequencies = torch.bincount(torch.tensor(tokens), minlength=VOCABULARY) / NUM_DRAWS
     expected = transformers_probabilities(scores, request)
     assert (frequencies - expected).abs().max() < 2 / NUM_DRAWS
@@ -101,10 +101,10 @@ def test_draws_follow_the_distribution_of_transformers(params: dict[str, Any], m
 @pytest.mark.parametrize("params", PARAMETERS, ids=str)
 def test_company_does_not_change_a_draw(params: dict[str, Any]) -> None:
     scores = logits(len(PARAMETERS) + 1)
-    alone = Sampler(EOS).sample(scores[:1], [row(seed=123, **params)])
+    alone = Sampler(EOS).sample(scores[:1], [row(seed=123, **params)]).tolist()
     company = [row(seed=seed, **others) for seed, others in enumerate(PARAMETERS)]
-    together = Sampler(EOS).sample(scores, [row(seed=123, **params), *company])
-    last = Sampler(EOS).sample(scores.roll(-1, dims=0), [*company, row(seed=123, **params)])
+    together = Sampler(EOS).sample(scores, [row(seed=123, **params), *company]).tolist()
+    last = Sampler(EOS).sample(scores.roll(-1, dims=0), [*company, row(seed=123, **params)]).tolist()
     assert together[0] == last[-1] == alone[0]
 
 
@@ -122,8 +122,8 @@ def test_a_sampler_follows_a_changing_batch() -> None:
         if not batch:
             continue
         scores = logits(len(batch), seed=step)
-        tokens = sampler.sample(scores, batch)
-        assert tokens == Sampler(EOS).sample(scores, batch)
+        tokens = sampler.sample(scores, batch).tolist()
+        assert tokens == Sampler(EOS).sample(scores, batch).tolist()
         for request, token in zip(batch, tokens, strict=True):
             request.output_ids.append(token)
 
@@ -160,8 +160,8 @@ def test_a_uniform_number_next_to_one_draws_a_possible_token(monkeypatch: pytest
     )
     scores = torch.full((1, VOCABULARY), -torch.inf)
     scores[0, 3] = scores[0, 20] = 0.0
-    assert Sampler(EOS).sample(scores, [row(temperature=1.0)]) == [20]
-    assert Sampler(EOS).sample(scores, [row(temperature=1.0, top_k=8)]) == [20]
+    assert Sampler(EOS).sample(scores, [row(temperature=1.0)]).tolist() == [20]
+    assert Sampler(EOS).sample(scores, [row(temperature=1.0, top_k=8)]).tolist() == [20]
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}], ids=str)
@@ -171,7 +171,7 @@ def test_nothing_sorts_a_full_vocabulary_without_need(params: dict[str, Any], mo
 
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
     monkeypatch.setattr(torch, "sort", refuse)
-    Sampler(EOS).sample(logits(2), [row(**params), row(**params)])
+    Sampler(EOS).sample(logits(2), [row(**params), row(**params)]).tolist()
 
 
 def test_top_p_alone_does_sort(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +182,11 @@ def test_top_p_alone_does_sort(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
     with pytest.raises(AssertionError, match="sorted"):
-        Sampler(EOS).sample(logits(1), [row(temperature=1.0, top_p=0.5)])
+        Sampler(EOS).sample(logits(1), [row(temperature=1.0, top_p=0.5)]).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-5])
 def test_a_temperature_too_small_for_float32_is_greedy(temperature: float) -> None:
     scores = logits(4)
     rows = [row(temperature=temperature, seed=seed, top_k=5) for seed in range(4)]
-    assert Sampler(EOS).sample(scores, rows) == scores.argmax(-1).tolist()
+    assert Sampler(EOS).sample(scores, rows).tolist() == scores.argmax(-1).tolist()
