@@ -23,6 +23,7 @@ from worker.answers import Answers
 from worker.engine.backend import PagedConfig
 from worker.engine.engine import Engine, EngineConfig
 from worker.engine.request import RequestOutput
+from worker.engine.vision import VisionConfig
 from worker.errors import CannotStart, WorkerError
 from worker.intake import Intake
 from worker.lifecycle.attempt import Attempts
@@ -292,6 +293,7 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
         max_model_len=settings.max_model_len or automatic,
         max_num_batched_tokens=num_batched,
         paged=None if settings.kv_backend is KVBackend.SLOTS else sizes,
+        vision=VisionConfig(settings.vision_cache_bytes, settings.max_vision_batch or (2 if on_cpu else 8)),
     )
 
 

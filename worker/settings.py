@@ -182,6 +182,18 @@ class WorkerSettings(BaseSettings):
     media_cache_bytes: int = Field(
         default=256 * MEBIBYTE, ge=0, description="Decoded images and clips kept between jobs; 0: none"
     )
+    vision_cache_bytes: int = Field(
+        default=256 * MEBIBYTE,
+        ge=0,
+        description="What the vision tower made of pictures, kept between jobs on the model's device; 0: nothing",
+    )
+    max_vision_batch: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Images, crops or clips the vision tower sees between two tokens of the streams; 0: 8 on a GPU, "
+        "2 on a CPU",
+    )
     storage_timeout_s: float = Field(default=10.0, gt=0, description="Silence of storage that counts as a fault")
     storage_retries: int = Field(default=3, ge=0, le=20, description="Retries of a faulty read before the job fails")
     log_format: LogFormat = Field(default=LogFormat.JSON, description="`json` or `text`")
