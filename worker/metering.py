@@ -129,6 +129,13 @@ class JobMeter:
         """A job was claimed."""
         self._metrics.request_queue_time.observe(attempt.claim.queued_s)
 
+    def collected(self, fetch_s: float, decode_s: float, num_bytes: int) -> None:
+        """A job has its media; what came from the cache cost no bytes and no decoding."""
+        self._metrics.media_fetch.observe(fetch_s)
+        self._metrics.media_fetch_bytes.inc(num_bytes)
+        if decode_s:
+            self._metrics.media_decode.observe(decode_s)
+
     def answered(self, first_token_s: float) -> None:
         """An answer is complete; its first token came that long after the job's submission."""
         self._metrics.time_to_first_token.observe(first_token_s)
@@ -145,10 +152,6 @@ class JobMeter:
         metrics.attempts.labels(status if is_ours else "lost").inc()
         if attempt.stop_reason is not None:
             metrics.attempts_stopped.labels(attempt.stop_reason.value).inc()
-        if watch.fetch.seconds:
-            metrics.media_fetch.observe(watch.fetch.seconds)
-        if watch.prepare.seconds:
-            metrics.media_decode.observe(watch.prepare.seconds)
         if not is_ours or status == "unsettled" or body is None:
             return
         if isinstance(body, RetryReason):

@@ -182,6 +182,7 @@ class Pipeline:
             )
         watch.fetch.seconds -= collected.decode_s
         watch.prepare.seconds += collected.decode_s
+        self._meter.collected(watch.fetch.seconds, collected.decode_s, collected.num_bytes)
         self._progress(attempt, Stage.PREPARING, 0, len(parts))
         return collected.media
 

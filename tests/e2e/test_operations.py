@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
 import pytest
 import redis
 from celery import Celery
@@ -24,6 +26,7 @@ from worker.observability.metrics import READINGS, Metrics
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+PICTURE = cv2.imencode(".png", np.full((64, 64, 3), 255, np.uint8))[1].tobytes()
 PASSWORD = "pa/ss%word-hunter2"
 HUB_TOKEN = "hf_hunter3hunter3"
 SIGNATURE = "fe5f80f77d5fa3beca038a248ff027d0"
@@ -68,7 +71,7 @@ def test_a_worker_tells_how_it_is_and_never_a_secret(
     port = free_port()
     worker = WorkerProcess(
         tmp_path, locked_redis.url, s3_server.url, model="demo", http_port=port, log_level="DEBUG",
-        lease_s=6, beat_s=0.5, grace_s=1, sweep_s=0.2, storage_retries=1,
+        lease_s=6, beat_s=0.5, grace_s=1, sweep_s=0.2, storage_retries=1, drain_s=240,
     )  # fmt: skip
     shown = ""
     try:
@@ -85,13 +88,16 @@ def test_a_worker_tells_how_it_is_and_never_a_secret(
 
         with Client(locked_redis.url) as client:
             answer = client.vqa(question="hello", max_new_tokens=5).result(timeout=60)
-            before = samples(port)
+            before = samples_after(port, num_completed=1)
             assert_numbers_of_one_job(before, answer.usage.completion_tokens, answer.usage.prompt_tokens)
             every_layer_fails(locked_redis, client, s3_client)
-            after = samples(port)
+            after = samples_after(port, num_completed=3)
         assert after["visionq_request_failure_total{code=media_not_found}"] == 1
         assert after["visionq_request_failure_total{code=media_forbidden}"] == 1
         assert after["visionq_request_failure_total{code=invalid_request}"] >= 2
+        assert after["visionq_media_fetch_bytes_total"] == len(PICTURE)
+        assert after["visionq_media_decode_seconds_count"] == 1
+        assert after["visionq_mm_cache_hits_total"] == 1
         assert after["visionq_claims_refused_total{reason=unknown}"] == 1
         assert after["visionq_log_events_total{action=receive,event=list entry dropped,level=ERROR}"] == 1
 
@@ -103,20 +109,27 @@ def test_a_worker_tells_how_it_is_and_never_a_secret(
         assert samples(port)["visionq_log_events_total{action=beat,event=beat failed,level=WARNING}"] >= 1
 
         with Client(locked_redis.url) as client:
-            long = client.vqa(question="hello", min_new_tokens=1500, max_new_tokens=1500)
+            long = client.vqa(question="hello", min_new_tokens=800, max_new_tokens=800)
             next(long.stream(timeout=60))
             worker.process.send_signal(signal.SIGTERM)
             eventually(lambda: probe(port, "/readyz")[1].get("phase") == "draining", 20, "draining")
             assert probe(port, "/readyz")[0] == 503
             assert probe(port, "/healthz")[0] == 200
             shown += get(port, "/readyz")[1] + get(port, "/healthz")[1] + get(port, "/metrics")[1]
-            assert long.result(timeout=60).usage.completion_tokens == 1500
-        assert worker.terminate() == 0
+            assert long.result(timeout=120).usage.completion_tokens == 800
+        assert worker.process.wait(60) == 0
         shown += worker.text() + everything_told(locked_redis)
         assert [secret for secret in SECRETS if secret in shown] == []
         assert all(json.loads(line) for line in worker.text().splitlines() if line.startswith("{"))
     finally:
         worker.kill()
+
+
+def samples_after(port: int, num_completed: int) -> dict[str, float]:
+    """Return the samples once so many jobs are counted: a job's result is there a moment before its count."""
+    name = "visionq_attempts_total{outcome=completed}"
+    eventually(lambda: samples(port).get(name) == num_completed, 30, f"{num_completed} jobs are counted")
+    return samples(port)
 
 
 def assert_numbers_of_one_job(found: dict[str, float], num_completion_tokens: int, num_prompt_tokens: int) -> None:
@@ -167,7 +180,9 @@ def every_layer_fails(server: LockedRedis, client: Client, s3: S3Client) -> None
     with server.client() as raw:
         raw.lpush(names.queue("default"), f"garbage {PASSWORD}")
         raw.lpush(names.queue("default"), doorbell_of_nothing())
-    assert client.vqa(question="hello").result(timeout=60).text
+    s3.put_object(Bucket="media", Key="white.png", Body=PICTURE)
+    for _ in range(2):
+        assert client.vqa(media=["s3://media/white.png"], question="what?").result(timeout=60).text
 
 
 def doorbell_of_nothing() -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from api_stub.client import Client
 from tests.processes import READY_S, WorkerProcess, num_workers
-from tests.servers import RedisServer, S3Server, eventually
+from tests.servers import RedisServer, S3Server, eventually, free_port
 from worker.errors import CannotStart
 from worker.supervisor import Device, parse_devices
 
@@ -104,12 +104,16 @@ def worker_of(job: object) -> str:
 
 
 def test_workers_are_kept_to_their_devices_and_share_the_cores(start: Start) -> None:
-    supervised = start(torch_threads="")
+    port = free_port()
+    supervised = start(torch_threads="", http_port=port)
     eventually(lambda: len(supervised.pids()) == 2, 30, "both are started")
+    ports = set()
     for pid in supervised.pids():
         seen = environment(pid)
         assert (seen["CUDA_VISIBLE_DEVICES"], seen["VISIONQ_DEVICE"]) == ("", "cpu")
+        ports.add(int(seen["VISIONQ_HTTP_PORT"]))
         assert seen["VISIONQ_TORCH_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert ports == {port, port + 1}
 
 
 def test_sigterm_ends_workers_that_are_still_loading(start: Start) -> None:

@@ -58,10 +58,11 @@ class Wanted:
 @dataclass(frozen=True, slots=True)
 class Collected:
     """A job's media in the order of its parts. `decode_s` is the part of the time that went into this job's own
-    decoding."""
+    decoding, `num_bytes` what it read from storage itself."""
 
     media: list[DecodedMedia]
     decode_s: float
+    num_bytes: int
 
 
 class MediaCollector:
@@ -108,7 +109,8 @@ class MediaCollector:
         in_order = [media[one] for one in wanted]
         if task is TaskName.VIDEO_QA and not any(isinstance(medium, DecodedClip) for medium in in_order):
             raise MediaUnsupported(f"media: a video question needs at least 1 video, got {len(parts)} images")
-        return Collected(in_order, work.decode_s)
+        num_bytes_read = sum(fetched.stored.num_bytes for fetched in work.files.values())
+        return Collected(in_order, work.decode_s, num_bytes_read)
 
     def _check_bytes(self, num_bytes: int) -> None:
         if num_bytes > self._policy.max_job_bytes:

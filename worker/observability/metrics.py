@@ -85,7 +85,8 @@ class Metrics:
         )
         self.claims_refused = counter("claims_refused_total", "Doorbells that rang for nothing, by reason", "reason")
         self.media_fetch = histogram("media_fetch_seconds", "Waiting for storage, per job with media", LONG_S)
-        self.media_decode = histogram("media_prepare_seconds", "Decoding and preparing, per job", LONG_S)
+        self.media_fetch_bytes = counter("media_fetch_bytes_total", "Bytes of media read from storage")
+        self.media_decode = histogram("media_decode_seconds", "Decoding, per job that had to", LONG_S)
         self.engine_step = histogram("engine_step_seconds", "One step of the engine", SHORT_S)
         self.engine_stage = counter("engine_stage_seconds_total", "Time of the engine's steps, by stage", "stage")
         self.log_events = counter(
