@@ -37,6 +37,8 @@ from worker.settings import WorkerSettings
 
 #: New tokens of each job that decodes in a wide batch.
 WIDE_TOKENS = 24
+#: Jobs that every mode answers before it is measured, their tokens and what they are drawn from.
+NUM_WARM_UP, WARM_UP_TOKENS, WARM_UP_SEED = 2, 2, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +76,26 @@ def bench_loaded(name: str, loaded: LoadedModel, options: BenchOptions) -> Engin
     """Measure a model that is there."""
     load_average = os.getloadavg()[0]
     jobs = make_jobs(loaded, options.num_jobs, options.new_tokens, options.num_images)
+    warm_up = make_jobs(loaded, NUM_WARM_UP, (WARM_UP_TOKENS, WARM_UP_TOKENS), options.num_images, WARM_UP_SEED)
     bandwidth = copy_bandwidth(loaded.device)
-    runs = _measure_in_turns(_modes(loaded, options, jobs), jobs, options.repeats)
+    runs = _measure_in_turns(_modes(loaded, options, [*jobs, *warm_up]), jobs, warm_up, options.repeats)
     baseline = runs[0]
 
     def summed_up(run: Run) -> ModeReport:
         return ModeReport.of(run, baseline, floor_fraction(loaded.model, bandwidth, run.steps) if run.steps else None)
 
+    peer = partial(continuous_batching, loaded)
     return EngineReport(
         setting=_setting(name, loaded, options, jobs, bandwidth, load_average),
         modes=[summed_up(run) for run in runs],
         long_prompts=_long_prompts(loaded, options, jobs),
         wide_batches=_wide_batches(loaded, options),
-        peer=summed_up(measure("peer", partial(continuous_batching, loaded), jobs)) if can_run_peer(loaded) else None,
+        peer=summed_up(measure("peer", peer, jobs, warm_up)) if can_run_peer(loaded) else None,
     )
 
 
 def _modes(loaded: LoadedModel, options: BenchOptions, jobs: Sequence[BenchJob]) -> Mapping[str, Mode]:
+    """Return the ways of answering, engines sized for `jobs`."""
     baselines: Mapping[str, Mode] = {
         SEQUENTIAL: partial(static_batches, loaded, 1),
         STATIC: partial(static_batches, loaded, options.concurrency),
@@ -102,9 +107,11 @@ def _modes(loaded: LoadedModel, options: BenchOptions, jobs: Sequence[BenchJob])
     return {**baselines, **engines}
 
 
-def _measure_in_turns(modes: Mapping[str, Mode], jobs: Sequence[BenchJob], repeats: int) -> list[Run]:
+def _measure_in_turns(
+    modes: Mapping[str, Mode], jobs: Sequence[BenchJob], warm_up: Sequence[BenchJob], repeats: int
+) -> list[Run]:
     """Run every mode `repeats` times, in turns, so that a busy spell hits all; return the median run of each."""
-    rounds = [[measure(name, mode, jobs) for name, mode in modes.items()] for _ in range(repeats)]
+    rounds = [[measure(name, mode, jobs, warm_up) for name, mode in modes.items()] for _ in range(repeats)]
     return [sorted(runs, key=lambda run: run.cost.wall_s)[repeats // 2] for runs in zip(*rounds, strict=True)]
 
 

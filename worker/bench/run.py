@@ -85,14 +85,12 @@ Answering = Callable[[Sequence[BenchJob]], tuple[Mapping[str, Answer], Sequence[
 #: A way of answering: sets up what a serving process would have ready, and takes it down.
 Mode = Callable[[], AbstractContextManager[Answering]]
 
-_WARM_UP_TOKENS: Final = 2
 
-
-def measure(name: str, mode: Mode, jobs: Sequence[BenchJob]) -> Run:
-    """Answer the jobs, warm, and count time and memory."""
+def measure(name: str, mode: Mode, jobs: Sequence[BenchJob], warm_up: Sequence[BenchJob]) -> Run:
+    """Answer the jobs, warm, and count time and memory. `warm_up` are others, lest anything is kept of the jobs."""
     gc.collect()
     with mode() as answering, _peak_memory() as peak:
-        answering([BenchJob(job.job_id, job.inputs, _WARM_UP_TOKENS) for job in jobs[:2]])
+        answering(warm_up)
         cpu_s, started_at = time.process_time(), time.perf_counter()
         answers, steps = answering(jobs)
         wall_s, cpu_s = time.perf_counter() - started_at, time.process_time() - cpu_s

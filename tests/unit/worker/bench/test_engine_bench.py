@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +241,44 @@ def test_a_report_can_be_drawn(report: EngineReport, tmp_path: Path) -> None:
 
     plot(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", RANDOM_MODELS)
+def test_the_processors_of_true_sizes_fit_models_of_their_shape(name: str) -> None:
+    """The same vision grid and token counts, narrow and with one layer each."""
+    architecture = RANDOM_MODELS[name]()
+    config = architecture.config
+    for part in (config.text_config, config.vision_config):
+        for size in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+            setattr(part, size, 1 if size == "num_hidden_layers" else 64)
+        part.num_attention_heads = 4
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 2, 16
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = config.text_config.layer_types[:1]
+    if hasattr(config, "perceiver_config"):
+        config.perceiver_config.hidden_size, config.perceiver_config.resampler_depth = 64, 1
+    loaded = build(architecture, torch.device("cpu"), torch.float32)
+    jobs = make_jobs(loaded, 2, (2, 3), num_images=1)
+    with static_batches(loaded, 2) as answering:
+        answers, _ = answering(jobs)
+    assert [answers[job.job_id].num_tokens for job in jobs] == [job.max_new_tokens for job in jobs]
+
+
+def test_the_command_writes_what_it_prints(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VISIONQ_DEVICE", "cpu")
+    options = {
+        "model": tiny_checkpoint("idefics2"), "jobs": 2, "max-new-tokens": 3, "concurrency": 2, "threads": 1,
+        "long-prompt": 0, "rows": 0, "json": tmp_path / "engine.json", "plot": tmp_path / "engine.png",
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    result = CliRunner().invoke(app, ["bench", "engine", *arguments])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "engine.json").read_text())
+    assert f"paged / slots {content['key_ratios']['paged / slots']:.2f}" in result.output
+    assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("wrong", ["", "-", "9-8", "0-3", "a-b", "-3", "1.5"])
