@@ -54,7 +54,7 @@ from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
-from worker.settings import KVBackend, WorkerSettings
+from worker.settings import Attention, KVBackend, Switch, WorkerSettings
 from worker.streaming.publisher import Publisher
 from worker.tryout import TriedOut, try_out
 
@@ -287,12 +287,20 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
             f"VISIONQ_MAX_NUM_BATCHED_TOKENS: {num_batched} leaves nothing for prompts beside "
             f"VISIONQ_MAX_NUM_SEQS={settings.max_num_seqs}"
         )
-    sizes = PagedConfig(settings.kv_block_size, settings.kv_blocks, settings.kv_memory_fraction)
+    sizes = PagedConfig(
+        settings.kv_block_size,
+        settings.kv_blocks,
+        settings.kv_memory_fraction,
+        tries_kernels=settings.attention in (Attention.AUTO, Attention.FLASH),
+        records=settings.cuda_graphs.choice,
+        compiles=settings.compile_decode is Switch.ON,
+    )
     return EngineConfig(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len or automatic,
         max_num_batched_tokens=num_batched,
         paged=None if settings.kv_backend is KVBackend.SLOTS else sizes,
+        runs_ahead=settings.run_ahead.choice,
         vision=VisionConfig(settings.vision_cache_bytes, settings.max_vision_batch or (2 if on_cpu else 8)),
     )
 

@@ -32,6 +32,11 @@ class Switch(StrEnum):
     ON = "on"
     OFF = "off"
 
+    @property
+    def choice(self) -> bool | None:
+        """What was chosen, None for automatic."""
+        return None if self is Switch.AUTO else self is Switch.ON
+
 
 class Dtype(StrEnum):
     """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
@@ -138,6 +143,17 @@ class WorkerSettings(BaseSettings):
     )
     kv_memory_fraction: float = Field(
         default=0.9, gt=0, lt=1, description="Share of the free GPU memory that paged blocks may take at boot"
+    )
+    cuda_graphs: Switch = Field(
+        default=Switch.AUTO, description="Replay recorded decode steps on a GPU; `auto`: where attention has a kernel"
+    )
+    run_ahead: Switch = Field(
+        default=Switch.AUTO, description="Start a step before the last one's tokens are known; `auto`: on a GPU"
+    )
+    compile_decode: Switch = Field(
+        default=Switch.AUTO,
+        validation_alias=AliasChoices("compile_decode", "VISIONQ_COMPILE"),
+        description="`torch.compile` of decode steps; `auto`: off, its gain is not measured yet",
     )
     prepare_ahead: int = Field(default=4, ge=0, le=256, description="Jobs fetched and prepared beyond `max_num_seqs`")
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0: torch's own choice")

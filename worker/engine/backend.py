@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from worker.engine.attention import FLAT, LayoutStep
+from worker.engine.cuda_graphs import CudaGraphRecorder, DecodeGraphs, graph_sizes
 from worker.engine.entrances import Entrances
 from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
+from worker.engine.kernel_choice import choose_kernels
+from worker.engine.kernels import SDPA
 from worker.engine.kv_paged import LayerShape, PagedKV
 from worker.engine.kv_slots import FULL, SLIDING
 from worker.engine.runner_paged import PagedRunner
@@ -40,6 +43,9 @@ class PagedConfig:
 
     block_size: tokens of a block. num_blocks: 0 takes what `max_num_seqs` full requests need, on a GPU at most
     `memory_fraction` of the memory that is free. reads_whole, reuses_prefixes: see `PagedRunner`.
+    tries_kernels: look for better attention code than SDPA, see `choose_kernels`.
+    records: replay recorded decode steps on a GPU; None does where attention has a kernel, which reads no more than it
+        must. compiles: see `FlatForward`.
     """
 
     block_size: int = 16
@@ -47,6 +53,9 @@ class PagedConfig:
     memory_fraction: float = 0.9
     reads_whole: bool = False
     reuses_prefixes: bool = True
+    tries_kernels: bool = True
+    records: bool | None = None
+    compiles: bool = False
 
 
 class Unsuited(Exception):
@@ -76,20 +85,63 @@ def build_runner(
             facts = {"action": "engine.probe", "kv_backend": "slots", "reason": why_not_paged}
             logger.warning("model cannot be served from paged blocks", extra=facts)
         else:
-            num_blocks = _num_blocks(paged, layout, max_num_seqs, max_model_len, stage.cache_bytes)
-            kv = PagedKV(layout, num_blocks, paged.block_size)
-            facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
-            logger.info("serving from paged blocks", extra=facts)
-            return PagedRunner(
-                entrances,
-                kv,
-                stage,
-                max_num_seqs,
-                max_model_len,
-                reads_whole=paged.reads_whole,
-                reuses_prefixes=paged.reuses_prefixes,
-            )
+            return _paged_runner(entrances, stage, layout, paged, max_num_seqs, max_model_len)
     return SlotRunner(entrances, stage, max_num_seqs, max_model_len, why_not_paged)
+
+
+def _paged_runner(
+    entrances: Entrances,
+    stage: VisionStage,
+    layout: Mapping[int, LayerShape],
+    config: PagedConfig,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> PagedRunner:
+    """Choose the attention code, take the memory, record decode steps: in this order."""
+    num_heads = entrances.text_config.num_attention_heads
+    kernels = choose_kernels(layout, num_heads, config.block_size) if config.tries_kernels else SDPA
+    free_bytes = _free_bytes(layout, entrances.model.device, stage.cache_bytes)
+    num_blocks = count_blocks(config, layout, max_num_seqs, max_model_len, free_bytes)
+    kv = PagedKV(layout, num_blocks, config.block_size)
+    forward = FlatForward(entrances, kv, kernels, compiles=config.compiles)
+    facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
+    logger.info("serving from paged blocks", extra=facts)
+    return PagedRunner(
+        entrances,
+        kv,
+        stage,
+        max_num_seqs,
+        max_model_len,
+        reads_whole=config.reads_whole,
+        reuses_prefixes=config.reuses_prefixes,
+        forward=forward,
+        graphs=_graphs(config, forward, layout, max_num_seqs, max_model_len),
+    )
+
+
+def _graphs(
+    config: PagedConfig,
+    forward: FlatForward,
+    layout: Mapping[int, LayerShape],
+    max_num_seqs: int,
+    max_model_len: int,
+) -> DecodeGraphs | None:
+    """Record decode steps where that can be done: on one GPU."""
+    devices = {shape.device for shape in layout.values()}
+    device = next(iter(devices))
+    wanted = forward.has_kernel if config.records is None else config.records
+    if not wanted or len(devices) > 1 or device.type != "cuda":
+        return None
+    width = -(-max_model_len // config.block_size)
+    graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, device, CudaGraphRecorder())
+    try:
+        graphs.record()
+    except RuntimeError:
+        # Raises if the device is lost; otherwise some operator of this model cannot be recorded.
+        torch.cuda.synchronize(device)
+        logger.warning("decode steps cannot be recorded", extra={"action": "engine.record"}, exc_info=True)
+        return None
+    return graphs
 
 
 def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
@@ -159,20 +211,38 @@ def _one_by_one(entrances: Entrances, embeds: Tensor) -> Tensor:
     return torch.stack(said).float()
 
 
-def _num_blocks(
-    config: PagedConfig, layout: Mapping[int, LayerShape], max_num_seqs: int, max_model_len: int, set_aside_bytes: int
+def count_blocks(
+    config: PagedConfig,
+    layout: Mapping[int, LayerShape],
+    max_num_seqs: int,
+    max_model_len: int,
+    free_bytes: Mapping[torch.device, int],
 ) -> int:
-    """Return how many blocks to take, the trash block included; `set_aside_bytes` of a GPU are for something else."""
+    """Return how many blocks to take, the trash block included.
+
+    free_bytes: of each device whose memory bounds them; a block takes its layers' share on each. Raises CannotStart
+    when one full request does not fit.
+    """
     per_request = -(-max_model_len // config.block_size)
     num_blocks = config.num_blocks or max_num_seqs * per_request + 1
-    device = next(iter(layout.values())).device
-    if not config.num_blocks and device.type == "cuda":
-        num_free_bytes = (torch.cuda.mem_get_info(device)[0] - set_aside_bytes) * config.memory_fraction
-        block_bytes = config.block_size * sum(shape.num_bytes for shape in layout.values())
-        num_blocks = min(num_blocks, int(num_free_bytes // block_bytes))
+    if not config.num_blocks:
+        for device, num_bytes in free_bytes.items():
+            entry_bytes = sum(shape.num_bytes for shape in layout.values() if shape.device == device)
+            num_blocks = min(num_blocks, int(num_bytes * config.memory_fraction // (config.block_size * entry_bytes)))
     if num_blocks <= per_request:
         raise CannotStart(
             f"VISIONQ_MAX_MODEL_LEN: a request of {max_model_len} tokens takes {per_request} blocks of keys and values "
             f"beside a spare one, memory has room for {num_blocks}"
         )
     return num_blocks
+
+
+def _free_bytes(
+    layout: Mapping[int, LayerShape], device: torch.device, set_aside_bytes: int
+) -> Mapping[torch.device, int]:
+    """Return what is free on the layers' GPUs; `set_aside_bytes` of the model's own are for something else."""
+    devices = {shape.device for shape in layout.values() if shape.device.type == "cuda"}
+    if devices:
+        # What the trials took and gave back counts as free again.
+        torch.cuda.empty_cache()
+    return {each: torch.cuda.mem_get_info(each)[0] - (set_aside_bytes if each == device else 0) for each in devices}

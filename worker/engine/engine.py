@@ -41,6 +41,7 @@ class EngineConfig:
     max_model_len: tokens of prompt and answer together; the length of a KV row.
     max_num_batched_tokens: tokens fed in one step, see `SchedulerLimits`.
     paged: sizes of a paged KV back end; None, or a model that is not suited, takes rows.
+    runs_ahead: see `EngineCore`; None does on a GPU, which would wait for Python otherwise.
     vision: bounds of the vision tower and of what is kept of it; None takes the defaults.
     """
 
@@ -48,6 +49,7 @@ class EngineConfig:
     max_model_len: int
     max_num_batched_tokens: int = 512
     paged: PagedConfig | None = None
+    runs_ahead: bool | None = None
     vision: VisionConfig | None = None
 
 
@@ -92,7 +94,8 @@ class Engine:
             raise
         self._runner = runner
         self._clock = clock or StepClock()
-        self._core = EngineCore(model, tokenizer, runner, limits, self._clock)
+        runs_ahead = model.device.type == "cuda" if config.runs_ahead is None else config.runs_ahead
+        self._core = EngineCore(model, tokenizer, runner, limits, self._clock, runs_ahead=runs_ahead)
         self._row_length = config.max_model_len
         self._context_length: int | None = getattr(
             model.config.get_text_config(decoder=True), "max_position_embeddings", None

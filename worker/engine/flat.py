@@ -59,6 +59,11 @@ class FlatForward:
         self._decode_forward = _compiled(entrances.text_forward) if compiles else entrances.text_forward
         self.num_axes = 1
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether decode steps attend with a kernel, which reads of a table only what a row may see."""
+        return self._kernels.decode is not None
+
     def decode(self, inputs: DecodeInputs) -> Tensor:
         """Return logits [B, V]. Only tensors go in and nothing waits for the device: fit for a CUDA graph."""
         embeds, positions = self._entrances.embed(inputs.ids), self._spread(inputs.positions)

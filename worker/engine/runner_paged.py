@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worker.engine.attention import PromptStep
 from worker.engine.batch import Chunk, NoRoom, StepLogits
+from worker.engine.cuda_graphs import DecodeGraphs
 from worker.engine.entrances import Entrances
 from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
 from worker.engine.kv_paged import BlockPool, BlockTables, PagedKV
@@ -35,6 +36,7 @@ class PagedRunner:
 
     reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
     reuses_prefixes: do not read again what another prompt that began alike left in full blocks.
+    forward, graphs: how steps are run, and recorded decode steps of it; a plain forward and none if not given.
     """
 
     kv_backend = "paged"
@@ -52,13 +54,16 @@ class PagedRunner:
         *,
         reads_whole: bool = False,
         reuses_prefixes: bool = True,
+        forward: FlatForward | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._entrances = entrances
         self._kv = kv
         self._vision = vision
         self._max_model_len = max_model_len
         self._reads_whole = reads_whole
-        self._forward = FlatForward(entrances, kv)
+        self._forward = forward or FlatForward(entrances, kv)
+        self._graphs = graphs
         self._tables = BlockTables(BlockPool(kv.num_blocks), kv.block_size, num_rows, max_model_len)
         self._prefixes = PrefixKeys() if reuses_prefixes else None
         self._prompts: dict[Request, Prompt] = {}
@@ -195,7 +200,7 @@ class PagedRunner:
     def _run_flat(self, streams: Sequence[Request], pieces: Sequence[Chunk]) -> Tensor:
         inputs = self._decode_inputs(streams) if streams else None
         if inputs is not None and not pieces:
-            return self._forward.decode(inputs)
+            return (self._graphs or self._forward).decode(inputs)
         return self._forward.mixed(inputs, [self._piece(chunk) for chunk in pieces])
 
     def _run_whole(self, request: Request) -> Tensor:

@@ -13,7 +13,6 @@ from worker.errors import CannotStart
 from worker.models.loader import LoadedModel, load
 from worker.settings import WorkerSettings
 
-
 BLOCKS = PagedConfig(block_size=32, num_blocks=99, memory_fraction=0.5)
 
 
@@ -32,6 +31,22 @@ def test_the_kv_back_end_is_chosen_by_a_variable(
     monkeypatch.setenv("VISIONQ_KV_BLOCKS", "99")
     monkeypatch.setenv("VISIONQ_KV_MEMORY_FRACTION", "0.5")
     assert engine_config(WorkerSettings(), loaded).paged == paged
+
+
+@pytest.mark.parametrize(("value", "choice"), [("auto", None), ("on", True), ("off", False)])
+def test_what_a_gpu_does_can_be_chosen(loaded: LoadedModel, value: str, choice: bool | None) -> None:
+    settings = WorkerSettings.model_validate(dict.fromkeys(("cuda_graphs", "run_ahead", "compile_decode"), value))
+    config = engine_config(settings, loaded)
+    assert config.runs_ahead is choice
+    assert config.paged is not None
+    assert (config.paged.records, config.paged.compiles) == (choice, value == "on")
+
+
+@pytest.mark.parametrize(("value", "tries"), [("auto", True), ("flash_attention_2", True), ("sdpa", False)])
+def test_sdpa_is_taken_at_its_word(loaded: LoadedModel, value: str, tries: bool) -> None:
+    paged = engine_config(WorkerSettings.model_validate({"attention": value}), loaded).paged
+    assert paged is not None
+    assert paged.tries_kernels is tries
 
 
 def test_the_token_budget_leaves_room_for_prompts(loaded: LoadedModel) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from worker.engine.backend import PagedConfig, count_blocks
 from worker.engine.kv_paged import TRASH_BLOCK, BlockPool, BlockTables, LayerShape, PagedKV
+from worker.errors import CannotStart
 
 SHAPE = LayerShape(num_heads=2, key_dim=3, value_dim=5, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -80,3 +83,39 @@ def test_a_named_block_is_found_again_until_its_place_is_needed() -> None:
     tables.close(full)
     assert tables.open(12, keys) is not None
     assert tables.num_free_blocks == 1, "everything was needed meanwhile, nothing is known any more"
+
+
+GPU_0, GPU_1 = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def layers(count: int, device: torch.device) -> list[LayerShape]:
+    """Return layers whose tokens take 1024 bytes each: keys and values of 4 heads with 64 numbers of 2 bytes."""
+    return [LayerShape(4, 64, 64, torch.bfloat16, device)] * count
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "expected"),
+    [
+        ({}, 8 * 64 + 1),  # a CPU takes what may be needed
+        ({GPU_0: 10**12}, 8 * 64 + 1),
+        ({GPU_0: 100 * 16 * 10 * 1024}, 90),  # nine tenths of room for 100 blocks of 16 tokens in 10 layers
+    ],
+)
+def test_blocks_are_as_many_as_jobs_may_need_and_memory_holds(
+    free_bytes: dict[torch.device, int], expected: int
+) -> None:
+    layout = dict(enumerate(layers(10, GPU_0)))
+    assert count_blocks(PagedConfig(16), layout, 8, 1024, free_bytes) == expected
+    assert count_blocks(PagedConfig(16, num_blocks=77), layout, 8, 1024, free_bytes) == 77
+
+
+def test_of_several_gpus_the_fullest_decides() -> None:
+    layout = dict(enumerate([*layers(6, GPU_0), *layers(2, GPU_1)]))
+    free_bytes = {GPU_0: 6 * 16 * 1024 * 200, GPU_1: 2 * 16 * 1024 * 100}
+    assert count_blocks(PagedConfig(16, memory_fraction=0.5), layout, 8, 512, free_bytes) == 50
+
+
+def test_memory_that_does_not_hold_one_full_request_is_refused() -> None:
+    layout = dict(enumerate(layers(10, GPU_0)))
+    with pytest.raises(CannotStart, match=r"1024 tokens takes 64 blocks .* room for 63"):
+        count_blocks(PagedConfig(16), layout, 8, 1024, {GPU_0: 70 * 16 * 10 * 1024 + 5000})
