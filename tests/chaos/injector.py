@@ -80,12 +80,14 @@ class Injector:
         self.problems: list[str] = []
         self.orphans: list[Ticket] = []
 
-    def run(self) -> None:
-        """Let every fault happen at its time; return when the last has ended."""
+    def run(self, at_least_s: float, is_enough: Callable[[], bool]) -> None:
+        """Let faults happen at their times, for so long and until it is enough; return when the last has ended."""
         for thread in self._threads:
             thread.start()
         began = time.monotonic()
         for fault in self._faults:
+            if fault.at_s > at_least_s and is_enough():
+                break
             self._stop.wait(max(0.0, began + fault.at_s - time.monotonic()))
             self._queues[fault.kind.plane].put(fault)
         for line in self._queues.values():

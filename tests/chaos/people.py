@@ -18,6 +18,8 @@ from api_stub.errors import JobFailed, StoreUnavailable
 from api_stub.handle import JobHandle
 from tests.chaos.workload import Plan, Ticket
 
+#: Producers wait while so many jobs have not been read to their end: a slow machine makes a run longer.
+MAX_OPEN: Final = 80
 #: Producers give up on a submit that failed for so long; that counts as a violation.
 SUBMIT_PATIENCE_S: Final = 120.0
 RETRY_PAUSE_S: Final = 0.2
@@ -48,9 +50,10 @@ class Producer:
 
     def _run(self) -> None:
         with self._connect() as client:
-            while (entry := self._book()) is not None:
+            while not self._stop.is_set() and (entry := self._book()) is not None:
                 due_at, ticket = entry
                 self._stop.wait(max(0.0, due_at - time.monotonic()))
+                self._readers.make_room(self._stop)
                 self.tickets.append(ticket)
                 submit(client, ticket)
                 if ticket.plan is Plan.CANCEL_QUEUED:
@@ -104,11 +107,17 @@ class Readers:
             for number, line in enumerate(lines)
         ]
         self._lines = lines
+        self._room = threading.Semaphore(MAX_OPEN)
 
     def start(self) -> None:
         """Begin."""
         for thread in self._threads:
             thread.start()
+
+    def make_room(self, stop: threading.Event) -> None:
+        """Wait until fewer than MAX_OPEN jobs are unread; whoever was let through puts a job."""
+        while not self._room.acquire(timeout=0.5) and not stop.is_set():
+            pass
 
     def put(self, ticket: Ticket) -> None:
         """Have a job read."""
@@ -130,6 +139,8 @@ class Readers:
                     read(client, ticket, rng)
                 except Exception as error:  # noqa: BLE001 - whatever a reader meets is the finding
                     ticket.problems.append(f"its reader met {type(error).__name__}: {error}")
+                if ticket.plan is not Plan.ORPHAN:  # nobody made room for it
+                    self._room.release()
 
 
 def read(client: Client, ticket: Ticket, rng: Random) -> None:

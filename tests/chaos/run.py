@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ NUM_PRODUCERS: Final = 4
 NUM_READERS: Final = 16
 NUM_CANCELLERS: Final = 4
 NUM_CALM_CANCELS: Final = 20
+#: A machine that is too slow for the jobs makes the run, faults and all, so many times longer at most.
+MAX_LONGER: Final = 4
 #: How long all jobs may take to end, and their readers, once nothing is broken any more.
 QUIET_S: Final = 240.0
 
@@ -104,7 +107,7 @@ def _load_and_break(system: Plant, options: Options, office: TicketOffice, repor
     faults = schedule(
         Random(options.seed),
         options.kinds,
-        seconds=options.seconds if options.max_faults is None else 2 * options.seconds,
+        seconds=MAX_LONGER * options.seconds,
         every_s=options.every_s,
         num_workers=NUM_WORKERS,
         lease_s=LEASE_S,
@@ -114,7 +117,11 @@ def _load_and_break(system: Plant, options: Options, office: TicketOffice, repor
     readers.start()
     for producer in producers:
         producer.start()
-    injector.run()
+    injector.run(
+        options.seconds if options.max_faults is None else math.inf,
+        lambda: all(producer.join(0) for producer in producers),
+    )
+    stop.set()
     system.heal()
     logger.info("%d faults are over", len(injector.done))
     report.problems += [] if all(producer.join(QUIET_S) for producer in producers) else ["a producer did not end"]

@@ -97,7 +97,7 @@ def _request(question: Question, length: int) -> Request:
 def with_answers(client: Client, requests: Sequence[Request]) -> list[Request]:
     """Ask everything twice while nothing is broken, all at once; fail when the texts differ."""
     jobs = [client.submit(request.fields) for _ in range(ROUNDS) for request in requests]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(len(jobs)) as pool:  # all wait at once: results are not kept for long in a soak
         texts = [result.text for result in pool.map(lambda job: job.result(timeout=300), jobs)]
     first, *others = (texts[start : start + len(requests)] for start in range(0, len(texts), len(requests)))
     for other in others:
