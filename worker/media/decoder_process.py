@@ -111,6 +111,11 @@ class DecoderProcess:
         """Process id."""
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs; asked while it has no task."""
+        return self._process.poll() is None
+
     def wait_ready(self, should_stop: Callable[[], None]) -> None:
         """Wait until it has loaded. Raises DecoderBroken, and whatever `should_stop` raises."""
         if self._is_ready:

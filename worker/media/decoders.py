@@ -144,19 +144,22 @@ class Decoders:
             self._slots.release()
 
     def _any(self) -> DecoderProcess:
-        with self._lock:
-            if self._idle:
-                decoder = self._idle.pop()
-                self._busy.add(decoder)
+        while (decoder := self._idle_one()) is not None:
+            if decoder.is_alive:
+                with self._lock:
+                    self._busy.add(decoder)
                 return decoder
+            decoder.close()
         return self._new()
 
     def _fresh(self) -> DecoderProcess:
-        with self._lock:
-            replaced = self._idle.pop() if self._idle else None
-        if replaced is not None:
+        if (replaced := self._idle_one()) is not None:
             replaced.close()
         return self._new()
+
+    def _idle_one(self) -> DecoderProcess | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _new(self) -> DecoderProcess:
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ENVIRONMENT

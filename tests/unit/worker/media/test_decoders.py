@@ -43,7 +43,7 @@ def go_on() -> None:
 
 @pytest.fixture
 def decoders() -> Iterator[Decoders]:
-    decoders = Decoders(2, DecodeLimits(MEMORY, image_s=60.0, video_s=60.0))
+    decoders = Decoders(2, DecodeLimits(MEMORY, image_s=200.0, video_s=200.0))
     yield decoders
     decoders.close()
 
@@ -186,7 +186,7 @@ def test_a_file_that_crashes_a_fresh_decoder_is_corrupt(decoders: Decoders, slow
 
 def test_a_crash_that_may_be_an_earlier_files_is_tried_again(decoders: Decoders, tmp_path: Path) -> None:
     path = tmp_path / "some"
-    path.write_bytes(slow_jpeg(num_scans=400))
+    path.write_bytes(slow_jpeg(num_scans=250))
     thread, outcome = in_background(lambda: decode_still(decoders, path))
     eventually(lambda: any(is_decoding(pid) for pid in decoders.pids), 60, "it decodes")
     os.kill(decoders.pids[0], signal.SIGSEGV)
@@ -200,6 +200,15 @@ def test_a_decoder_that_the_system_kills_is_no_fault_of_the_file(decoders: Decod
     os.kill(decoders.pids[0], signal.SIGKILL)
     thread.join(60)
     assert isinstance(outcome[0], OutOfMemory)
+
+
+def test_a_decoder_that_dies_with_nothing_to_do_is_nobodys_loss(decoders: Decoders, red: Path) -> None:
+    decode_still(decoders, red)
+    (pid,) = decoders.pids
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not is_alive(pid), 20, "it is dead")
+    assert decode_still(decoders, red).size == (30, 20)
+    assert pid not in decoders.pids
 
 
 def test_a_cancelled_job_leaves_at_once(decoders: Decoders, slow: Path, red: Path) -> None:
@@ -327,6 +336,15 @@ def test_a_decoder_ends_with_its_worker_in_the_middle_of_a_file(slow: Path) -> N
         eventually(lambda: is_decoding(pid), 60, "it decodes")
         process.kill()
     eventually(lambda: not is_alive(pid), 20, "the decoder is gone")
+
+
+def test_the_workers_process_loads_no_decoder_of_media() -> None:
+    program = (
+        "import sys, worker.media.collect\n"
+        "print(sorted({'cv2', 'worker.media.image', 'worker.media.video', 'PIL.TiffImagePlugin'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
