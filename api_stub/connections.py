@@ -59,14 +59,14 @@ def readers(url: str) -> redis.Redis:
     )
 
 
-def async_commands(url: str) -> redis.asyncio.Redis:
-    """`commands` for one event loop."""
+def async_commands(url: str, *, timeout_s: float = TIMEOUT_S, max_wait_s: float = TIMEOUT_S) -> redis.asyncio.Redis:
+    """`commands` for one event loop. `max_wait_s`: how long a command waits for one of the busy connections."""
     pool: redis.asyncio.BlockingConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
         url,
         max_connections=MAX_COMMANDS,
-        timeout=TIMEOUT_S,
+        timeout=max_wait_s,
         decode_responses=True,
-        socket_timeout=TIMEOUT_S,
+        socket_timeout=timeout_s,
         socket_connect_timeout=TIMEOUT_S,
         socket_keepalive=True,
         health_check_interval=HEALTH_CHECK_S,

@@ -34,6 +34,10 @@ T = TypeVar("T")
 
 MAX_RINGING: Final = 8
 MAX_STORING: Final = 8
+#: When a thousand readers come back at once, the loop is busy for seconds: Redis' answers wait meanwhile, and so do the
+#: commands behind them.
+COMMAND_S: Final = 5.0
+MAX_WAIT_S: Final = 30.0
 REAPER_STOP_S: Final = 10.0
 
 
@@ -61,7 +65,8 @@ class Gateway:
     async def open(cls, settings: GatewaySettings, keys: KeyRing, metrics: Metrics) -> Gateway:
         """Make everything; connections are opened on first use, so an absent Redis is no reason to fail."""
         url = settings.redis_url.get_secret_value()
-        commands, subscriptions = connections.async_commands(url), connections.async_readers(url)
+        commands = connections.async_commands(url, timeout_s=COMMAND_S, max_wait_s=MAX_WAIT_S)
+        subscriptions = connections.async_readers(url)
         ledger = AsyncLedger(commands, settings.ledger)
         hub = EventHub(subscriptions)
         doorbells = Doorbells(url)

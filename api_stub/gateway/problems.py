@@ -133,7 +133,7 @@ def problem_of(error: Exception) -> Problem:
 
 def install(app: FastAPI) -> None:
     """Let the app answer every exception with a problem."""
-    for kind in (VisionqError, redis.RedisError, RequestValidationError, HTTPException):
+    for kind in (VisionqError, redis.RedisError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
 
 

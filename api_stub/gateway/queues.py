@@ -44,6 +44,10 @@ class Queues:
                 self._found_at = now
             return self._models
 
+    def forget(self) -> None:
+        """Look for models anew at the next question."""
+        self._found_at = float("-inf")
+
     async def views(self) -> list[QueueView]:
         """Read all queues now."""
         models = await self.models()
