@@ -1,0 +1,169 @@
+"""Every role of the example's Redis users does its work, end to end, and is refused outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import redis
+from typer.testing import CliRunner
+
+from api_stub.cli import app
+from api_stub.client import Client
+from api_stub.contract.event import JobCompleted
+from api_stub.errors import JobFailed, StoreUnavailable
+from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.ledger import Ledger
+from api_stub.submit import Doorbells
+from tests.processes import WorkerProcess
+from tests.servers import RedisServer
+from tests.unit.api_stub.ledger_kit import answer, lease_ends, started
+
+USERS = Path(__file__).parents[2] / "api_stub" / "deploy" / "redis-users.conf"
+ROLES = ("producer", "gateway", "worker", "reader")
+
+
+class GuardedRedis(RedisServer):
+    """A Redis with the example's users, and one for the test itself."""
+
+    def __init__(self, directory: Path) -> None:
+        test_user = directory / "test-user.conf"
+        test_user.write_text("user test on >test ~* &* +@all\n", encoding="utf-8")
+        super().__init__(directory, "--include", str(USERS), "--include", str(test_user))
+
+    @property
+    def url(self) -> str:
+        return f"redis://test:test@127.0.0.1:{self.port}/0"
+
+    def url_of(self, role: str) -> str:
+        return f"redis://visionq-{role}:change-me-{role}@127.0.0.1:{self.port}/0"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
+    server = GuardedRedis(tmp_path_factory.mktemp("guarded"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def log(guarded: GuardedRedis) -> Iterator[Callable[[], list[str]]]:
+    """What Redis refused to visionq's users since the test began."""
+    with guarded.client() as client:
+        client.flushall()
+        client.acl_log_reset()
+
+        def refused() -> list[str]:
+            return [f"{entry['username']}: {entry['reason']} {entry['object']}" for entry in client.acl_log()]
+
+        yield refused
+
+
+def test_a_job_goes_through_producer_worker_and_reader(
+    guarded: GuardedRedis, log: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    worker = WorkerProcess(
+        tmp_path, guarded.url_of("worker"), "http://127.0.0.1:1", model="demo", lease_s=6, beat_s=1, sweep_s=0.2
+    )
+    try:
+        with Client(guarded.url_of("producer")) as producer, Client(guarded.url_of("reader")) as reader:
+            jobs = [producer.vqa(question="hello", tenant="zoo", max_new_tokens=4) for _ in range(12)]
+            jobs[-1].cancel()
+            with pytest.raises(JobFailed):
+                jobs[-1].result(timeout=10)
+            again = producer.retry(jobs[-1].id)
+            worker.wait_ready()
+            for job in (*jobs[:-1], again):
+                assert isinstance(list(reader.job(job.id).events(timeout=60))[-1], JobCompleted)
+            assert reader.job(again.id).status().num_workers == 1
+        assert worker.terminate() == 0
+    finally:
+        worker.kill()
+    assert log() == []
+
+
+def test_the_gateways_user_submits_follows_and_sweeps(guarded: GuardedRedis, log: Callable[[], list[str]]) -> None:
+    with (
+        Client(guarded.url_of("gateway")) as client,
+        closing(Ledger.connect(guarded.url_of("gateway"), LedgerConfig())) as ledger,
+        closing(Doorbells(guarded.url_of("gateway"))) as doorbells,
+        closing(Ledger.connect(guarded.url, LedgerConfig())) as worker,
+        guarded.client() as admin,
+    ):
+        started(worker, "lost")
+        lease_ends(admin, "lost")
+        bells = ledger.reap()
+        assert [bell.job_id for bell in bells] == ["lost"]
+        doorbells.ring(bells[0])
+        job = client.vqa(question="hello")
+        claim = worker.claim(job.id, "worker-1")
+        worker.finish(job.id, claim.fence, answer(claim))  # type: ignore[union-attr, arg-type]
+        assert job.result(timeout=10).text == "red"
+        assert [view.job_id for view in ledger.list_jobs().jobs] == [job.id, "lost"]
+    assert log() == []
+
+
+def test_the_reader_may_ask_the_doctor(
+    guarded: GuardedRedis, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(guarded.url_of("producer")) as producer:
+        producer.vqa(question="hello")
+    monkeypatch.setenv("VISIONQ_REDIS_URL", guarded.url_of("reader"))
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 0, done.stdout
+    assert CliRunner().invoke(app, ["dead", "list"]).exit_code == 0
+    assert log() == []
+
+
+def test_the_reader_changes_nothing(guarded: GuardedRedis, log: Callable[[], list[str]]) -> None:
+    with Client(guarded.url_of("producer")) as producer, Client(guarded.url_of("reader")) as reader:
+        job = producer.vqa(question="hello")
+        for change in (reader.job(job.id).cancel, lambda: reader.vqa(question="hello")):
+            with pytest.raises(StoreUnavailable, match=r"NOPERM|refused"):
+                change()
+        assert job.status().status == "queued"
+    assert any("visionq-reader: command" in entry for entry in log())
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("GET", "other:key"),
+        ("SET", "other:key", "1"),
+        ("LPUSH", "celery", "x"),
+        ("PUBLISH", "other:channel", "x"),
+        ("SUBSCRIBE", "other:channel"),
+        ("FLUSHALL",),
+        ("KEYS", "*"),
+        ("CONFIG", "GET", "*"),
+        ("ACL", "LIST"),
+        ("SCRIPT", "FLUSH"),
+        ("DEBUG", "SLEEP", "0"),
+        ("MONITOR",),
+        ("EVAL", "return redis.call('GET', 'other:key')", "0"),
+    ],
+    ids=" ".join,
+)
+def test_every_role_is_refused_outside_its_work(guarded: GuardedRedis, role: str, command: tuple[str, ...]) -> None:
+    with (
+        redis.Redis.from_url(guarded.url_of(role), socket_timeout=5) as client,
+        pytest.raises(redis.ResponseError, match=r"permission|NOPERM|can.t access"),
+    ):
+        client.execute_command(*command)
+
+
+@pytest.mark.parametrize("role", ["producer", "gateway", "reader"])
+def test_only_workers_take_messages(guarded: GuardedRedis, role: str) -> None:
+    with redis.Redis.from_url(guarded.url_of(role), socket_timeout=5) as client, pytest.raises(redis.ResponseError):
+        client.rpop("visionq.default")
+
+
+def test_nobody_comes_in_without_a_name(guarded: GuardedRedis) -> None:
+    with (
+        redis.Redis.from_url(f"redis://127.0.0.1:{guarded.port}/0", socket_timeout=5) as client,
+        pytest.raises(redis.AuthenticationError),
+    ):
+        client.ping()
