@@ -77,7 +77,7 @@ def explain(error: ValidationError, *, tags: frozenset[str] = frozenset(), max_p
     """
     problems = []
     for problem in error.errors(include_url=False)[:max_problems]:
-        field = ".".join(str(part) for part in problem["loc"] if part not in tags)
+        field = ".".join(_shortened(str(part)) for part in problem["loc"] if part not in tags)
         if problem["type"] == "value_error":
             text = str(problem["ctx"]["error"])
         elif problem["type"] == "missing":
@@ -98,6 +98,10 @@ def _may_be_shown(place: tuple[int | str, ...], kind: str, value: object) -> boo
     return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "://" not in value)
 
 
-def _brief(value: object, max_chars: int = 80) -> str:
-    text = repr(value)
+def _brief(value: object) -> str:
+    return _shortened(repr(value))
+
+
+def _shortened(text: str, max_chars: int = 80) -> str:
+    """A producer's own field names are part of paths, and as long as it likes."""
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"

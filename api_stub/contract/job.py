@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, HttpUrl, TypeAdapter, ValidationError, field_serializer, model_validator
+from pydantic import ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError, field_serializer, model_validator
 
 from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.media import MediaUri
@@ -242,7 +242,9 @@ Job = CaptionJob | VqaJob | VideoQaJob
 #: What json raises for values that JSON has no form for: NaN, half a surrogate pair, a set, a cycle.
 _NO_JSON = (ValueError, TypeError, RecursionError)
 _TAGS = frozenset(task.value for task in TaskName)
-_JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="task")])
+_JOB: TypeAdapter[Job] = TypeAdapter(
+    Annotated[Job, Field(discriminator="task")], config=ConfigDict(hide_input_in_errors=True)
+)
 
 
 def parse_job(fields: Mapping[str, object] | str | bytes, task: TaskName | None = None) -> Job:

@@ -41,28 +41,30 @@ local function final(id, row, status, fragment, outcome)
   make_room(row)
 end
 
--- What the last attempt wrote before it ended without a result: its text as JSON, and its number of tokens.
+-- What the last attempt wrote before it ended without a result: its text as JSON, and its numbers of tokens said and read.
 local function partial(id, started_seq)
-  local text, num_tokens = {}, 0
+  local text, num_tokens, num_read = {}, 0, 0
   if started_seq then
     for _, entry in ipairs(redis.call('XRANGE', KEY.events .. id, started_seq .. '-0', '+')) do
       local event = cjson.decode(entry[2][2])
       if event.type == 'output.delta' then
         text[#text + 1] = event.text
         num_tokens = num_tokens + event.num_tokens
+      elseif event.type == 'job.progress' and event.stage == 'prefill' then
+        num_read = event.total
       end
     end
   end
-  return quote(table.concat(text)), string.format('%d', num_tokens)
+  return quote(table.concat(text)), string.format('%d', num_tokens), string.format('%d', num_read)
 end
 
 -- Ends a job that no worker can end any more. `row` needs what `final` needs, and started_seq.
 local function unanswered(id, row, status, code, message)
-  local text, num_tokens = partial(id, row.started_seq)
+  local text, num_tokens, num_read = partial(id, row.started_seq)
   local retryable = RETRYABLE[code] or 'false'
   local fragment = '"type":"job.' .. status .. '","error":{"code":"' .. code .. '","message":' .. quote(message)
     .. ',"retryable":' .. retryable .. '},"partial_text":' .. text
-    .. ',"usage":{"prompt_tokens":0,"completion_tokens":' .. num_tokens .. ',"images":0,"frames":0}'
+    .. ',"usage":{"prompt_tokens":' .. num_read .. ',"completion_tokens":' .. num_tokens .. ',"images":0,"frames":0}'
   local outcome = '{"exc_type":"' .. FAILURE.class .. '","exc_module":"' .. FAILURE.module
     .. '","exc_message":["' .. code .. '",' .. quote(message) .. ',' .. retryable .. ']}'
   final(id, row, status, fragment, outcome)

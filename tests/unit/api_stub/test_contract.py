@@ -55,6 +55,19 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_a_refusal_is_short_however_long_the_names_of_the_fields() -> None:
+    with pytest.raises(InvalidJob) as refused:
+        parse_job({"question": "Why?", "x" * 10_000: 1}, TaskName.VQA)
+    assert len(str(refused.value)) < 200
+
+
+def test_what_stands_behind_a_refusal_repeats_no_input() -> None:
+    with pytest.raises(InvalidJob) as refused:
+        parse_job({"question": "Why?", "webhook": {"url": "https://user:hunter2@host/"}, "priority": 99}, TaskName.VQA)
+    assert "hunter2" not in str(refused.value.__cause__)
+    assert "99" not in str(refused.value.__cause__)
+
+
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_wrong_job_is_refused_with_the_field_and_the_limit(words: str) -> None:
     with pytest.raises(InvalidJob) as refusal:

@@ -426,12 +426,13 @@ def test_only_the_owner_gives_back(ledger: Ledger) -> None:
 
 def test_given_back_job_that_was_asked_to_stop_is_cancelled(ledger: Ledger, redis_client: redis.Redis) -> None:
     claim = started(ledger, "a")
-    ledger.publish([delta(claim, 1, "re", num_tokens=2)])
+    prefill = Publication("a", claim.fence, 1, ProgressBody(stage=Stage.PREFILL, done=0, total=17))
+    ledger.publish([prefill, delta(claim, 2, "re", num_tokens=2)])
     ledger.cancel("a")
     assert ledger.give_back("a", claim.fence, RetryReason.GIVEN_BACK)
     last = events(redis_client, "a")[-1]
     assert isinstance(last, JobCancelled)
-    assert (last.partial_text, last.usage.completion_tokens) == ("re", 2)
+    assert (last.partial_text, last.usage.completion_tokens, last.usage.prompt_tokens) == ("re", 2, 17)
     assert depth(redis_client) == 0
 
 
