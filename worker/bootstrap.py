@@ -238,6 +238,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             events=publisher,
             meter=job_meter,
             on_engine_dead=lambda: runtime.fail(Finding(Trouble.ENGINE_DEAD, "a job met a dead engine")),
+            max_retries=settings.max_retries,
         ),
         media_cache=media_cache,
         decoders=decoders,

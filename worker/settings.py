@@ -177,6 +177,12 @@ class WorkerSettings(BaseSettings):
     http_port: int = Field(
         default=0, ge=0, le=65_000, description="Port of the first device's worker, the next ones follow; 0: none"
     )
+    tenant_max_running: int = Field(
+        default=0, ge=0, description="Jobs of one tenant and model that run at a time; 0: no limit"
+    )
+    ageing_s: float = Field(
+        default=60.0, gt=0, description="Time in the queue after which a job is served among those of priority 0"
+    )
     result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
     events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
     max_image_bytes: int = Field(default=32 * MEBIBYTE, ge=1, description="Bytes of one image")
@@ -211,7 +217,13 @@ class WorkerSettings(BaseSettings):
         "2 on a CPU",
     )
     storage_timeout_s: float = Field(default=10.0, gt=0, description="Silence of storage that counts as a fault")
-    storage_retries: int = Field(default=3, ge=0, le=20, description="Retries of a faulty read before the job fails")
+    storage_retries: int = Field(default=3, ge=0, le=20, description="Retries of a faulty read within an attempt")
+    max_retries: int = Field(
+        default=5,
+        ge=0,
+        le=100,
+        description="Times a job is put back, with growing pauses, before faulty storage fails it",
+    )
     log_format: LogFormat = Field(default=LogFormat.JSON, description="`json` or `text`")
     log_level: str = Field(
         default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
@@ -263,6 +275,8 @@ class WorkerSettings(BaseSettings):
             lease_s=self.lease_s,
             grace_s=self.grace_s,
             max_attempts=self.max_attempts,
+            tenant_max_running=self.tenant_max_running,
+            ageing_s=self.ageing_s,
             result_ttl_s=self.result_ttl_s,
             events_ttl_s=self.events_ttl_s,
         )
