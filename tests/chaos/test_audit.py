@@ -49,7 +49,7 @@ def repeat_last_event(client: redis.Redis, ticket: Ticket) -> None:
 
 
 def change_result(client: redis.Redis, ticket: Ticket) -> None:
-    meta = json.loads(client.get(names.result_key(JOB)))
+    meta = json.loads(str(client.get(names.result_key(JOB))))
     meta["result"]["text"] = "green"
     client.set(names.result_key(JOB), json.dumps(meta))
 
