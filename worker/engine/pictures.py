@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import compress
 from typing import Any, Final
 
 import torch
@@ -118,8 +119,9 @@ def _pieces(arguments: Mapping[str, Tensor], pixels: Tensor) -> tuple[Cut, list[
     if is_framed(arguments):
         # [1, N, C, H, W] is one prompt of N pictures (SmolVLM: [clips, frames, …]); N prompts of one do as well.
         flat = {name: tensor.flatten(0, 1)[:, None] for name, tensor in arguments.items()}
-        # Clips are padded to one length with frames of which nothing counts; the tower leaves them out too.
-        frames = [frame for frame in _rows(flat, pixels.shape[0] * pixels.shape[1]) if frame[MASK].any()]
+        # Clips are padded to one length with frames of zeros, whatever the mask says; the tower leaves them out too.
+        is_real = pixels.flatten(0, 1).flatten(1).any(-1).tolist()
+        frames = list(compress(_rows(flat, len(is_real)), is_real))
         return (Cut.FRAME if len(pixels) == 1 else Cut.FRAME_OF_CLIPS), frames
     if all(len(tensor) == len(pixels) for tensor in arguments.values()):
         return Cut.ROW, _rows(arguments, len(pixels))

@@ -171,6 +171,16 @@ def test_a_key_covers_everything_that_the_tower_gets(tiny_model: Callable[[str],
     assert len({key(), *changed, turned}) == 5
 
 
+def test_frames_that_only_pad_a_clip_to_the_length_of_another_are_no_pictures(idefics2: TinyModel) -> None:
+    """As SmolVLM's processor pads them: zeros, and a mask that counts them."""
+    tensors = idefics2.inputs("a", [picture(1)]).tensors
+    pixels, mask = tensors["pixel_values"], tensors["pixel_attention_mask"]
+    clips = torch.cat((pixels.expand(1, 3, -1, -1, -1), torch.cat((pixels, torch.zeros_like(pixels[:, [0, 0]])), 1)))
+    padded = {"pixel_values": clips, "pixel_attention_mask": mask[:, [0]].expand(2, 3, -1, -1)}
+    found = cut(tower_doors(idefics2.model), ModelInputs({**tensors, **padded}))
+    assert len(found) == 4
+
+
 @pytest.mark.parametrize("name", ["idefics2", "idefics2-splitting", "idefics3", "llava"])
 def test_an_image_is_known_again_in_other_company(tiny_model: Callable[[str], TinyModel], name: str) -> None:
     """The other image is larger, so the processor pads this one where images of a prompt get one size."""
