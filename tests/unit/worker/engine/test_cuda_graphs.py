@@ -9,14 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
+from tests.unit.worker.engine.harness import Outbox, request
 from tests.unit.worker.engine.recorder import TapeRecorder
 from tests.unit.worker.engine.test_positions import model_of
-from worker.engine.backend import probe
+from worker.engine.backend import PagedConfig, build_runner, probe
+from worker.engine.core import EngineCore
 from worker.engine.cuda_graphs import DecodeGraphs, graph_sizes
 from worker.engine.entrances import Entrances
 from worker.engine.flat import DecodeInputs, FlatForward
 from worker.engine.kv_paged import PagedKV
+from worker.engine.runner_paged import PagedRunner
+from worker.engine.scheduler import SchedulerLimits
 
 BLOCK_SIZE, NUM_BLOCKS, WIDTH = 4, 60, 9
 
@@ -105,3 +110,33 @@ def test_no_batch_is_padded_to_more_than_twice_its_size(max_num_seqs: int) -> No
     assert len(sizes) <= 36
     for num_rows in range(1, max_num_seqs + 1):
         assert next(size for size in sizes if size >= num_rows) <= max(1, 2 * num_rows)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["idefics2", "gemma3"])
+def test_an_engine_that_replays_and_runs_ahead_answers_as_generate_does(
+    tiny_model: Callable[[str], TinyModel], name: str
+) -> None:
+    """All that a GPU does but its kernels: jobs join and leave, so batches of all sizes are padded and replayed."""
+    tiny = tiny_model(name)
+    runner = build_runner(tiny.model, 6, 128, PagedConfig(block_size=4, num_blocks=120))
+    assert isinstance(runner, PagedRunner)
+    recorder, num_free = TapeRecorder(), runner.num_free_blocks
+    runner._graphs = DecodeGraphs(runner._forward, graph_sizes(4), 32, torch.device("cpu"), recorder)
+    runner._graphs.record()
+    core = EngineCore(tiny.model, tiny.tokenizer, runner, SchedulerLimits(6, 64), runs_ahead=True)
+    jobs = [
+        request(tiny.inputs(f"What is number {n}?", [picture(n)]), max_new_tokens=3 + 5 * (n % 4)) for n in range(7)
+    ]
+    outbox = Outbox()
+    for each in jobs:
+        core.add(each, submitted_at=0.0)
+    while not core.scheduler.is_idle:
+        for output in core.step():
+            outbox.outputs[output.request_id].append(output)
+    for each in jobs:
+        expected = tiny.generate(each.inputs, each.sampling.max_new_tokens or 0)
+        assert outbox.text(each.request_id) == tiny.tokenizer.decode(expected, skip_special_tokens=True).lstrip()
+        assert outbox.finish(each.request_id).num_completion_tokens == len(expected)
+    assert recorder.num_replayed > 10
+    assert runner.num_free_blocks == num_free
