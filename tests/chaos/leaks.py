@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,22 +31,34 @@ MAX_OTHER_THREADS: Final = 30
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process holds. `resident_bytes` is its resident set."""
+    """What a process holds. `resident_bytes` is its resident set; `handles` tells its open files by kind."""
 
     num_threads: int
     num_handles: int
     resident_bytes: int
+    handles: str = ""
 
 
 def usage_of(pid: int) -> Usage:
     """Ask the kernel about a process. Raises OSError when it is gone."""
     process = Path(f"/proc/{pid}")
     fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    kinds = Counter(_kind(handle) for handle in (process / "fd").iterdir())
     return Usage(
         num_threads=int(fields["Threads"]),
-        num_handles=sum(1 for _ in (process / "fd").iterdir()),
+        num_handles=kinds.total(),
         resident_bytes=int(fields["VmRSS"].split()[0]) * 1024,
+        handles=", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8)),
     )
+
+
+def _kind(handle: Path) -> str:
+    """Return what is open: `socket`, `pipe`, …, or a file's name."""
+    try:
+        target = str(handle.readlink())
+    except OSError:
+        return "closed"
+    return target if target.startswith("/") else target.partition(":")[0]
 
 
 def queued_messages(direct: redis.Redis) -> int:
@@ -66,8 +79,8 @@ def key_problems(direct: redis.Redis) -> list[str]:
 
 
 def passing_keys(direct: redis.Redis) -> list[str]:
-    """Return the keys of jobs; a worker's own and kombu's are renewed for as long as it lives."""
-    lasting = (names.workers_key(""), names.suspects_key(""), "_kombu", "unacked")
+    """Return the keys of jobs; those of workers and tenants are few, and renewed as long as there are any."""
+    lasting = (names.workers_key(""), names.suspects_key(""), names.jobs_key(""), "_kombu", "unacked")
     return [key for key in direct.scan_iter(count=1000) if key not in SINGLETONS and not key.startswith(lasting)]
 
 
@@ -93,7 +106,7 @@ def usage_problems(pid: int, usage: Usage, concurrency: int) -> list[str]:
     if usage.num_threads > (limit := concurrency + MAX_OTHER_THREADS):
         problems.append(f"worker {pid} has {usage.num_threads} threads, the limit is {limit}")
     if usage.num_handles > (limit := 3 * concurrency + MAX_OTHER_HANDLES):
-        problems.append(f"worker {pid} has {usage.num_handles} open files, the limit is {limit}")
+        problems.append(f"worker {pid} has {usage.num_handles} open files, the limit is {limit}: {usage.handles}")
     return problems
 
 
