@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VISION ?= .venv-vision
+TRITON ?= .venv-triton
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -12,10 +13,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 VISION_STAMP := $(VISION)/.installed
+TRITON_STAMP := $(TRITON)/.installed
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision check audit bench chaos soak
+.PHONY: help demo test vision kernels check audit bench chaos soak
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -31,6 +33,9 @@ vision: $(VISION_STAMP) ## set up, then test the model families whose processors
 
 audit: $(DEV_STAMP) ## ask for known vulnerabilities of the pinned packages; says so when nobody can be asked
 	$(BIN)/python -m tests.structure.audit
+
+kernels: $(TRITON_STAMP) ## set up (1 GB), then test the GPU's attention kernel in Triton's interpreter
+	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, tests
 	$(BIN)/ruff check .
@@ -71,4 +76,10 @@ $(DEV_STAMP): $(PINS) | $(BIN)/python
 $(VISION_STAMP): $(DEV_STAMP)
 	rm -rf $(VISION)
 	$(PIP_INSTALL) --no-deps --target $(VISION) torchvision num2words
+	@touch $@
+
+# Of constraints.txt no pin: torch's CUDA build brings the Triton it was made for.
+$(TRITON_STAMP): $(DEV_STAMP)
+	rm -rf $(TRITON)
+	$(PIP_INSTALL) --no-deps --target $(TRITON) triton==3.9.0
 	@touch $@

@@ -38,6 +38,7 @@ def would_run(target: str, venv: Path) -> str:
             ],
         ),
         ("vision", ["-m venv", "--no-deps --target", "torchvision num2words", "-m pytest tests/vision"]),
+        ("kernels", ["-m venv", "--no-deps --target", "triton==", "TRITON_INTERPRET=1", "-m pytest tests/kernels"]),
         ("audit", ["-m venv", "-m tests.structure.audit"]),
         ("bench", ["-m venv", "visionq-worker bench engine", "visionq-worker bench queue"]),
         ("chaos", ["-m venv", "-m tests.chaos "]),
