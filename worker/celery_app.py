@@ -63,7 +63,7 @@ def make_app(settings: WorkerSettings) -> Celery:
         worker_soft_shutdown_timeout=0.0,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
-        worker_send_task_events=False,
+        worker_send_task_events=settings.celery_events,
         # kombu reads the remote-control subscription on its hub; after a cut redis-py reconnects inside that read and
         # waits there for ever: the worker lives and takes nothing. Nobody here needs remote control.
         worker_enable_remote_control=False,

@@ -177,6 +177,7 @@ class WorkerSettings(BaseSettings):
     http_port: int = Field(
         default=0, ge=0, le=65_000, description="Port of the first device's worker, the next ones follow; 0: none"
     )
+    celery_events: bool = Field(default=False, description="Tell Celery's events when a task comes in, for Flower")
     tenant_max_running: int = Field(
         default=0, ge=0, description="Jobs of one tenant and model that run at a time; 0: no limit"
     )
