@@ -2,11 +2,13 @@
 
 Unguarded, an exception on the event loop ends the worker, and the entry waits for the next one to end that too. Entries
 that are no JSON are already off the list and are dropped; messages that break whoever receives them are rejected.
+A Redis that refuses writes for a moment (full, a replica, short of replicas) is asked again.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from queue import Empty
 from typing import Any, Final
@@ -14,7 +16,8 @@ from typing import Any, Final
 import redis
 from celery.app.amqp import AMQP
 from kombu import Connection
-from kombu.transport.redis import Channel, Transport
+from kombu.transport.redis import Channel, QoS, Transport
+from kombu.transport.virtual import QoS as LocalQoS
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 _CONNECTION_FAULTS = (redis.RedisError, OSError)
 
 
+#: Before a Redis that refused a command is asked again. The event loop has nothing else to do then.
+REFUSED_PAUSE_S: Final = 0.5
 #: Pauses between two tries to reach the broker. kombu's own grow to half a minute, which jobs wait after an outage.
 RECONNECT: Final = {"interval_start": 1.0, "interval_step": 0.5, "interval_max": 1.0}
 
@@ -39,12 +44,36 @@ class SwiftAMQP(AMQP):
     Connection = SwiftConnection
 
 
+class GuardedQoS(QoS):
+    """Lets go of a message whose acknowledgement Redis refuses: it comes back once more, and its job is over then."""
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)
+        except redis.ResponseError as error:
+            logger.warning("not acknowledged", extra={"action": "acknowledge", "error": str(error)})
+            LocalQoS.ack(self, delivery_tag)
+
+
 class GuardedChannel(Channel):
-    """Drops list entries that are no messages."""
+    """Drops list entries that are no messages, and waits while Redis refuses to hand any out."""
+
+    QoS = GuardedQoS
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[misc]  # the stubs leave it out
+        except redis.ResponseError as error:  # whoever takes messages off a list needs no binding
+            logger.warning("not bound", extra={"action": "receive", "error": str(error)})
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
             return super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
+        except redis.ResponseError as error:
+            # Celery would connect anew, many times a second, and leave a socket open each time.
+            logger.warning("broker refuses", extra={"action": "receive", "error": str(error)})
+            time.sleep(REFUSED_PAUSE_S)
+            raise Empty from error
         except (ValueError, TypeError, AttributeError) as error:
             logger.error("list entry dropped", extra={"action": "receive", "error": type(error).__name__})
             raise Empty from error

@@ -109,6 +109,8 @@ class TcpProxy:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             if connection.dead:
                 await asyncio.wait(pumps, timeout=BURIAL_S)
+        except asyncio.CancelledError:
+            pass  # the network ends; asyncio of Python 3.11 would print it
         finally:
             for pump in pumps:
                 pump.cancel()
