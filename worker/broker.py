@@ -54,6 +54,12 @@ class GuardedQoS(QoS):
             logger.warning("not acknowledged", extra={"action": "acknowledge", "error": str(error)})
             LocalQoS.ack(self, delivery_tag)
 
+    def restore_visible(self, *args: Any, **options: Any) -> None:
+        try:
+            super().restore_visible(*args, **options)
+        except redis.ResponseError as error:  # kombu looks again later; raised while connecting it leaves a socket open
+            logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+
 
 class GuardedChannel(Channel):
     """Drops list entries that are no messages, and waits while Redis refuses to hand any out."""
