@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -60,9 +61,21 @@ def start(
     celery_app = make_app(settings)
     register(celery_app, runtime)
     runtime.ring = lambda bell: ring(celery_app, bell)
+    _leave_out_of_collections()
     status = serve(celery_app, settings, runtime)
     runtime.stop()
+    _leave_out_of_collections()
     sys.exit(status)
+
+
+def _leave_out_of_collections() -> None:
+    """Have the garbage collector pass over all that lives now: the libraries, the model and what serves it.
+
+    They stay until the process ends, and looking through them costs every full collection, the interpreter's last ones
+    included, tens of milliseconds to seconds.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @app.command()
