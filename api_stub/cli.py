@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from api_stub.client import Client
+from api_stub.contract.asyncapi import asyncapi
 from api_stub.contract.job import DEFAULT_NUM_FRAMES
 from api_stub.contract.schema import schemas
 from api_stub.dead_cli import dead_app
@@ -131,8 +132,20 @@ def upload(files: Annotated[list[Path], typer.Argument(help="Local files.")], as
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="Directory for one file per schema; else one object.")] = None,
+    as_asyncapi: Annotated[
+        bool, typer.Option("--asyncapi", help="One AsyncAPI 3 document of all that goes through Redis instead.")
+    ] = False,
 ) -> None:
     """Export the JSON Schemas of job, event, result, view and error."""
+    if as_asyncapi:
+        document = json.dumps(asyncapi(), indent=2)
+        if out is None:
+            print(document)
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        (file := out / "asyncapi.json").write_text(document + "\n", encoding="utf-8")
+        print(file)
+        return
     if out is None:
         print(json.dumps(schemas(), indent=2))
         return

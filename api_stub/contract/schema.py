@@ -7,7 +7,7 @@ sizes in bytes, the spelling of media URIs) are checked by `parse_job`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from pydantic import Field, JsonValue, TypeAdapter
 
@@ -34,11 +34,12 @@ def schemas() -> dict[str, dict[str, JsonValue]]:
 
     `job` is the form with `task` inside; as a Celery message's kwargs a job leaves `task` out.
     """
-    return {name: _schema(name) for name in NAMES}
+    return {name: schema_of(name, adapter) for name, adapter in _TYPES.items()}
 
 
-def _schema(name: str) -> dict[str, JsonValue]:
-    body: dict[str, JsonValue] = _TYPES[name].json_schema(by_alias=True)
+def schema_of(name: str, adapter: TypeAdapter[Any]) -> dict[str, JsonValue]:
+    """Return the schema of one type, under a name of its own."""
+    body: dict[str, JsonValue] = adapter.json_schema(by_alias=True)
     for definition in (body, *_definitions(body)):
         _require_tags(definition)
     return {"$schema": DIALECT, "$id": f"urn:visionq:v1:{name}", **body}

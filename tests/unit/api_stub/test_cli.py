@@ -282,5 +282,12 @@ def test_schemas_are_exported_to_stdout_or_to_files(run: Run, tmp_path: Path) ->
         Draft202012Validator.check_schema(body)
 
 
+def test_the_asyncapi_document_is_exported(run: Run, tmp_path: Path) -> None:
+    printed = json.loads(run("schema", "--asyncapi").stdout)
+    assert printed["asyncapi"] == "3.0.0"
+    assert run("schema", "--asyncapi", "--out", str(tmp_path / "new")).exit_code == 0
+    assert json.loads((tmp_path / "new" / "asyncapi.json").read_text("utf-8")) == printed
+
+
 def test_control_characters_become_visible() -> None:
     assert visible("a\x1b[31m\r\x07\x9b\x7fé\n\tb") == "a␛[31m␍␇��é\n\tb"
