@@ -126,6 +126,20 @@ class GatewaySettings(ClientSettings):
     api_heartbeat_s: float = Field(default=15.0, gt=0, description="Silence after which an event stream says it lives")
     api_cors_origins: str = Field(default="", description="Origins whose pages may call, comma-separated; empty: none")
     api_stop_s: float = Field(default=10.0, gt=0, description="Time that open requests get when the gateway stops")
+    webhook_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="Signs webhooks of keys without a secret of their own: `whsec_…`; two while one is changed",
+    )
+    webhook_allow_http: bool = Field(default=False, description="Send webhooks to http:// addresses, too")
+    webhook_ports: str = Field(default="443,8443", description="Ports that webhooks may go to; `*`: all")
+    webhook_allow_networks: str = Field(
+        default="", description="Networks that webhooks may go to although they are not public, e.g. `10.1.0.0/16`"
+    )
+    webhook_timeout_s: float = Field(default=15.0, gt=0, le=120, description="Time for one try of a webhook")
+    webhook_delays_s: str = Field(
+        default="5,300,1800,7200,18000,36000,50400,72000,86400",
+        description="Pauses between the tries of a webhook; after the last try it is given up",
+    )
     sweep_s: float = Field(default=1.0, gt=0, description="Time between two looks of the reaper")
     log_level: str = Field(
         default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"

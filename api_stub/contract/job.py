@@ -95,11 +95,26 @@ class Turn(WireModel):
     content: tuple[TextPart | ImagePart | VideoPart | MediaPart, ...]
 
 
+class WebhookEvent(StrEnum):
+    """The events that a webhook may ask for: those of a job's life. Text and progress are for streams."""
+
+    QUEUED = "job.queued"
+    STARTED = "job.started"
+    RETRYING = "job.retrying"
+    COMPLETED = "job.completed"
+    FAILED = "job.failed"
+    CANCELLED = "job.cancelled"
+    EXPIRED = "job.expired"
+
+
+_FINAL_EVENTS = (WebhookEvent.COMPLETED, WebhookEvent.FAILED, WebhookEvent.CANCELLED, WebhookEvent.EXPIRED)
+
+
 class Webhook(WireModel):
     """Where to announce the job's final event (and others that are asked for)."""
 
     url: HttpUrl
-    events: tuple[str, ...] = ("job.completed", "job.failed", "job.cancelled", "job.expired")
+    events: tuple[WebhookEvent, ...] = Field(default=_FINAL_EVENTS, min_length=1, max_length=len(WebhookEvent))
 
     @field_serializer("url")
     def _plain(self, url: HttpUrl) -> str:

@@ -32,6 +32,8 @@ NUM_HELD_KEY: Final = PREFIX + "num_held"  # HASH `<model>:<priority step>` -> n
 LEASES_KEY: Final = (
     PREFIX + "leases"
 )  # ZSET lease in seconds -> Redis time until which a worker that counts it is alive
+DELIVERIES_KEY: Final = PREFIX + "webhooks"  # ZSET delivery id -> Redis time at which a gateway may try it
+GIVEN_UP_KEY: Final = PREFIX + "webhooks_given_up"  # LIST of JSON: deliveries that are not tried again, newest first
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
 
 _MODEL_NAME = re.compile(MODEL_NAME_PATTERN)
@@ -123,6 +125,16 @@ def suspects_key(worker: str) -> str:
 def aged_key(model: str) -> str:
     """Id of the job that was last let in front because it had waited long."""
     return f"{PREFIX}aged:{model}"
+
+
+def delivery_key(delivery_id: str) -> str:
+    """HASH: one event on its way to a webhook."""
+    return f"{PREFIX}webhook:{delivery_id}"
+
+
+def gone_key(digest: str) -> str:
+    """Set for a while when a webhook's address answered that it is gone; by SHA-1 of tenant, space, address."""
+    return f"{PREFIX}webhook_gone:{digest}"
 
 
 def watermark_key(list_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Final
 
@@ -19,6 +20,8 @@ __all__ = ["Finding", "Level", "examine"]
 VISIBILITY_TIMEOUT_S: Final = 600
 #: A leaked message is older than any live worker lets it become.
 OLD_UNACKED_S: Final = VISIBILITY_TIMEOUT_S + 120
+#: A webhook that waits longer than this for its turn has no gateway that sends it.
+LATE_WEBHOOK_S: Final = 60
 _UNACKED: Final = "unacked"
 _UNACKED_INDEX: Final = "unacked_index"
 
@@ -30,6 +33,7 @@ def examine(client: redis.Redis, config: LedgerConfig, max_keys: int) -> Iterato
     yield from server_findings(client)
     yield from _settings(client, config)
     yield from _broker(client)
+    yield from _webhooks(client)
     census = take_census(client, max_keys)
     yield from _contents(census)
     yield from _queues(client, census)
@@ -58,6 +62,20 @@ def _broker(client: redis.Redis) -> Iterator[Finding]:
     num_old = client.zcount(_UNACKED_INDEX, "-inf", now - OLD_UNACKED_S)
     message = f"{client.hlen(_UNACKED)} messages in workers' hands, {num_old} of them longer than {OLD_UNACKED_S} s"
     yield judged("messages", num_old == 0, message, Level.WARNING)
+
+
+def _webhooks(client: redis.Redis) -> Iterator[Finding]:
+    now, _ = client.time()
+    num, oldest = client.zcard(names.DELIVERIES_KEY), client.zrange(names.DELIVERIES_KEY, 0, 0, withscores=True)
+    late_s = max(0, round(now - float(oldest[0][1]))) if oldest else 0
+    message = f"{num} deliveries to go, the next one {late_s} s late"
+    yield judged("webhooks", late_s < LATE_WEBHOOK_S, f"{message}; a gateway sends them", Level.WARNING)
+    num_given_up = client.llen(names.GIVEN_UP_KEY)
+    yield judged("webhooks", num_given_up == 0, f"{num_given_up} deliveries were given up", Level.WARNING)
+    for raw in client.lrange(names.GIVEN_UP_KEY, 0, MAX_NAMED - 1):
+        given_up = json.loads(raw)
+        message = "{type} of job {job_id}, after {tries} tries: {reason}".format_map(given_up)
+        yield Finding("webhooks", Level.WARNING, message)
 
 
 def _contents(census: Census) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.openapi import describe
 from api_stub.gateway.routes import events, jobs, operations, page, uploads
+from api_stub.gateway.webhooks.rules import WebhookRules
 from api_stub.settings import GatewaySettings
 
 ROUTERS = (jobs.router, events.router, uploads.router, operations.router, page.router)
@@ -24,6 +25,7 @@ ROUTERS = (jobs.router, events.router, uploads.router, operations.router, page.r
 def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     """Make the application. Its gateway is `app.state.gateway` while it runs."""
     metrics = Metrics()
+    WebhookRules.load(settings)  # a wrong setting is told before anything starts
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None, None]:

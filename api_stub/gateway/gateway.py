@@ -22,6 +22,8 @@ from api_stub.gateway.limits import Limits
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.queues import Queues
 from api_stub.gateway.reader import EventReaders
+from api_stub.gateway.webhooks.rules import WebhookRules
+from api_stub.gateway.webhooks.sender import WebhookSender
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
@@ -56,6 +58,8 @@ class Gateway:
     limits: Limits
     doorbells: Doorbells
     storage: Storage
+    webhook_rules: WebhookRules
+    _webhooks: WebhookSender
     _reaper: _ReaperThread
     _subscriptions: redis.asyncio.Redis
     _ringing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_RINGING))
@@ -68,6 +72,7 @@ class Gateway:
         commands = connections.async_commands(url, timeout_s=COMMAND_S, max_wait_s=MAX_WAIT_S)
         subscriptions = connections.async_readers(url)
         ledger = AsyncLedger(commands, settings.ledger)
+        rules = WebhookRules.load(settings)
         hub = EventHub(subscriptions)
         doorbells = Doorbells(url)
         gateway = cls(
@@ -82,16 +87,21 @@ class Gateway:
             limits=Limits(commands),
             doorbells=doorbells,
             storage=await asyncio.to_thread(Storage, settings),
+            webhook_rules=rules,
+            _webhooks=rules.sender(settings, keys, commands, metrics),
             _reaper=_ReaperThread(settings, doorbells),
             _subscriptions=subscriptions,
         )
         hub.start()
         gateway._reaper.start()
+        if keys.can_sign:  # else they are left to a gateway that can
+            gateway._webhooks.start()
         return gateway
 
     async def close(self) -> None:
         """Close everything. Readers that are still open end."""
         await self.hub.close()
+        await self._webhooks.close()
         await asyncio.to_thread(self._reaper.stop)
         await asyncio.to_thread(self.doorbells.close)
         await self._subscriptions.aclose()

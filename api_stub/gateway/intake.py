@@ -70,6 +70,7 @@ async def accept(
     fields, inline = await to_thread.run_sync(_with_media, fields, form.files, where)
     job = checked(fields)
     check_allowed(caller, job)
+    gateway.webhook_rules.check(job, gateway.keys)
     await check_uploads(gateway, caller, media_of(job))
     job_id = checked_id(job_id) if idempotency_key is None else _id_of(idempotency_key, job.tenant)
     await gateway.limits.reserve(caller, job_id)

@@ -1,7 +1,8 @@
 """API keys: who may call, as whom, and how much. Only hashes are kept; a key's name is its tenant.
 
 An entry is `NAME:SHA256`, then options: `rate=` (requests per minute), `in_flight=` (unfinished jobs), `models=` and
-`buckets=` (comma-separated; what the key may use). Keys are long random strings, so a plain hash is enough.
+`buckets=` (comma-separated; what the key may use), `webhook_secret=` (`whsec_…`, two while one is changed). Keys are
+long random strings, so a plain hash is enough.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import hashlib
 import hmac
 import ipaddress
 import re
-import secrets
+import secrets as random_secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from api_stub.contract.names import is_model_name
 from api_stub.errors import InvalidSettings
+from api_stub.gateway.webhooks.signature import Secret, parse_secrets
 from api_stub.settings import GatewaySettings
 
 PREFIX: Final = "vq_"
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _ENTRY: Final = re.compile(rf"(?P<name>{_NAME}):(?P<digest>[0-9a-fA-F]{{64}})")
-_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets"})
+_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets", "webhook_secret"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,15 @@ class ApiKey:
 
     digest: str = field(repr=False)
     caller: Caller
+    webhook_secrets: tuple[Secret, ...] = ()
 
 
 class KeyRing:
     """All keys. Empty: everybody on this machine may call."""
 
-    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+    def __init__(self, keys: Iterable[ApiKey] = (), webhook_secrets: tuple[Secret, ...] = ()) -> None:
         self._keys = tuple(keys)
+        self._webhook_secrets = webhook_secrets
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -72,6 +76,16 @@ class KeyRing:
             if hmac.compare_digest(entry.digest, digest):
                 found = entry.caller
         return found
+
+    def webhook_secrets(self, tenant: str) -> tuple[Secret, ...]:
+        """Return what signs a tenant's webhooks: its keys' own secrets, else the gateway's."""
+        own = (secret for key in self._keys if key.caller.tenant == tenant for secret in key.webhook_secrets)
+        return tuple(dict.fromkeys(own)) or self._webhook_secrets
+
+    @property
+    def can_sign(self) -> bool:
+        """True when there is any secret for webhooks."""
+        return bool(self._webhook_secrets) or any(key.webhook_secrets for key in self._keys)
 
     @classmethod
     def load(cls, settings: GatewaySettings) -> KeyRing:
@@ -89,12 +103,16 @@ class KeyRing:
                 raise InvalidSettings(
                     f"VISIONQ_API_KEYS: one key has two names, {entry.caller.tenant!r} and {names[entry.digest]!r}"
                 )
-        return cls(entries)
+        try:
+            secrets = parse_secrets(settings.webhook_secret.get_secret_value())
+        except ValueError as error:
+            raise InvalidSettings(f"VISIONQ_WEBHOOK_SECRET: {error}") from error
+        return cls(entries, secrets)
 
 
 def new_key() -> str:
     """Return a key that nobody else has."""
-    return PREFIX + secrets.token_urlsafe(32)
+    return PREFIX + random_secrets.token_urlsafe(32)
 
 
 def is_key_name(name: str) -> bool:
@@ -150,7 +168,11 @@ def _entry(variable: str, number: int, line: str, settings: GatewaySettings) -> 
         models=models,
         buckets=buckets,
     )
-    return ApiKey(match["digest"].lower(), caller)
+    try:
+        webhook_secrets = parse_secrets(options.get("webhook_secret", ""))
+    except ValueError as error:
+        raise InvalidSettings(f"{variable}: key {name!r}: webhook_secret: {error}") from error
+    return ApiKey(match["digest"].lower(), caller, webhook_secrets)
 
 
 def _option(variable: str, name: str, word: str) -> tuple[str, str]:

@@ -26,6 +26,12 @@ class Metrics:
         )
         self._errors = Counter("visionq_api_errors", "Requests that ended badly", ("code",), registry=self._registry)
         self._submitted = Counter("visionq_api_jobs_submitted", "Jobs handed in", ("model",), registry=self._registry)
+        self._webhooks = Counter(
+            "visionq_api_webhooks",
+            "Tries of webhooks, by how they went",
+            ("outcome",),
+            registry=self._registry,
+        )
         self.readers = Gauge("visionq_api_open_readers", "Event streams open now", registry=self._registry)
         self._depth = Gauge(
             "visionq_queue_depth", "Queued and running jobs of a model", ("model",), registry=self._registry
@@ -44,6 +50,10 @@ class Metrics:
     def submitted(self, model: str) -> None:
         """Count a job that was handed in."""
         self._submitted.labels(model).inc()
+
+    def webhook(self, outcome: str) -> None:
+        """Count a try of a delivery."""
+        self._webhooks.labels(outcome).inc()
 
     def exposition(self, depths: Mapping[str, int]) -> bytes:
         """Return everything in Prometheus' text format, with the depth of each model's queue."""

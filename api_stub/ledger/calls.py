@@ -65,9 +65,16 @@ def _create(job_id: str, job: Job | None, task: TaskName, model: str, priority: 
     where = list_id(model, priority_step(priority))
     return Call(
         Transition.SUBMIT,
-        (job_id, mark, body, task.value, model, priority, where, tenant, deadline_s or "", origin),
+        (job_id, mark, body, task.value, model, priority, where, tenant, deadline_s or "", origin, *_hook(job)),
         parse,
     )
+
+
+def _hook(job: Job | None) -> tuple[str, str]:
+    """Return a webhook's address and its events as the scripts look them up: each between commas."""
+    if job is None or job.webhook is None:
+        return "", ""
+    return str(job.webhook.url), f",{','.join(job.webhook.events)},"
 
 
 def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:

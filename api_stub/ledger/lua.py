@@ -39,6 +39,8 @@ class Transition(StrEnum):
     RETRY = "retry"
     DEAD = "dead"
     DROP = "drop"
+    TAKE_DELIVERIES = "take_deliveries"
+    SETTLE_DELIVERY = "settle_delivery"
 
 
 #: Parts that some scripts share, read behind what all of them share.
@@ -95,6 +97,10 @@ def _constants(config: LedgerConfig) -> str:
         "watch": names.WATCH_KEY,
         "counts": names.COUNTS_KEY,
         "cancel": names.CANCEL_CHANNEL,
+        "deliveries": names.DELIVERIES_KEY,
+        "delivery": names.delivery_key(""),
+        "given_up": names.GIVEN_UP_KEY,
+        "gone": names.gone_key(""),
     }
     tables = {
         "KEY": keys,

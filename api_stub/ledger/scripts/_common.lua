@@ -3,7 +3,7 @@
 --
 -- Row (HASH, all strings; absent means none): status task model priority list tenant body digest created queued_at deadline seq
 -- attempt losses retries fence worker token lease number cancel started started_seq place order bell alarm not_before finished
--- finished_by final retried_as.
+-- finished_by final retried_as hook_url hook_events.
 --   list     which priority list of which queue carries its doorbell
 --   place    its place among the held jobs of its tenant
 --   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never)
@@ -11,6 +11,7 @@
 --   losses   workers that were lost while they held it; retries: faults of the world that sent it back
 --   alarm    when a reaper must ring, or look again for the doorbell
 --   lease    until when its worker may be silent, on the clock of `watched`
+--   hook_url, hook_events   where its webhook goes, and the types of event that it gets, each between commas
 
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
@@ -65,7 +66,26 @@ local function write_event(id, seq, attempt, fragment)
   return event
 end
 
+-- The delivery of an event to the job's webhook, if that wants the event: it exists from the same step on as the event itself.
+-- The first `type` of a fragment is the event's: others stand only inside a completed job's result, behind it.
+local DELIVERY_TTL_S = 7 * 86400
+
+local function enqueue_delivery(id, seq, event, fragment)
+  local url, wanted, tenant = unpack(redis.call('HMGET', KEY.job .. id, 'hook_url', 'hook_events', 'tenant'))
+  local kind = url and string.match(fragment, '"type":"([%w._]+)"')
+  if kind and string.find(wanted, ',' .. kind .. ',', 1, true) then
+    local delivery = 'msg_' .. redis.sha1hex(id .. ' ' .. seq .. ' ' .. stamp)
+    redis.call('HSET', KEY.delivery .. delivery, 'job_id', id, 'type', kind, 'url', url, 'tenant', tenant or '', 'event', event,
+      'tries', 0)
+    redis.call('EXPIRE', KEY.delivery .. delivery, DELIVERY_TTL_S)
+    redis.call('ZADD', KEY.deliveries, stamp, delivery)
+    redis.call('ZREMRANGEBYSCORE', KEY.deliveries, '-inf', moment(now - DELIVERY_TTL_S)) -- no gateway has run since
+  end
+end
+
 local function emit(id, attempt, fragment)
   local seq = redis.call('HINCRBY', KEY.job .. id, 'seq', 1)
-  return write_event(id, seq, attempt, fragment), seq
+  local event = write_event(id, seq, attempt, fragment)
+  enqueue_delivery(id, seq, event, fragment)
+  return event, seq
 end

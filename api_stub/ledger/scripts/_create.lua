@@ -17,7 +17,7 @@ local function list_under(tenant, id)
   end
 end
 
--- `job` needs: digest body task model priority list tenant deadline_s (empty: none).
+-- `job` needs: digest body task model priority list tenant deadline_s (empty: none) hook_url hook_events (empty: none).
 local function create(id, job)
   local row = {list = job.list, model = job.model, tenant = job.tenant, task = job.task, priority = job.priority,
     deadline = job.deadline_s ~= '' and moment(now + tonumber(job.deadline_s)) or nil,
@@ -27,6 +27,9 @@ local function create(id, job)
     'seq', 0, 'attempt', 0, 'losses', 0, 'retries', 0, 'place', row.place, 'order', 0, 'bell', 0)
   if row.deadline then
     redis.call('HSET', KEY.job .. id, 'deadline', row.deadline)
+  end
+  if (job.hook_url or '') ~= '' then
+    redis.call('HSET', KEY.job .. id, 'hook_url', job.hook_url, 'hook_events', job.hook_events)
   end
   redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
   redis.call('INCR', KEY.depth .. job.model)

@@ -1,6 +1,7 @@
 -- A new job with the body of a finished one. Asked again, the same new job: its id is kept with the finished one.
 local id, new_id = unpack(ARGV)
-local row = read(id, 'status', 'final', 'digest', 'body', 'task', 'model', 'priority', 'tenant', 'created', 'deadline', 'retried_as')
+local row = read(id, 'status', 'final', 'digest', 'body', 'task', 'model', 'priority', 'tenant', 'created', 'deadline', 'retried_as',
+  'hook_url', 'hook_events')
 if not row.status then
   return {'unknown'}
 elseif not row.final then
@@ -17,7 +18,8 @@ end
 
 local list = row.model .. ':' .. step_of(row.priority)
 local new = create(new_id, {digest = row.digest, body = row.body, task = row.task, model = row.model, priority = row.priority,
-  list = list, tenant = row.tenant, deadline_s = row.deadline and moment(tonumber(row.deadline) - tonumber(row.created)) or ''})
+  list = list, tenant = row.tenant, deadline_s = row.deadline and moment(tonumber(row.deadline) - tonumber(row.created)) or '',
+  hook_url = row.hook_url, hook_events = row.hook_events})
 redis.call('HSET', KEY.job .. id, 'retried_as', new_id)
 redis.call('LREM', KEY.dead, 1, id)
 count('retried')

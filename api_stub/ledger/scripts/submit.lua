@@ -1,6 +1,6 @@
 -- Writes a new job: from our client (its doorbell follows, unless the job is held) or adopted from a plain Celery message (its
 -- doorbell is in hand).
-local id, digest, body, task, model, priority, list, tenant, deadline_s, origin = unpack(ARGV)
+local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events = unpack(ARGV)
 
 local known = redis.call('HGET', KEY.job .. id, 'digest')
 if known then
@@ -13,7 +13,7 @@ if origin == 'client' and is_refused then
 end
 
 local row = create(id, {digest = digest, body = body, task = task, model = model, priority = priority, list = list,
-  tenant = tenant, deadline_s = deadline_s})
+  tenant = tenant, deadline_s = deadline_s, hook_url = hook_url, hook_events = hook_events})
 count(origin == 'client' and 'submitted' or 'adopted')
 
 if origin ~= 'client' then

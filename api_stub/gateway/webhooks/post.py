@@ -1,0 +1,122 @@
+"""One POST to somebody else's server: a checked address, no redirects, no proxy; all that is kept is a status."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import ssl
+from collections.abc import Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+import httpcore
+
+from api_stub.gateway.webhooks.target import Resolve, TargetPolicy, checked_addresses, resolve
+
+MAX_CONNECT_S: Final = 5.0
+#: Read of an answer's body before the connection is closed: a polite receiver has finished writing by then.
+MAX_BODY_BYTES: Final = 16 * 1024
+
+
+class PostFailed(Exception):
+    """Raised when no answer came. `str()` names the kind of failure only."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostAnswer:
+    """What a receiver said. `retry_after_s` is None when it did not say."""
+
+    status: int
+    retry_after_s: float | None
+
+    @property
+    def is_good(self) -> bool:
+        """True when the delivery arrived."""
+        return 200 <= self.status < 300
+
+
+class _PinnedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to the addresses that were checked; TLS still asks for the name's certificate."""
+
+    def __init__(self, policy: TargetPolicy, ask: Resolve) -> None:
+        self._policy, self._ask = policy, ask
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Open a connection to the first address that answers. Raises TargetRefused, OSError, httpcore's errors."""
+        failure: Exception = httpcore.ConnectError("the name has no address")
+        for address in await checked_addresses(self._policy, host, port, self._ask):
+            try:
+                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
+class WebhookPost:
+    """Sends. One event loop per instance."""
+
+    def __init__(self, policy: TargetPolicy, timeout_s: float, ask: Resolve = resolve) -> None:
+        self._policy, self._timeout_s = policy, timeout_s
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl.create_default_context(),
+            max_keepalive_connections=0,  # a kept connection would outlive the look at its address
+            network_backend=_PinnedNetwork(policy, ask),
+        )
+
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
+        """POST once. Raises TargetRefused (never try again), PostFailed."""
+        self._policy.check_url(url)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._exchanged(url, headers, body)
+        except TimeoutError as error:
+            raise PostFailed(f"no answer within {self._timeout_s:g} s") from error
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+            raise PostFailed(type(error).__name__) from error
+        except (ValueError, httpcore.UnsupportedProtocol) as error:
+            raise PostFailed("the address cannot be used") from error
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._pool.aclose()
+
+    async def _exchanged(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
+        limits = {"connect": min(MAX_CONNECT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}
+        sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+        async with self._pool.stream("POST", url, headers=sent, content=body, extensions={"timeout": limits}) as answer:
+            await _read_some(answer)
+            said = {name.lower(): value for name, value in answer.headers}
+            return PostAnswer(answer.status, _seconds(said.get(b"retry-after", b"").decode("latin-1")))
+
+
+async def _read_some(answer: httpcore.Response) -> None:
+    num_bytes = 0
+    async with aclosing(answer.aiter_stream()) as pieces:  # type: ignore[type-var]
+        async for piece in pieces:
+            num_bytes += len(piece)
+            if num_bytes >= MAX_BODY_BYTES:
+                return
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Read RFC 9110's Retry-After: seconds or a date; None when it is neither."""
+    text = retry_after.strip()
+    if text.isdecimal() and len(text) < 10:
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except (ValueError, TypeError):
+        return None
+    seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else None

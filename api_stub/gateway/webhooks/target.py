@@ -1,0 +1,128 @@
+"""Where a webhook may go: never into the network that the gateway stands in, unless the operator lists it.
+
+An address is judged after its name was resolved, and that very address is connected to: a name that answers differently
+a moment later changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Resolve = Callable[[str, int], Awaitable[tuple[str, ...]]]
+
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+#: An IPv6-only host reaches IPv4 through these addresses, which carry the IPv4 address (RFC 6052).
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+#: Tunnels that carry an IPv4 address, and their relays: 6to4 (RFC 3056, RFC 7526) and Teredo (RFC 4380).
+_TUNNELS: Final = (
+    ipaddress.IPv6Network("2002::/16"),
+    ipaddress.IPv6Network("2001::/32"),
+    ipaddress.IPv4Network("192.88.99.0/24"),
+)
+_DEFAULT_PORTS: Final = {"https": 443, "http": 80}
+
+
+class TargetRefused(Exception):
+    """Raised when a webhook's address is one that nothing is sent to. `str()` says why, without the address' path."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPolicy:
+    """`ports` None: all. `networks`: allowed although they are not public."""
+
+    allow_http: bool = False
+    ports: frozenset[int] | None = None
+    networks: tuple[IpNetwork, ...] = ()
+
+    def check_url(self, url: str) -> None:
+        """Refuse what can be refused without asking anybody. Raises TargetRefused."""
+        parts = urlsplit(url)
+        if parts.scheme not in _DEFAULT_PORTS or (parts.scheme == "http" and not self.allow_http):
+            raise TargetRefused("https is required")
+        if parts.username is not None or parts.password is not None:
+            raise TargetRefused("a user name or password does not belong into it")
+        host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS[parts.scheme]
+        if self.ports is not None and port not in self.ports:
+            raise TargetRefused(f"port {port} is not allowed")
+        address = _literal(host)
+        is_local_name = host.rstrip(".").rpartition(".")[2] == "localhost"
+        if is_local_name and not self._is_listed(ipaddress.IPv4Address("127.0.0.1")):
+            raise TargetRefused("it is this machine")
+        if address is not None:
+            self.check_address(address)
+
+    def check_address(self, address: IpAddress) -> None:
+        """Raise TargetRefused unless an address is public or listed."""
+        if not self._is_listed(address) and not is_public(address):
+            raise TargetRefused("its address is not a public one")
+
+    def _is_listed(self, address: IpAddress) -> bool:
+        plain = _unmapped(address)
+        return any(plain.version == network.version and plain in network for network in self.networks)
+
+
+def is_public(address: IpAddress) -> bool:
+    """Tell whether an address is one of the internet's, looking through the forms that carry another address."""
+    address = _unmapped(address)
+    if any(address.version == tunnel.version and address in tunnel for tunnel in _TUNNELS):
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in _NAT64:
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+        return address in _GLOBAL_UNICAST and address.is_global
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def parse_networks(text: str) -> tuple[IpNetwork, ...]:
+    """Read networks between commas. Raises ValueError."""
+    return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",") if word.strip())
+
+
+def parse_ports(text: str) -> frozenset[int] | None:
+    """Read ports between commas; `*` stands for all. Raises ValueError."""
+    if text.strip() == "*":
+        return None
+    ports = frozenset(int(word) for word in text.split(",") if word.strip())
+    if not all(0 < port < 65_536 for port in ports):
+        raise ValueError("a port is a number from 1 to 65535")
+    return ports
+
+
+async def resolve(host: str, port: int) -> tuple[str, ...]:
+    """Ask the system's resolver. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+async def checked_addresses(policy: TargetPolicy, host: str, port: int, ask: Resolve) -> tuple[str, ...]:
+    """Resolve a name once; one address that is refused spoils the name. Raises TargetRefused, OSError."""
+    addresses = await ask(host, port)
+    for address in addresses:
+        policy.check_address(ipaddress.ip_address(address))
+    return addresses
+
+
+def _unmapped(address: IpAddress) -> IpAddress:
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def _literal(host: str) -> IpAddress | None:
+    """Return the address that a host is written as, in all the ways that a resolver of C understands."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None

@@ -1,0 +1,87 @@
+"""Which addresses a webhook may go to, and that the address that was checked is the one that is used."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+
+import pytest
+
+from api_stub.gateway.webhooks.post import PostFailed, WebhookPost
+from api_stub.gateway.webhooks.target import TargetPolicy, TargetRefused, is_public, parse_networks
+from tests.gateway.receiver import receiving
+
+PUBLIC = ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+OTHERS = [
+    "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.16.0.1", "192.0.0.1", "192.0.2.1",
+    "192.88.99.1", "192.168.1.1", "198.18.0.1", "203.0.113.1", "224.0.0.1", "240.0.0.1", "255.255.255.255",
+    "::", "::1", "::7f00:1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "64:ff9b:1::1", "100::1",
+    "2001::1", "2001:db8::1", "2002:7f00:1::", "fc00::1", "fd12::1", "fe80::1", "fec0::1", "ff02::1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_an_address_of_the_internet_is_public(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", OTHERS)
+def test_every_other_address_is_not(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+    host = f"[{address}]" if ":" in address else address
+    with pytest.raises(TargetRefused):
+        TargetPolicy().check_url(f"https://{host}/hook")
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "localhost", "a.localhost."])
+def test_this_machine_is_known_under_all_its_names(host: str) -> None:
+    with pytest.raises(TargetRefused):
+        TargetPolicy().check_url(f"https://{host}/hook")
+    TargetPolicy(networks=parse_networks("127.0.0.0/8")).check_url(f"https://{host}/hook")
+
+
+def send(policy: TargetPolicy, url: str, *answers: tuple[str, ...]) -> tuple[int, list[str]]:
+    """Send once; the name resolves to these addresses, one answer after the other."""
+    asked: list[str] = []
+
+    async def ask(host: str, port: int) -> tuple[str, ...]:
+        asked.append(host)
+        return answers[min(len(asked), len(answers)) - 1]
+
+    async def use() -> int:
+        post = WebhookPost(policy, 5.0, ask)
+        try:
+            return (await post.send(url, {}, b"{}")).status
+        finally:
+            await post.close()
+
+    return asyncio.run(use()), asked
+
+
+def test_a_name_that_leads_inside_is_refused_although_it_looked_well_before() -> None:
+    policy = TargetPolicy(allow_http=True)
+    with receiving() as receiver:
+        for answers in (("127.0.0.1",), ("93.184.216.34", "127.0.0.1"), ("::ffff:127.0.0.1",)):
+            policy.check_url(receiver.url("rebind.example"))
+            with pytest.raises(TargetRefused, match="not a public one"):
+                send(policy, receiver.url("rebind.example"), answers)
+        assert receiver.requests == []
+
+
+def test_a_name_is_asked_for_once_and_the_answer_is_used() -> None:
+    policy = TargetPolicy(allow_http=True, networks=parse_networks("127.0.0.1"))
+    with receiving() as receiver:
+        status, asked = send(policy, receiver.url("hook.example"), ("127.0.0.1",), ("10.0.0.1",))
+        assert (status, asked) == (204, ["hook.example"])
+        assert receiver.requests[0].headers["host"] == f"hook.example:{receiver.port}"
+
+
+def test_the_next_address_is_tried_when_the_first_does_not_answer() -> None:
+    policy = TargetPolicy(allow_http=True, networks=parse_networks("127.0.0.0/8"))
+    with receiving() as receiver:
+        assert send(policy, receiver.url("hook.example"), ("127.0.0.2", "127.0.0.1"))[0] == 204
+
+
+def test_a_name_without_an_address_is_a_failure_like_any_other() -> None:
+    with pytest.raises(PostFailed, match="ConnectError"):
+        send(TargetPolicy(), "https://nowhere.example/", ())
