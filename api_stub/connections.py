@@ -7,27 +7,24 @@ process may have thousands of readers, so those never queue. A dead or silent Re
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import redis
 import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from api_stub.errors import StoreUnavailable
+from api_stub.ledger import link
 
 TIMEOUT_S: Final = 2.0
-HEALTH_CHECK_S: Final = 10
 MAX_COMMANDS: Final = 50
 #: redis-py's own default is 100, after which it refuses.
 MAX_READERS: Final = 1_000_000
 
 #: Redis' own error code leads its message, or follows a dash when a script met the error.
 _CODE: Final = re.compile(r"(?:^|-)([A-Z]{3,})\b")
-_STALE: Final = (redis.ConnectionError,)  # a pooled connection may have died unnoticed: worth one more try
 
 
 def commands(url: str) -> redis.Redis:
@@ -37,11 +34,9 @@ def commands(url: str) -> redis.Redis:
         max_connections=MAX_COMMANDS,
         timeout=TIMEOUT_S,
         decode_responses=True,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
-        socket_keepalive=True,
-        health_check_interval=HEALTH_CHECK_S,
-        retry=Retry(NoBackoff(), 1, _STALE),
+        health_check_interval=link.HEALTH_CHECK_S,
+        retry=link.retry(1),
+        **link.socket_options(TIMEOUT_S),
     )
     return redis.Redis.from_pool(pool)
 
@@ -52,10 +47,8 @@ def readers(url: str) -> redis.Redis:
         url,
         max_connections=MAX_READERS,
         decode_responses=True,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
-        socket_keepalive=True,
-        retry=Retry(NoBackoff(), 0, _STALE),
+        retry=link.retry(0),
+        **link.socket_options(TIMEOUT_S),
     )
 
 
@@ -66,11 +59,9 @@ def async_commands(url: str, *, timeout_s: float = TIMEOUT_S, max_wait_s: float 
         max_connections=MAX_COMMANDS,
         timeout=max_wait_s,
         decode_responses=True,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=TIMEOUT_S,
-        socket_keepalive=True,
-        health_check_interval=HEALTH_CHECK_S,
-        retry=AsyncRetry(NoBackoff(), 1, _STALE),
+        health_check_interval=link.HEALTH_CHECK_S,
+        retry=link.async_retry(1),
+        **link.socket_options(timeout_s, TIMEOUT_S),
     )
     return redis.asyncio.Redis.from_pool(pool)
 
@@ -81,10 +72,8 @@ def async_readers(url: str) -> redis.asyncio.Redis:
         url,
         max_connections=MAX_READERS,
         decode_responses=True,
-        socket_timeout=TIMEOUT_S,
-        socket_connect_timeout=TIMEOUT_S,
-        socket_keepalive=True,
-        retry=AsyncRetry(NoBackoff(), 0, _STALE),
+        retry=link.async_retry(0),
+        **link.socket_options(TIMEOUT_S),
     )
 
 
@@ -102,4 +91,13 @@ def unavailable(error: redis.RedisError) -> StoreUnavailable:
     if isinstance(error, redis.ResponseError):
         code = _CODE.search(str(error))
         return StoreUnavailable(f"Redis refused: {code.group(1) if code else type(error).__name__}")
+    if (refusal := _certificate_refusal(error)) is not None:
+        return StoreUnavailable(f"Redis' certificate is not trusted: {refusal.verify_message}")
     return StoreUnavailable(f"Redis did not answer: {type(error).__name__}")
+
+
+def _certificate_refusal(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """Return what the TLS handshake stumbled over, if that is behind `error`."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error

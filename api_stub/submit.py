@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import ssl
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, TypedDict
-from urllib.parse import urlsplit
 
 import redis
 from celery import Celery
@@ -26,6 +24,7 @@ from api_stub.contract.job import Job, Message, TaskName, Webhook, parse_job
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
+from api_stub.ledger import link
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Bell, CannotRetry, JobConflict, LedgerFull, Submission
@@ -71,8 +70,8 @@ class Doorbells:
             accept_content=["json"],
             task_ignore_result=True,
             broker_connection_timeout=SOCKET_TIMEOUT_S,
-            broker_transport_options=_transport_options(),
-            broker_use_ssl=_tls(redis_url),
+            broker_transport_options={**link.queue_options(SOCKET_TIMEOUT_S), "retry_on_timeout": False},
+            broker_use_ssl=link.tls_options(redis_url),
             task_publish_retry_policy={"max_retries": 1, "interval_start": 0, "interval_max": 0.2},
         )
         # The URL is named here: CELERY_BROKER_URL, set for another Celery of this process, would beat the app's.
@@ -175,20 +174,3 @@ def checked_id(job_id: str | None) -> str:
     if not _JOB_ID.fullmatch(job_id):
         raise InvalidRequest(f"job_id: 1 to 128 letters, digits and . _ : - are allowed, got {job_id[:80]!r}")
     return job_id
-
-
-def _transport_options() -> dict[str, object]:
-    return {
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        "socket_connect_timeout": SOCKET_TIMEOUT_S,
-        "socket_keepalive": True,
-        "retry_on_timeout": False,
-        "priority_steps": list(names.PRIORITY_STEPS),
-        "sep": names.PRIORITY_SEPARATOR,
-    }
-
-
-def _tls(redis_url: str) -> dict[str, object] | bool:
-    """kombu speaks plain text to a rediss:// URL without ssl_ options in its query; redis-py needs none."""
-    parts = urlsplit(redis_url)
-    return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if parts.scheme == "rediss" and "ssl_" not in parts.query else False

@@ -8,9 +8,7 @@ message per free thread, results and retries never by Celery (the ledger writes 
 from __future__ import annotations
 
 import logging
-import ssl
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from celery import Celery, bootsteps, signals
 from celery.apps.worker import Worker
@@ -18,6 +16,7 @@ from kombu import Queue
 
 from api_stub.contract import names
 from api_stub.contract.job import TaskName
+from api_stub.ledger import link
 from api_stub.ledger.rows import Bell
 from worker.bootstrap import Runtime
 from worker.lifecycle.consumption import Consumption
@@ -25,7 +24,6 @@ from worker.settings import WorkerSettings
 
 SOCKET_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
-HEALTH_CHECK_S: Final = 10
 LOOP_TURN_S: Final = 1.0
 #: A second net only: after this a message of a dead worker comes back once more and is skipped by the claim.
 VISIBILITY_TIMEOUT_S: Final = 600
@@ -42,7 +40,8 @@ def make_app(settings: WorkerSettings) -> Celery:
         # Named apart as well: CELERY_BROKER_URL, set for another Celery on this machine, would beat the app's broker.
         broker_read_url=url,
         broker_write_url=url,
-        broker_use_ssl=_tls(url),
+        broker_use_ssl=link.tls_options(url),
+        redis_backend_use_ssl=link.tls_options(url),
         broker_transport="worker.broker:GuardedTransport",
         task_acks_late=True,
         worker_prefetch_multiplier=1,
@@ -78,7 +77,7 @@ def make_app(settings: WorkerSettings) -> Celery:
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_retry_on_timeout=True,
         redis_socket_keepalive=True,
-        redis_backend_health_check_interval=HEALTH_CHECK_S,
+        redis_backend_health_check_interval=link.HEALTH_CHECK_S,
         task_publish_retry_policy={"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5},
     )
     return app
@@ -86,25 +85,15 @@ def make_app(settings: WorkerSettings) -> Celery:
 
 def _transport_options() -> dict[str, object]:
     return {
+        **link.queue_options(SOCKET_TIMEOUT_S, CONNECT_TIMEOUT_S),
         "visibility_timeout": VISIBILITY_TIMEOUT_S,
         "unacked_restore_interval": 10,
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "socket_keepalive": True,
-        "health_check_interval": HEALTH_CHECK_S,
+        "health_check_interval": link.HEALTH_CHECK_S,
         "retry_on_timeout": True,
         "queue_order_strategy": "round_robin",
-        "priority_steps": list(names.PRIORITY_STEPS),
-        "sep": names.PRIORITY_SEPARATOR,
     }
-
-
-def _tls(url: str) -> dict[str, object] | bool:
-    """kombu speaks plain text to a rediss:// URL without ssl_ options in its query; redis-py needs none."""
-    parts = urlsplit(url)
-    return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if parts.scheme == "rediss" and "ssl_" not in parts.query else False
 
 
 def without_bodies(record: logging.LogRecord) -> bool:

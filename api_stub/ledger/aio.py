@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls, views
+from api_stub.ledger import calls, link, views
 from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
-from api_stub.ledger.ledger import HEALTH_CHECK_S, MAX_BATCHES, MAX_CONNECTIONS
+from api_stub.ledger.ledger import MAX_BATCHES, MAX_CONNECTIONS
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
 from api_stub.ledger.views import JobPage, Replay
@@ -44,12 +42,10 @@ class AsyncLedger:
         client = redis.asyncio.Redis.from_url(
             url,
             decode_responses=True,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            socket_keepalive=True,
             max_connections=MAX_CONNECTIONS,
-            health_check_interval=HEALTH_CHECK_S,
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),  # a pooled connection may be stale
+            health_check_interval=link.HEALTH_CHECK_S,
+            retry=link.async_retry(1),
+            **link.socket_options(timeout_s),
         )
         return cls(client, config)
 

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from typing import Final, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls, views
+from api_stub.ledger import calls, link, views
 from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.lua import Transition, script
@@ -27,8 +25,6 @@ from api_stub.ledger.views import JobPage, Replay
 
 T = TypeVar("T")
 
-#: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
-HEALTH_CHECK_S: Final = 10
 #: One per thread that calls at the same moment; redis-py refuses beyond its own default of 100.
 MAX_CONNECTIONS: Final = 4096
 #: Batches that one `reap` works through before it lets go of the thread.
@@ -57,12 +53,10 @@ class Ledger:
         client = redis.Redis.from_url(
             url,
             decode_responses=True,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            socket_keepalive=True,
             max_connections=MAX_CONNECTIONS,
-            health_check_interval=HEALTH_CHECK_S,
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),  # a pooled connection may be stale
+            health_check_interval=link.HEALTH_CHECK_S,
+            retry=link.retry(1),
+            **link.socket_options(timeout_s),
         )
         return cls(client, config)
 
