@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,8 @@ T = TypeVar("T")
 CHUNK_BYTES: Final = 64 * 1024
 #: How long the far end of a dead connection is left open once the near end has closed.
 BURIAL_S: Final = 15.0
+#: How long a TLS connection waits for the other end's last word.
+GOODBYE_S: Final = 0.02
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -53,9 +56,10 @@ class _Connection:
 class TcpProxy:
     """One listening port in front of one server. Faults may be set from any thread, and hold until the next call."""
 
-    def __init__(self, network: Network, target_port: int) -> None:
+    def __init__(self, network: Network, target_port: int, tls: ssl.SSLContext | None = None) -> None:
         self._network = network
         self._target_port = target_port
+        self._tls = tls
         self._connections: set[_Connection] = set()
         self._cut: frozenset[Way] = frozenset()
         self._delay_s = 0.0
@@ -91,12 +95,15 @@ class TcpProxy:
             connection.abort()
 
     async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=512)
+        goodbye_s = None if self._tls is None else GOODBYE_S
+        return await asyncio.start_server(
+            self._serve, "127.0.0.1", 0, backlog=512, ssl=self._tls, ssl_shutdown_timeout=goodbye_s
+        )
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self._target_port)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
             return
         connection = _Connection(writer, to_server)
@@ -143,9 +150,9 @@ class Network:
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._proxies: list[TcpProxy] = []
 
-    def proxy(self, target_port: int) -> TcpProxy:
-        """Open a port in front of a server."""
-        self._proxies.append(TcpProxy(self, target_port))
+    def proxy(self, target_port: int, tls: ssl.SSLContext | None = None) -> TcpProxy:
+        """Open a port in front of a server; with `tls`, clients speak TLS to it and it speaks plain text on."""
+        self._proxies.append(TcpProxy(self, target_port, tls))
         return self._proxies[-1]
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
