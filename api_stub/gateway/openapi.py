@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api_stub.contract.schema import schemas
+from api_stub.gateway.examples import ANSWERS, EVENT_EXAMPLE, JOB_EXAMPLES, UPLOAD_EXAMPLE, problem_example
 from api_stub.gateway.problems import MEDIA_TYPE as PROBLEM_TYPE
 from api_stub.gateway.problems import ProblemBody
 from api_stub.gateway.sse import MEDIA_TYPE as EVENT_STREAM
@@ -24,56 +25,10 @@ or wait for its result. Errors are `application/problem+json` (RFC 9457) with a 
 
 _OURS: Final = frozenset({"jobs", "events", "uploads", "operations"})
 _SCHEMAS: Final = "#/components/schemas/"
-_MEDIA: Final = "s3://media/scene.png"
-
-#: One job of each kind. They are sent to a gateway by the tests.
-JOB_EXAMPLES: Final[dict[str, dict[str, Any]]] = {
-    "caption": {"task": "visionq.caption", "media": [_MEDIA]},
-    "vqa": {
-        "task": "visionq.vqa",
-        "media": [_MEDIA],
-        "question": "What colour is the circle?",
-        "sampling": {"max_new_tokens": 32},
-    },
-    "video_qa": {
-        "task": "visionq.video_qa",
-        "media": ["s3://media/clip.mp4"],
-        "question": "Which way does it move?",
-        "num_frames": 8,
-        "deadline_s": 120,
-    },
-    "conversation": {
-        "task": "visionq.vqa",
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "image", "uri": _MEDIA}, {"type": "text", "text": "What is in the picture?"}],
-            },
-            {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]},
-            {"role": "user", "content": [{"type": "text", "text": "And below it?"}]},
-        ],
-    },
-}
-_EVENTS_EXAMPLE: Final = """\
-retry: 1000
-
-id: 1
-event: job.queued
-data: {"v":1,"job_id":"5f0c…","seq":1,"attempt":0,"ts":1760000000.0,"type":"job.queued","model":"default","priority":6}
-
-id: 3
-event: output.delta
-data: {"v":1,"job_id":"5f0c…","seq":3,"attempt":1,"ts":1760000000.4,"type":"output.delta","text":"red","offset":0,"num_tokens":1}
-
-"""  # noqa: E501 - an event is one line
-_PROBLEM_EXAMPLE: Final = {
-    "type": "urn:visionq:problem:invalid_request",
-    "title": "Unprocessable Entity",
-    "status": 422,
-    "detail": "question: required",
-    "code": "invalid_request",
-    "errors": [{"field": "question", "message": "required"}],
-}
+#: The body of these is read by the route itself, or may be large.
+_WITH_BODY: Final = frozenset({"/v1/jobs", "/v1/uploads", "/v1/uploads/inline"})
+_RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}}
+_LOCATION: Final = {"Location": {"description": "Address of the job", "schema": {"type": "string"}}}
 
 
 def describe(app: FastAPI) -> None:
@@ -103,10 +58,14 @@ def _document(app: FastAPI) -> dict[str, Any]:
     components |= components["Problem"].pop("$defs")
     document["components"]["schemas"] = components
     for path, operations in document["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             if _OURS.intersection(operation.get("tags", ())):
-                _add_problems(path, operation)
+                _add_problems(path, method, operation)
     _describe_jobs(document["paths"])
+    _describe_others(document["paths"])
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            _show_answers(operation["responses"])
     if "HTTPValidationError" not in json.dumps(document["paths"]):
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)
@@ -122,18 +81,20 @@ def _components(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     return parts | {name: moved}
 
 
-def _add_problems(path: str, operation: dict[str, Any]) -> None:
+def _add_problems(path: str, method: str, operation: dict[str, Any]) -> None:
     responses = operation["responses"]
-    for status in _problems(path, operation):
+    for status in _problems(path, method, operation):
         responses[str(int(status))] = {
             "description": status.phrase,
             "content": {
-                PROBLEM_TYPE: {"schema": {"$ref": _SCHEMAS + "Problem"}, "example": _PROBLEM_EXAMPLE},
+                PROBLEM_TYPE: {"schema": {"$ref": _SCHEMAS + "Problem"}, "example": problem_example(status)},
             },
         }
+        if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+            responses[str(int(status))]["headers"] = _RETRY_AFTER
 
 
-def _problems(path: str, operation: dict[str, Any]) -> Iterable[HTTPStatus]:
+def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterable[HTTPStatus]:
     if "422" in operation["responses"] or "requestBody" in operation or path == "/v1/jobs":
         yield HTTPStatus.UNPROCESSABLE_ENTITY
     if "security" not in operation:
@@ -146,15 +107,15 @@ def _problems(path: str, operation: dict[str, Any]) -> Iterable[HTTPStatus]:
         yield HTTPStatus.NOT_FOUND
     if path.endswith("/retry"):
         yield HTTPStatus.CONFLICT
-    if path in ("/v1/jobs", "/v1/uploads"):
-        yield from (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.BAD_GATEWAY)
-        yield HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    if method == "post" and path in _WITH_BODY:
+        yield from (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        yield from (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, HTTPStatus.BAD_GATEWAY)
 
 
 def _describe_jobs(paths: dict[str, Any]) -> None:
     job = {"$ref": _SCHEMAS + "Job"}
     submit = paths["/v1/jobs"]["post"]
-    form = {
+    form: dict[str, Any] = {
         "type": "object",
         "properties": {
             "job": {"type": "string", "contentMediaType": "application/json", "contentSchema": job},
@@ -171,7 +132,38 @@ def _describe_jobs(paths: dict[str, Any]) -> None:
     submit["responses"]["200"] = done | {"content": submit["responses"]["202"]["content"]}
     cancel = paths["/v1/jobs/{job_id}/cancel"]["post"]["responses"]
     cancel["202"] = {"description": "A worker still has to stop", "content": cancel["200"]["content"]}
+    for path in ("/v1/jobs", "/v1/jobs/{job_id}/retry"):
+        paths[path]["post"]["responses"]["202"]["headers"] = _LOCATION
     follow = paths["/v1/jobs/{job_id}/events"]["get"]["responses"]
-    events = {"schema": {"type": "string"}, "itemSchema": {"$ref": _SCHEMAS + "Event"}, "example": _EVENTS_EXAMPLE}
-    follow["200"] = {"description": "Server-sent events up to the final one", "content": {EVENT_STREAM: events}}
+    follow["200"] = {
+        "description": "Server-sent events up to the final one; the schema is that of each event",
+        "content": {EVENT_STREAM: {"schema": _event(), "example": EVENT_EXAMPLE}},
+    }
     follow["204"] = {"description": "Nothing comes after this seq, now or later"}
+
+
+def _event() -> dict[str, Any]:
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": _SCHEMAS + "Event"}}
+    seq = {"type": "string", "description": "The event's seq. A `stream.gap` has none.", "pattern": "^[0-9]+$"}
+    properties = {"id": seq, "event": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+
+def _describe_others(paths: dict[str, Any]) -> None:
+    paths["/v1/uploads"]["post"]["requestBody"]["content"]["application/json"]["example"] = UPLOAD_EXAMPLE
+    absent = {"schema": {"$ref": _SCHEMAS + "Health"}, "example": {"status": "redis does not answer"}}
+    paths["/readyz"]["get"]["responses"]["503"] = {
+        "description": "Redis does not answer",
+        "content": {"application/json": absent},
+    }
+    exposition = {"schema": {"type": "string"}, "example": 'visionq_queue_depth{model="default"} 5.0\n'}
+    paths["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": exposition}
+
+
+def _show_answers(responses: dict[str, Any]) -> None:
+    for status, response in responses.items():
+        for media in response.get("content", {}).values():
+            name = str(media.get("schema", {}).get("$ref", "")).removeprefix(_SCHEMAS)
+            example = ANSWERS.get(f"{name} {status}", ANSWERS.get(name))
+            if example is not None:
+                media.setdefault("example", example)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from api_stub.gateway.openapi import JOB_EXAMPLES
+from api_stub.gateway.examples import EVENT_EXAMPLE, JOB_EXAMPLES
 from api_stub.ledger.aio import AsyncLedger
-from tests.gateway.service import Service, serving
+from tests.gateway.service import Service, sent_events, serving
 from tests.gateway.test_jobs import QUESTION, submit
 from tests.servers import free_port
 from tests.unit.api_stub.workers import ScriptedWorker
@@ -46,6 +48,28 @@ def test_the_document_is_whole(document: dict[str, Any]) -> None:
         assert path in document["paths"]
 
 
+def test_the_document_follows_the_specification(document: dict[str, Any]) -> None:
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_every_body_has_an_example_that_fits(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for kind, body in ((kind, body) for each in bodies for kind, body in each.get("content", {}).items()):
+                if kind == "multipart/form-data":
+                    continue
+                examples = [each["value"] for each in body.get("examples", {}).values()] or [body.get("example")]
+                schema = body["schema"] | {"components": document["components"]}
+                for example in examples:
+                    assert example is not None, (method, path, kind)
+                    jsonschema.Draft202012Validator(schema).validate(example)
+
+
+def test_the_example_of_an_event_is_one(document: dict[str, Any]) -> None:
+    check(document, "Event", json.loads(EVENT_EXAMPLE["data"]))
+
+
 @pytest.mark.parametrize("name", JOB_EXAMPLES)
 def test_every_example_is_taken_and_answered_as_documented(
     service: Service, document: dict[str, Any], name: str
@@ -67,6 +91,9 @@ def test_answers_are_as_documented(service: Service, document: dict[str, Any], w
     check(document, "QueueList", service.http.get("/v1/queues").json())
     for refused in (service.http.get("/v1/jobs/none"), service.http.post("/v1/jobs", json={}), service.http.get("/x")):
         check(document, "Problem", refused.json())
+    with httpx.stream("GET", f"{service.url}/v1/jobs/{done}/events", timeout=30) as stream:
+        for event in sent_events(stream.iter_lines()):
+            check(document, "Event", event.data)
     upload = service.http.post("/v1/uploads", json={"content_type": "image/png", "num_bytes": 5})
     check(document, "UploadReply", upload.json())
 
