@@ -26,7 +26,6 @@ from api_stub.gateway.inline import Destination, InlineMedia, take_data_urls, ta
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import FieldError, Problem, invalid
 from api_stub.gateway.uploads import check_uploads
-from api_stub.ledger.rows import CannotRetry
 from api_stub.submit import checked, checked_id, submit_errors
 
 FORM_JOB: Final = "job"
@@ -102,7 +101,7 @@ async def retry(gateway: Gateway, caller: Caller, job_id: str) -> str:
     try:
         with submit_errors():
             new_id = await gateway.ledger.retry(job_id)
-    except CannotRetry as error:
+    except InvalidRequest as error:  # the job is not finished, or had no valid body
         await gateway.limits.release(caller, place)
         raise Problem(HTTPStatus.CONFLICT, "cannot_retry", str(error)) from error
     except VisionqError:
