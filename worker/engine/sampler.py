@@ -136,7 +136,9 @@ class Sampler:
         if self._penalty is not None and pending is not None and self._last_tokens is not None:
             self._penalty.see_pending(self._last_tokens, pending)
         floors = [request.sampling.min_new_tokens for request in self._requests]
-        self._min_new_tokens = _min_new_tokens(floors, self._eos_token_ids, device)
+        # As for transformers, tokens that the model cannot choose are no reason to fail.
+        end_ids = [token for token in self._eos_token_ids if token < num_tokens]
+        self._min_new_tokens = _min_new_tokens(floors, end_ids, device)
 
 
 def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
@@ -202,7 +204,8 @@ def _penalty(requests: Sequence[Request], num_tokens: int, device: torch.device)
         return None
     factors = [requests[row].sampling.repetition_penalty for row in rows]
     known = [torch.cat((requests[row].prompt_ids, torch.tensor(requests[row].output_ids).long())) for row in rows]
-    marks = torch.cat([ids + index * num_tokens for index, ids in enumerate(known)])
+    # Placeholders of images may lie beyond what the model can choose.
+    marks = torch.cat([ids[ids < num_tokens] + index * num_tokens for index, ids in enumerate(known)])
     seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
     seen.view(-1).index_fill_(0, to_device(marks, device), True)
     return _Penalty(to_device(torch.tensor(rows), device), to_device(torch.tensor(factors), device)[:, None], seen)
@@ -234,11 +237,20 @@ def _filtered(scores: Tensor, group: _Group) -> tuple[Tensor, Tensor | None]:
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest of float32 `scores` and their ids, in order; of equal ones those of lower id come first.
+
+    topk alone takes equal ones as they fall for its `count`, which company decides.
+    """
     if count >= scores.shape[-1]:
-        ordered, ids = scores.sort(dim=-1, descending=True)
+        ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
         return ordered, ids
-    values, ids = scores.topk(count, dim=-1)
-    return values, ids
+    bits = scores.view(torch.int32)
+    # Floats of one sign are in order as integers too; negative ones have to be turned round. In place: it is much.
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    last = scores.shape[-1] - 1
+    keys = ordered.long().bitwise_left_shift_(32).add_(torch.arange(last, -1, -1, device=scores.device))
+    ids = last - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
+    return scores.gather(-1, ids), ids
 
 
 def _draw(scores: Tensor, ids: Tensor | None, uniforms: Tensor) -> Tensor:

@@ -108,6 +108,16 @@ def test_company_does_not_change_a_draw(params: dict[str, Any]) -> None:
     assert together[0] == last[-1] == alone[0]
 
 
+@pytest.mark.parametrize("top_k", [20, 2_000])
+def test_company_does_not_choose_among_equal_logits(top_k: int) -> None:
+    """Half the precision makes many logits equal; more candidates for a neighbour must not reorder them."""
+    for seed in range(60):
+        scores = torch.randn(2, 4_000, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        alone = Sampler(EOS).sample(scores[:1], [row(seed=seed, temperature=1.0, top_k=20)]).tolist()
+        company = [row(seed=seed, temperature=1.0, top_k=20), row(temperature=1.0, top_k=top_k)]
+        assert Sampler(EOS).sample(scores, company).tolist()[:1] == alone
+
+
 def test_a_sampler_follows_a_changing_batch() -> None:
     """Rows come, go, move and grow; each step chooses what a fresh sampler would."""
     chance, sampler = random.Random(5), Sampler(EOS)
@@ -126,6 +136,16 @@ def test_a_sampler_follows_a_changing_batch() -> None:
         assert tokens == Sampler(EOS).sample(scores, batch).tolist()
         for request, token in zip(batch, tokens, strict=True):
             request.output_ids.append(token)
+
+
+@pytest.mark.parametrize("params", [{"repetition_penalty": 3.0}, {"min_new_tokens": 9}], ids=str)
+def test_tokens_that_the_model_cannot_choose_change_nothing(params: dict[str, Any]) -> None:
+    """Some checkpoints end with a token, or mark images with one, that has no logit."""
+    scores = logits(3)
+    known = [row(seed=seed, **params) for seed in range(3)]
+    with_more = [row(seed=seed, prompt=(7, VOCABULARY + 9, 7, 9), **params) for seed in range(3)]
+    expected = Sampler(EOS).sample(scores, known).tolist()
+    assert Sampler([*EOS, VOCABULARY]).sample(scores, with_more).tolist() == expected
 
 
 def test_steps_and_seeds_give_independent_uniform_numbers() -> None:
