@@ -46,8 +46,12 @@ class CudaGraphRecorder:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads may use the device meanwhile. A recording that fails leaves its stream current: the outer block
+        # takes care of that.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             output = step()
 
         def replay() -> Tensor:
@@ -103,10 +107,21 @@ class DecodeGraphs:
             return self._forward.decode(inputs)
         if self._num_axes != self._forward.num_axes:
             # A recorded step keeps the number of axes that its positions had.
-            self.record()
+            self._record_again()
         size = self._sizes[at]
+        step = self._steps.get(size)
+        if step is None:
+            return self._forward.decode(inputs)
         self._load(inputs, size)
-        return self._steps[size]()[:num_rows]
+        return step()[:num_rows]
+
+    def _record_again(self) -> None:
+        """Record while requests run; they do not depend on it."""
+        try:
+            self.record()
+        except RuntimeError:
+            # What was recorded before it is good. If the device is lost, the step that comes next says so.
+            logger.warning("decode steps cannot be recorded", extra={"action": "engine.record"}, exc_info=True)
 
     def _step(self, size: int, logits: Tensor) -> Callable[[], Tensor]:
         """Return the step of that many rows. All sizes write to the same `logits`, which can be large."""

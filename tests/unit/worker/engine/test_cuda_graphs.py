@@ -83,6 +83,26 @@ def test_positions_of_more_axes_are_recorded_when_they_come_by() -> None:
     assert recorder.num_recorded == 4
 
 
+class _FullRecorder(TapeRecorder):
+    """Finds memory full after a few recordings."""
+
+    def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if self.num_recorded == 3:
+            raise torch.OutOfMemoryError
+        return super().__call__(step)
+
+
+@torch.inference_mode()
+def test_steps_that_cannot_be_recorded_any_more_run_as_they_are() -> None:
+    recorder, forward = _FullRecorder(), forward_of(model_of("qwen2-vl"))
+    graphs = DecodeGraphs(forward, [2, 8], WIDTH, torch.device("cpu"), recorder)
+    graphs.record()
+    forward.num_axes = 3
+    check_random_batches(forward, graphs, random.Random(3), count=6)
+    assert recorder.num_recorded == 3
+    assert recorder.num_replayed > 0, "the larger size was recorded before"
+
+
 @torch.inference_mode()
 def test_a_smaller_batch_neither_writes_nor_reads_what_a_larger_one_had(idefics2: TinyModel) -> None:
     """Padding rows write to the trash block; numbers of former rows, however bad, weigh nothing."""
