@@ -47,7 +47,8 @@ from worker.media.collect import MediaCollector
 from worker.media.decoder_process import DecodeLimits
 from worker.media.decoders import Decoders
 from worker.media.fetch import MediaFetcher, s3_client
-from worker.media.policy import MediaPolicy
+from worker.media.policy import PIXEL_BYTES, MediaPolicy
+from worker.media.room import Room
 from worker.media.scratch import remove_leftovers
 from worker.metering import JobMeter, StepMeter, TimedStep, TokenMeter, engine_readings, media_readings
 from worker.models.loader import LoadedModel, load
@@ -82,6 +83,7 @@ class Runtime:
     drain: Drain
     heartbeat: Heartbeat
     media_cache: MediaCache
+    room: Room
     decoders: Decoders
     try_out: Callable[[], TriedOut]
     attempts: Attempts
@@ -176,7 +178,8 @@ class Runtime:
             "is_ready": self.health.readiness().is_good,
             "is_draining": self.drain.is_draining,
         }
-        return own | dict(engine_readings(self.engine)) | dict(media_readings(self.media_cache.stats()))
+        media = media_readings(self.media_cache.stats(), self.room.stats())
+        return own | dict(engine_readings(self.engine)) | dict(media)
 
     def _queue_length(self) -> int:
         with self.ledger.client.pipeline(transaction=False) as pipe:
@@ -211,7 +214,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
 
     engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), outbox, step_meter)
     policy = media_policy(settings)
-    media_cache = MediaCache(settings.media_cache_bytes)
+    media_cache, room = MediaCache(settings.media_cache_bytes), Room(settings.decoded_bytes)
     decoders = Decoders(
         settings.num_decode_processes,
         DecodeLimits(settings.decode_memory_bytes, settings.decode_image_s, settings.decode_video_s),
@@ -233,6 +236,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             attempts=attempts,
             answers=answers,
             media=MediaCollector(fetcher, policy, media_cache, decoders),
+            room=room,
             prompts=prompts,
             engine=engine,
             events=publisher,
@@ -241,6 +245,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             max_retries=settings.max_retries,
         ),
         media_cache=media_cache,
+        room=room,
         decoders=decoders,
         try_out=lambda: try_out(engine, prompts, answers),
         attempts=attempts,
@@ -307,13 +312,15 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
 
 
 def media_policy(settings: WorkerSettings) -> MediaPolicy:
-    """Return the limits for media."""
+    """Return the limits for media. Nothing may be larger than the room for all jobs."""
+    most_pixels = min(settings.max_job_pixels, settings.decoded_bytes // PIXEL_BYTES)
     return MediaPolicy(
         buckets=settings.readable_buckets,
         max_image_bytes=settings.max_image_bytes,
-        max_image_pixels=settings.max_image_pixels,
+        max_image_pixels=min(settings.max_image_pixels, most_pixels),
         max_video_bytes=settings.max_video_bytes,
         max_video_seconds=settings.max_video_seconds,
         max_job_bytes=settings.max_job_media_bytes,
-        max_job_pixels=settings.max_job_pixels,
+        max_clip_pixels=most_pixels,
+        max_job_pixels=most_pixels,
     )

@@ -19,6 +19,7 @@ from worker.engine.request import Finish, RequestOutput
 from worker.engine.step_times import Stage, StepClock
 from worker.lifecycle.attempt import Attempt, StopReason
 from worker.media.cache import MediaCacheStats
+from worker.media.room import RoomStats
 from worker.observability.metrics import Metrics
 from worker.stopwatch import Stopwatch
 from worker.streaming.outgoing import Outgoing
@@ -181,11 +182,14 @@ def engine_readings(engine: Engine) -> Mapping[str, float]:
     }
 
 
-def media_readings(stats: MediaCacheStats) -> Mapping[str, float]:
-    """Return what the cache of decoded media counts itself."""
+def media_readings(stats: MediaCacheStats, room: RoomStats) -> Mapping[str, float]:
+    """Return what the cache of decoded media and the room for them count themselves."""
     return {
         "mm_cache_queries_total": stats.hits + stats.misses,
         "mm_cache_hits_total": stats.hits,
         "mm_cache_evictions_total": stats.evictions,
         "mm_cache_bytes": stats.num_bytes,
+        "mm_room_bytes": room.num_bytes,
+        "mm_room_num_waiting": room.num_waiting,
+        "mm_room_waits_total": room.num_waited,
     }

@@ -26,8 +26,8 @@ from worker.engine.request import Finish, GenerationRequest
 from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, OutOfMemory, WorkerError
 from worker.intake import Accepted
 from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
-from worker.media.collect import AnyMediaPart, MediaCollector, media_parts
-from worker.media.types import DecodedMedia
+from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
+from worker.media.room import Room
 from worker.metering import JobMeter
 from worker.models.inputs import ModelInputs
 from worker.observability.logging import job_context
@@ -42,6 +42,7 @@ FINISH_PAUSE_S: Final = 0.2
 #: Before a job that did not fit into memory is tried again, per attempt made: its neighbours end, or a worker with
 #: more room takes it.
 OOM_PAUSE_S: Final = 2.0
+NO_MEDIA: Final = Collected([], 0.0, 0)
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
 #: How long an attempt that has to stop waits for the rest of its text to reach Redis.
@@ -76,6 +77,7 @@ class Pipeline:
         attempts: Attempts,
         answers: Answers,
         media: MediaCollector,
+        room: Room,
         prompts: PromptBuilder,
         engine: EngineDoor,
         events: EventDoor,
@@ -88,6 +90,7 @@ class Pipeline:
         self._attempts = attempts
         self._answers = answers
         self._media = media
+        self._room = room
         self._prompts = prompts
         self._engine = engine
         self._events = events
@@ -162,16 +165,21 @@ class Pipeline:
     def _prepare(self, attempt: Attempt, job: Job, watch: Stopwatch) -> ModelInputs:
         turns = self._prompts.turns(job)
         parts = media_parts(turns)
-        media = self._collect(attempt, job, parts, watch) if parts else []
-        with watch.prepare:
-            inputs = self._prompts.prepare(turns, media)
+        num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
+        most_bytes = self._media.most_decoded_bytes(parts, task=job.task, num_frames=num_frames)
+        with watch.fetch:
+            held = self._room.take(most_bytes, should_stop=attempt.check)
+        with held:
+            collected = self._collect(attempt, job, parts, num_frames, watch) if parts else NO_MEDIA
+            held.shrink(collected.num_decoded_bytes)
+            with watch.prepare:
+                inputs = self._prompts.prepare(turns, collected.media)
         attempt.check()
         return inputs
 
     def _collect(
-        self, attempt: Attempt, job: Job, parts: Sequence[AnyMediaPart], watch: Stopwatch
-    ) -> list[DecodedMedia]:
-        num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
+        self, attempt: Attempt, job: Job, parts: Sequence[AnyMediaPart], num_frames: int, watch: Stopwatch
+    ) -> Collected:
         with watch.fetch:
             collected = self._media.collect(
                 parts,
@@ -184,7 +192,7 @@ class Pipeline:
         watch.prepare.seconds += collected.decode_s
         self._meter.collected(watch.fetch.seconds, collected.decode_s, collected.num_bytes)
         self._progress(attempt, Stage.PREPARING, 0, len(parts))
-        return collected.media
+        return collected
 
     def _generate(self, attempt: Attempt, job: Job, inputs: ModelInputs, answer: Answer, watch: Stopwatch) -> Finish:
         """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""

@@ -194,6 +194,11 @@ class WorkerSettings(BaseSettings):
     max_job_pixels: int = Field(
         default=256_000_000, ge=1, description="Pixels of all images and sampled frames of one job; 4 bytes each"
     )
+    decoded_bytes: int = Field(
+        default=4096 * MEBIBYTE,
+        ge=MEBIBYTE,
+        description="Decoded pixels of all jobs not prepared yet; a job waits for the most that its media may need",
+    )
     decode_processes: int = Field(
         default=0, ge=0, le=256, description="Processes that decode media; 0: one per processor core, 2 to 8"
     )

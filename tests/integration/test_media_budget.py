@@ -12,11 +12,13 @@ from PIL import Image
 from api_stub.contract.job import MediaPart, TaskName
 from tests.decoding import shared_decoders
 from tests.servers import S3Server
+from worker.bootstrap import media_policy
 from worker.errors import MediaTooLarge
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
+from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -46,3 +48,14 @@ def collected(server: S3Server, policy: MediaPolicy, parts: list[MediaPart]) -> 
             parts, task=TaskName.VQA, num_frames=8, should_stop=lambda: None, on_progress=lambda done, total: None
         ).media
     )
+
+
+def test_the_room_asked_for_covers_what_is_decoded_and_no_job_is_larger_than_the_room() -> None:
+    policy = media_policy(WorkerSettings(decoded_bytes=4 << 20, max_job_pixels=10_000_000))
+    assert (policy.max_job_pixels, policy.max_clip_pixels, policy.max_image_pixels) == (1 << 20,) * 3
+    fetcher = MediaFetcher(s3_client("http://127.0.0.1:1", "us-east-1", 5.0), policy, retries=0)
+    collector = MediaCollector(fetcher, replace(policy, max_image_pixels=1000), MediaCache(0), shared_decoders())
+    one, other = MediaPart(uri="s3://media/one.png"), MediaPart(uri="s3://media/other.png")
+    assert collector.most_decoded_bytes([], task=TaskName.VQA, num_frames=8) == 0
+    assert collector.most_decoded_bytes([one, one, other], task=TaskName.VQA, num_frames=8) == 8000
+    assert collector.most_decoded_bytes([one], task=TaskName.VIDEO_QA, num_frames=8) == 4 << 20

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
 from worker.errors import WorkerError
-from worker.media.policy import MediaPolicy
+from worker.media.policy import PIXEL_BYTES, MediaPolicy
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedClip, DecodedMedia
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 #: How often a job that waits for another's work looks at its own cancel and deadline.
 POLL_S: Final = 0.1
-#: Pillow stores a pixel of an RGB picture in 32 bits.
-PIXEL_BYTES: Final = 4
 #: Counted for an entry beside its pixels: also a cache of tiny pictures is bounded.
 ENTRY_BYTES: Final = 1024
 

@@ -16,7 +16,7 @@ from worker.errors import MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.cache import Made, MediaCache, MediaKey
 from worker.media.decoders import Decoders
 from worker.media.fetch import FetchedMedia, MediaFetcher, StoredObject
-from worker.media.policy import MediaPolicy
+from worker.media.policy import PIXEL_BYTES, MediaPolicy
 from worker.media.scratch import job_directory
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedClip, DecodedMedia
@@ -64,6 +64,11 @@ class Collected:
     decode_s: float
     num_bytes: int
 
+    @property
+    def num_decoded_bytes(self) -> int:
+        """Memory of the pixels, at most: a medium that is named twice counts twice."""
+        return PIXEL_BYTES * sum(medium.num_pixels for medium in self.media)
+
 
 class MediaCollector:
     """Fetches and decodes for many jobs at once; holds nothing of any of them but what the cache keeps."""
@@ -73,6 +78,17 @@ class MediaCollector:
         self._decoders = decoders
         self._policy = policy
         self._cache = cache
+
+    def most_decoded_bytes(self, parts: Sequence[AnyMediaPart], *, task: TaskName, num_frames: int) -> int:
+        """Return the memory that the pixels of `parts` may take, before anything is known of them."""
+        distinct = {Wanted.of(part, task, num_frames) for part in parts}
+        return PIXEL_BYTES * min(
+            self._policy.max_job_pixels,
+            sum(
+                self._policy.max_clip_pixels if MediaKind.VIDEO in wanted.kinds else self._policy.max_image_pixels
+                for wanted in distinct
+            ),
+        )
 
     def collect(
         self,
@@ -122,7 +138,8 @@ class MediaCollector:
         num_pixels = sum(medium.num_pixels for medium in media)
         if num_pixels > self._policy.max_job_pixels:
             raise MediaTooLarge(
-                f"media: {num_pixels} pixels decoded so far, the limit of a job is {self._policy.max_job_pixels}"
+                f"media: {num_pixels} pixels decoded so far, the limit of a job is {self._policy.max_job_pixels} "
+                "(VISIONQ_MAX_JOB_PIXELS, and a quarter of VISIONQ_DECODED_BYTES)"
             )
 
     def _one(self, wanted: Wanted, stored: StoredObject, work: _Work) -> DecodedMedia:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 MEBIBYTE = 1024 * 1024
 MEGAPIXEL = 1_000_000
+#: Pillow stores a pixel of an RGB picture in 32 bits.
+PIXEL_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
