@@ -20,7 +20,8 @@ from kombu.exceptions import OperationalError
 
 from api_stub.connections import store_errors
 from api_stub.contract import names
-from api_stub.contract.job import Job, Message, TaskName, Webhook, parse_job
+from api_stub.contract.conversation import Message
+from api_stub.contract.job import Job, TaskName, Webhook, parse_job
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob

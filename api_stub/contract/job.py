@@ -14,6 +14,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError, field_serializer, model_validator
 
+from api_stub.contract.conversation import MAX_FRAMES as MAX_FRAMES
+from api_stub.contract.conversation import (
+    MediaPart,
+    Message,
+    NumFrames,
+    Role,
+    TextPart,
+    Turn,
+    check_messages,
+    has_part,
+)
 from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.media import MediaUri
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
@@ -23,14 +34,12 @@ from api_stub.contract.wire import WireModel
 MAX_JOB_BYTES = 256 * 1024
 MAX_METADATA_BYTES = 4 * 1024
 MAX_MEDIA = 64
-MAX_FRAMES = 512
 DEFAULT_NUM_FRAMES = 8
 DEFAULT_PRIORITY = 6
 MAX_DEADLINE_S = 7 * 86_400.0
 
 ModelName = Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
 Text = Annotated[str, Field(min_length=1)]
-NumFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
 
 
 class TaskName(StrEnum):
@@ -39,60 +48,6 @@ class TaskName(StrEnum):
     CAPTION = "visionq.caption"
     VQA = "visionq.vqa"
     VIDEO_QA = "visionq.video_qa"
-
-
-class TextPart(WireModel):
-    """A piece of text inside a turn."""
-
-    type: Literal["text"] = "text"
-    text: str
-
-
-class ImagePart(WireModel):
-    """An image inside a turn, at the place where the model shall see it."""
-
-    type: Literal["image"] = "image"
-    uri: MediaUri
-
-
-class VideoPart(WireModel):
-    """A clip inside a turn; `num_frames` are sampled uniformly (the job's number when absent)."""
-
-    type: Literal["video"] = "video"
-    uri: MediaUri
-    num_frames: NumFrames | None = None
-
-
-ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
-
-
-class Role(StrEnum):
-    """Who speaks in a turn."""
-
-    SYSTEM = "system"
-    USER = "user"
-    ASSISTANT = "assistant"
-
-
-class Message(WireModel):
-    """One turn of a conversation, as producers write it."""
-
-    role: Role
-    content: tuple[ContentPart, ...] = Field(min_length=1)
-
-
-class MediaPart(WireModel):
-    """A member of a job's `media` list: image or clip, told apart by the object's own bytes."""
-
-    type: Literal["media"] = "media"
-    uri: MediaUri
-
-
-class Turn(WireModel):
-    """One turn in the shape that all jobs share. Media from a `media` list are MediaPart."""
-
-    role: Role
-    content: tuple[TextPart | ImagePart | VideoPart | MediaPart, ...]
 
 
 class WebhookEvent(StrEnum):
@@ -144,26 +99,12 @@ class _JobFields(WireModel):
             if num_bytes > MAX_METADATA_BYTES:
                 raise ValueError(f"metadata: {num_bytes} bytes of JSON, the limit is {MAX_METADATA_BYTES}")
         if self.messages is not None:
-            self._check_messages(self.messages)
+            if self.media:
+                raise ValueError("media: not beside messages; put image and video parts into the messages")
+            check_messages(self.messages, MAX_MEDIA)
         if (self.sampling.max_new_tokens or self.default_max_new_tokens) < self.sampling.min_new_tokens:
             raise ValueError("sampling.min_new_tokens: above max_new_tokens")
         return self
-
-    def _check_messages(self, messages: tuple[Message, ...]) -> None:
-        if self.media:
-            raise ValueError("media: not beside messages; put image and video parts into the messages")
-        if not any(message.role is Role.USER for message in messages):
-            raise ValueError("messages: at least one user turn is required")
-        for index, message in enumerate(messages):
-            if message.role is Role.SYSTEM and index:
-                raise ValueError(f"messages.{index}: only the first turn may be the system's")
-            if message.role is not Role.USER and any(part.type != "text" for part in message.content):
-                raise ValueError(f"messages.{index}: media belong to user turns")
-        if messages[-1].role is Role.SYSTEM:
-            raise ValueError("messages: the last turn must be the user's or the assistant's")
-        num_media = sum(part.type != "text" for message in messages for part in message.content)
-        if num_media > MAX_MEDIA:
-            raise ValueError(f"messages: {num_media} media parts, the limit is {MAX_MEDIA}")
 
     @property
     def default_max_new_tokens(self) -> int:
@@ -244,7 +185,7 @@ class VideoQaJob(_JobFields):
         _check_question(self.question, self.messages)
         if self.messages is None and not self.media:
             raise ValueError("media: a video question needs at least 1 video, got 0")
-        if self.messages is not None and not _has_part(self.messages, "video"):
+        if self.messages is not None and not has_part(self.messages, "video"):
             raise ValueError("messages: a video question needs at least 1 video, got 0")
         return self
 
@@ -311,10 +252,6 @@ def _check_question(question: str | None, messages: tuple[Message, ...] | None) 
         raise ValueError("question: required")
     if messages is not None and question is not None:
         raise ValueError("question: not beside messages")
-
-
-def _has_part(messages: tuple[Message, ...], kind: str) -> bool:
-    return any(part.type == kind for message in messages for part in message.content)
 
 
 def _json(value: object) -> bytes:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from api_stub.contract.job import ImagePart, TaskName, VideoPart
+from api_stub.contract.conversation import ImagePart, VideoPart
+from api_stub.contract.job import TaskName
 from tests.corpus import clips, images, mutations, references
 from tests.corpus.case import DECODED, Case
 from tests.corpus.traps import Traps

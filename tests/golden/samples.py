@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from api_stub.contract.conversation import ImagePart, Message, Role, TextPart, VideoPart
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import (
     Event,
@@ -23,19 +24,7 @@ from api_stub.contract.event import (
     Stage,
     StreamGap,
 )
-from api_stub.contract.job import (
-    CaptionJob,
-    ImagePart,
-    Job,
-    Message,
-    Role,
-    TaskName,
-    TextPart,
-    VideoPart,
-    VideoQaJob,
-    VqaJob,
-    Webhook,
-)
+from api_stub.contract.job import CaptionJob, Job, TaskName, VideoQaJob, VqaJob, Webhook
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.status import JobStatus

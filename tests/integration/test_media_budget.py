@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from api_stub.contract.job import MediaPart, TaskName
+from api_stub.contract.conversation import MediaPart
+from api_stub.contract.job import TaskName
 from tests.decoding import shared_decoders
 from tests.servers import S3Server
 from worker.bootstrap import media_policy

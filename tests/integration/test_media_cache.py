@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from api_stub.contract.job import ImagePart, MediaPart, TaskName, VideoPart
+from api_stub.contract.conversation import ImagePart, MediaPart, VideoPart
+from api_stub.contract.job import TaskName
 from tests.decoding import shared_decoders
 from tests.servers import S3Server, eventually
 from tests.storage_faults import Before, FaultyStorage, Silence, Stall, Status, Unconditional, faulty_storage

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from api_stub.contract.job import ImagePart, Role, TextPart, Turn
+from api_stub.contract.conversation import ImagePart, Role, TextPart, Turn
 from worker.bench.run import BenchJob
 from worker.media.types import DecodedImage
 from worker.models.inputs import ModelInputs

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from api_stub.contract.job import ImagePart, MediaPart, TaskName, TextPart, Turn, VideoPart
+from api_stub.contract.conversation import ImagePart, MediaPart, TextPart, Turn, VideoPart
+from api_stub.contract.job import TaskName
 from worker.errors import MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.cache import Made, MediaCache, MediaKey
 from worker.media.decoders import Decoders

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import ProcessorMixin
 
-from api_stub.contract.job import Role, TextPart, Turn
+from api_stub.contract.conversation import Role, TextPart, Turn
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedMedia
 

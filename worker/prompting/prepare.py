@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from api_stub.contract.job import Job, Turn
+from api_stub.contract.conversation import Turn
+from api_stub.contract.job import Job
 from worker.errors import CannotStart
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs

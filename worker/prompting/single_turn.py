@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
-from api_stub.contract.job import Job, Role, TaskName, TextPart, Turn
+from api_stub.contract.conversation import Role, TextPart, Turn
+from api_stub.contract.job import Job, TaskName
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.captioner import Captioner

@@ -13,7 +13,7 @@ from functools import lru_cache
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from api_stub.contract.job import Turn
+from api_stub.contract.conversation import Turn
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.capabilities import Capabilities

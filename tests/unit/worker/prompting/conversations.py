@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from api_stub.contract.job import ImagePart, MediaPart, Role, TextPart, Turn, VideoPart
+from api_stub.contract.conversation import ImagePart, MediaPart, Role, TextPart, Turn, VideoPart
 from tests.tiny.families import picture
 from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
 

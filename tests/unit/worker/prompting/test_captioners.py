@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from api_stub.contract.job import CaptionJob, Job, Message, VideoQaJob, VqaJob
+from api_stub.contract.conversation import Message
+from api_stub.contract.job import CaptionJob, Job, VideoQaJob, VqaJob
 from tests.tiny.families import picture
 from tests.unit.worker.engine.harness import request, running_engine
 from tests.unit.worker.prompting.conversations import IMAGE, assistant, clip, image, user

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from api_stub.contract.job import Turn
+from api_stub.contract.conversation import Turn
 from tests.tiny.families import CHAT_FAMILIES
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, assistant, clip, image, system, upstream, user
 from worker.errors import InvalidRequest

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from api_stub.contract.job import CaptionJob, Turn, VideoQaJob, VqaJob
+from api_stub.contract.conversation import Turn
+from api_stub.contract.job import CaptionJob, VideoQaJob, VqaJob
 from tests.tiny.families import CHAT_FAMILIES
 from tests.unit.worker.prompting.conversations import (
     IMAGE,
