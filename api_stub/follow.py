@@ -1,8 +1,8 @@
 """Follow one job: subscribe first, then replay its stream, then forward what the channel brings.
 
 Every subscription, also one after a lost connection, is followed by a replay from the last seq on, so nothing falls
-between the two; a gap in the numbers causes another. One Redis connection per active reader, closed when the reader
-ends. `Follower` blocks its thread, `AsyncFollower` is the same for asyncio. They know events and endings, not jobs.
+between the two; a gap in the numbers causes another. One Redis connection per active reader. `Follower` blocks its
+thread, `AsyncFollower` is the same for asyncio. They know events and endings, not jobs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from typing import Any, Final
 
 import redis
@@ -26,11 +26,10 @@ from api_stub.errors import UnknownJob
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.views import Replay
+from api_stub.subscriptions import CONFIRM_S, Subscription, Subscriptions
 
 logger = logging.getLogger(__name__)
 
-#: How long Redis may take to confirm a subscription.
-CONFIRM_S: Final = 2.0
 _LOST: Final = (redis.ConnectionError, redis.TimeoutError)
 
 
@@ -39,7 +38,7 @@ class Follower:
 
     def __init__(self, ledger: Ledger, readers: redis.Redis) -> None:
         self._ledger = ledger
-        self._readers = readers
+        self._subscriptions = Subscriptions(readers)
 
     def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> Generator[Event, None, None]:
         """Yield the events after seq `after`, up to the final one. A job whose stream is gone yields its final event.
@@ -49,13 +48,14 @@ class Follower:
         cursor, patience = EventCursor(after), Patience(timeout)
         while not cursor.is_finished:
             try:
-                with closing(self._messages(names.events_key(job_id), patience)) as messages:
-                    for message in messages:
+                with self._subscriptions.lend() as subscription:
+                    for message in _messages(subscription, names.events_key(job_id), patience):
                         events = _forwarded(cursor, message)
                         for event in self._replayed(job_id, cursor, patience) if events is None else events:
                             yield event
                             patience.heard()
                         if cursor.is_finished:
+                            subscription.is_over = True
                             return
             except _LOST as error:
                 time.sleep(patience.pause_s(error))
@@ -70,25 +70,17 @@ class Follower:
         patience = Patience(timeout)
         while True:
             try:
-                with closing(self._messages(names.result_key(job_id), patience)) as messages:
-                    for _ in messages:
+                with self._subscriptions.lend() as subscription:
+                    for _ in _messages(subscription, names.result_key(job_id), patience):
                         replay = self._ledger.replay(job_id, after=None)
                         patience.connected()
                         if (ending := _ending(job_id, replay)) is not None:
+                            subscription.is_over = True
                             return ending
             except _LOST as error:
                 time.sleep(patience.pause_s(error))
             except redis.RedisError as error:
                 raise unavailable(error) from error
-
-    def _messages(self, channel: str, patience: Patience) -> Generator[str | None, None, None]:
-        """Yield None whenever the channel was subscribed (anew), and every message; end after a long silence."""
-        with self._readers.pubsub() as subscription:  # type: ignore[no-untyped-call]
-            subscription.subscribe(channel)
-            message = _confirmed(subscription.get_message(timeout=CONFIRM_S))
-            while message is not None:
-                yield message["data"] if message["type"] == "message" else None
-                message = subscription.get_message(timeout=patience.wait_s())
 
     def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
         replay = self._ledger.replay(job_id, cursor.last_seq)
@@ -171,6 +163,14 @@ class _Cancels:
     def _num() -> int:
         task = asyncio.current_task()
         return task.cancelling() if task is not None else 0
+
+
+def _messages(subscription: Subscription, channel: str, patience: Patience) -> Generator[str | None, None, None]:
+    """Yield None whenever the channel was subscribed (anew), and every message; end after a long silence."""
+    message: dict[str, Any] | None = subscription.begin(channel)
+    while message is not None:
+        yield message["data"] if message["type"] == "message" else None
+        message = subscription.next(patience.wait_s())
 
 
 def _confirmed(message: Any) -> Any:

@@ -326,6 +326,32 @@ def test_a_reader_that_leaves_early_gives_its_connection_back(
     eventually(lambda: not redis_client.client_list(_type="pubsub"), what="no subscriber is left")
 
 
+def test_readers_of_jobs_that_end_share_a_connection_one_after_another(
+    client: Client, worker: ScriptedWorker, redis_client: redis.Redis
+) -> None:
+    connections = set()
+    for answer in ("one", "two", "three"):
+        job = client.vqa(question="Why?")
+        worker.take(job.id)
+        worker.say(answer)
+        worker.finish()
+        assert "".join(job.stream()) == answer == job.result().text
+        connections |= {connection["id"] for connection in redis_client.client_list(_type="pubsub")}
+    assert len(connections) == 1
+
+
+def test_a_kept_connection_that_was_cut_is_replaced(
+    client: Client, worker: ScriptedWorker, redis_client: redis.Redis
+) -> None:
+    for answer in ("before", "after"):
+        job = client.vqa(question="Why?")
+        worker.take(job.id)
+        worker.say(answer)
+        worker.finish()
+        assert job.result(timeout=10).text == answer
+        assert redis_client.client_kill_filter(_type="pubsub") == 1
+
+
 @pytest.mark.parametrize("what", ["stream", "result"])
 def test_a_redis_that_refuses_connections_is_unavailable_within_five_seconds(kind: str, what: str) -> None:
     begin = time.monotonic()
