@@ -18,8 +18,8 @@ from api_stub.contract import names
 from api_stub.contract.job import TaskName
 from api_stub.ledger import link
 from api_stub.ledger.rows import Bell
-from worker.bootstrap import Runtime
 from worker.lifecycle.consumption import Consumption
+from worker.runtime import Runtime
 from worker.settings import WorkerSettings
 
 SOCKET_TIMEOUT_S: Final = 5.0

@@ -19,8 +19,8 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from api_stub.contract.job import TaskName
-from worker.bootstrap import Runtime
 from worker.knock import Knock, read_knock
+from worker.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from api_stub.contract.view import JobView
 from api_stub.ledger.rows import Bell
 from tests.servers import eventually
 from worker import pipeline
-from worker.bootstrap import Runtime, build
+from worker.bootstrap import build
 from worker.intake import Knock
+from worker.runtime import Runtime
 from worker.settings import KVBackend, WorkerSettings
 
 LONG_QUESTION = "Is this long? " * 40
