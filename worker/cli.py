@@ -24,7 +24,7 @@ from worker.supervisor import EXIT_CANNOT_START, Supervisor, parse_devices
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-bench = typer.Typer(no_args_is_help=True, help="Measure the engine and the queue; every figure beside a baseline.")
+bench = typer.Typer(no_args_is_help=True, help="Measure engine, queue and gateway; every figure beside a baseline.")
 app.add_typer(bench, name="bench")
 
 MODEL_HELP = "VISIONQ_MODEL: `demo`, a folder, a hub id or s3://bucket/prefix/"
@@ -99,6 +99,22 @@ def bench_queue(jobs: Annotated[int, typer.Option(min=2, help="jobs of each kind
     from worker.bench.queue import bench_queue as measure
 
     typer.echo(measure(jobs).lines())
+
+
+@bench.command("api")
+def bench_api(
+    jobs: Annotated[int, typer.Option(min=2, help="submits of each kind")] = 300,
+    events: Annotated[int, typer.Option(min=1, help="events of a stream")] = 5000,
+    readers: Annotated[int, typer.Option(min=1, help="readers that only wait")] = 1000,
+    json: Annotated[Path | None, typer.Option(help="write everything as JSON")] = None,
+) -> None:
+    """Measure the HTTP gateway beside the bare client, in one run: submitting, following, readers that wait."""
+    from worker.bench.api import bench_api as measure
+
+    report = measure(jobs, events, readers)
+    typer.echo(report.lines())
+    if json is not None:
+        json.write_text(report.json(), encoding="utf-8")
 
 
 @bench.command("engine")
