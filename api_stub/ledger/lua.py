@@ -62,14 +62,16 @@ _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
 def script(transition: Transition, config: LedgerConfig) -> str:
     """Return the complete text of a transition's script."""
     parts = ("_common", *_PARTS.get(transition, ()), transition)
-    return "\n".join((_constants(config), *map(_read, parts)))
+    text = "\n".join(map(_read, parts))
+    return f"{_constants(config, text)}\n{text}"
 
 
 def _read(name: str) -> str:
     return files(__package__).joinpath("scripts", f"{name}.lua").read_text("utf-8")
 
 
-def _constants(config: LedgerConfig) -> str:
+def _constants(config: LedgerConfig, text: str) -> str:
+    """Return the tables that `text` uses, with the members that it names: Redis makes them anew for every call."""
     keys = {
         "job": names.job_key(""),
         "events": names.events_key(""),
@@ -112,7 +114,15 @@ def _constants(config: LedgerConfig) -> str:
         "STEP": {str(step): place for place, step in enumerate(names.PRIORITY_STEPS)},
         "FAILURE": {"class": FAILURE_CLASS, "module": FAILURE_MODULE},
     }
-    return "\n".join(f"local {name} = {_table(members)}" for name, members in tables.items())
+    used = {name: _used(name, members, text) for name, members in tables.items()}
+    return "\n".join(f"local {name} = {_table(members)}" for name, members in used.items() if members)
+
+
+def _used(table: str, members: Mapping[str, object], text: str) -> Mapping[str, object]:
+    """Return what `text` uses of a table: all of one that it indexes or walks through."""
+    if f"{table}[" in text or f"({table})" in text:
+        return members
+    return {name: value for name, value in members.items() if f"{table}.{name}" in text}
 
 
 def _table(members: Mapping[str, object]) -> str:

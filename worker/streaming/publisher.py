@@ -1,8 +1,8 @@
 """Sends events to Redis: everything that is waiting goes out in one ledger call, off the engine thread.
 
-In: `Outgoing` items and engine steps (any thread, never blocks). Out: `Ledger.publish`. When Redis is slow or
-away, waiting deltas of one stream are joined, so memory stays bounded by the answers' own length and decoding
-never waits.
+In: `Outgoing` items and engine steps (any thread, never blocks). Out: `Ledger.publish`. Progress waits a moment, so
+that a short answer goes out together with it; text never does. When Redis is slow or away, waiting deltas of one stream
+are joined, so memory stays bounded by the answers' own length and decoding never waits.
 A batch whose reply was lost is sent again unchanged; the ledger ignores what it already has.
 """
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Generic, TypeVar
 
 import redis
 
+from api_stub.contract.event import ProgressBody
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Publication
 from worker.streaming.outgoing import AttemptStream, Outgoing, merge
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Step = TypeVar("Step")
 
+#: How long news of a job's progress waits for other events to go out with. Text and endings wait for nothing.
+COMPANY_S: Final = 0.01
 FIRST_PAUSE_S: Final = 0.05
 MAX_PAUSE_S: Final = 1.0  # a reader notices an outage of Redis before this pause does
 
@@ -85,18 +89,27 @@ class Publisher(Generic[Step]):
     def _take(self) -> tuple[list[Outgoing], bool]:
         """Wait for something, then take all that is there."""
         taken: list[Outgoing] = []
-        entry = self._queue.get()
-        while True:
+        entry: Outgoing | tuple[Step] | _Stop | None = self._queue.get()
+        until = time.monotonic() + COMPANY_S
+        while entry is not None:
             if isinstance(entry, _Stop):
                 return taken, False
             if isinstance(entry, tuple):
                 taken.extend(self._translated(entry[0]))
             else:
                 taken.append(entry)
-            try:
-                entry = self._queue.get_nowait()
-            except queue.Empty:
-                return taken, True
+            entry = self._next(taken, until)
+        return taken, True
+
+    def _next(self, taken: Sequence[Outgoing], until: float) -> Outgoing | tuple[Step] | _Stop | None:
+        """Return what else there is; None: send now."""
+        try:
+            left_s = until - time.monotonic()
+            if left_s > 0 and all(isinstance(item.body, ProgressBody) for item in taken):
+                return self._queue.get(timeout=left_s)
+            return self._queue.get_nowait()
+        except queue.Empty:
+            return None
 
     def _translated(self, step: Step) -> Iterable[Outgoing]:
         try:
