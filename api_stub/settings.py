@@ -36,6 +36,10 @@ class ClientSettings(BaseSettings):
     redis_url: SecretStr = Field(
         default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
     )
+    api_url: str | None = Field(
+        default=None, description="Gateway that clients speak to over HTTP where VISIONQ_REDIS_URL is not set"
+    )
+    api_key: SecretStr = Field(default=SecretStr(""), description="API key that clients send to the gateway")
     media_bucket: str = Field(default="media", min_length=3, max_length=63, description="Bucket of the uploads")
     s3_endpoint_url: str | None = Field(
         default=None,
@@ -71,7 +75,7 @@ class ClientSettings(BaseSettings):
         check_redis_url(value.get_secret_value())
         return value
 
-    @field_validator("s3_endpoint_url", "s3_public_url")
+    @field_validator("s3_endpoint_url", "s3_public_url", "api_url")
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None and urlsplit(value).scheme not in {"http", "https"}:
@@ -122,10 +126,20 @@ class GatewaySettings(ClientSettings):
     api_max_upload_bytes: int = Field(
         default=256 * 1024 * 1024, ge=1024, description="Largest upload, presigned or as a form"
     )
+    api_max_bodies_bytes: int = Field(
+        default=256 * 1024 * 1024, ge=1024, description="JSON bodies that all requests hold together; above it 503"
+    )
+    api_body_s: float = Field(default=120.0, gt=0, description="Time in which a request's body has to arrive")
     api_max_wait_s: float = Field(default=60.0, ge=0, description="Longest `wait` that a request may ask for")
     api_heartbeat_s: float = Field(default=15.0, gt=0, description="Silence after which an event stream says it lives")
     api_cors_origins: str = Field(default="", description="Origins whose pages may call, comma-separated; empty: none")
     api_stop_s: float = Field(default=10.0, gt=0, description="Time that open requests get when the gateway stops")
+    api_models: str = Field(
+        default="", description="Models that OpenAI clients may name before a worker has served them, comma-separated"
+    )
+    api_batch_in_flight: int = Field(
+        default=128, ge=1, le=10_000, description="Jobs of one batch that are submitted and not answered"
+    )
     webhook_secret: SecretStr = Field(
         default=SecretStr(""),
         description="Signs webhooks of keys without a secret of their own: `whsec_…`; two while one is changed",
@@ -149,6 +163,11 @@ class GatewaySettings(ClientSettings):
     def cors_origins(self) -> tuple[str, ...]:
         """The origins as a list."""
         return tuple(origin.strip().rstrip("/") for origin in self.api_cors_origins.split(",") if origin.strip())
+
+    @property
+    def known_models(self) -> tuple[str, ...]:
+        """The models that exist without a worker."""
+        return tuple(name.strip() for name in self.api_models.split(",") if name.strip())
 
 
 def variable_of(field: str) -> str:

@@ -9,8 +9,9 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api_stub.gateway.body import BodyBudget, BoundedBody
 from api_stub.gateway.metrics import Metrics
-from api_stub.gateway.problems import too_large
+from api_stub.gateway.problems import problem_of
 from api_stub.gateway.sse import MEDIA_TYPE as EVENT_STREAM
 from api_stub.settings import GatewaySettings
 
@@ -32,22 +33,38 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._budget = BodyBudget(settings.api_max_bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(scope)
-        limit = self._limit(Headers(scope=scope))
+        body = self._body(Headers(scope=scope), receive)
+        answer = _Answer(scope, body)
+        watched = answer.watched(send)
         try:
-            await self._app(scope, _bounded(scope, receive, limit), answer.watched(send))
+            await self._app(scope, body, watched)
+        except Exception as error:
+            # The framework's own answer to a mistake is made outside of this, without these headers.
+            if not answer.is_begun:
+                await _answer_mistake(error, scope, receive, watched)
+            raise
         finally:
+            body.close()
             self._tell(answer)
 
-    def _limit(self, headers: Headers) -> int:
+    def _body(self, headers: Headers, receive: Receive) -> BoundedBody:
+        announced = headers.get("content-length", "0")
         is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        return self._settings.api_max_upload_bytes if is_form else self._settings.api_max_body_bytes
+        settings = self._settings
+        return BoundedBody(
+            receive,
+            announced=int(announced) if announced.isdecimal() else 0,
+            max_bytes=settings.api_max_upload_bytes if is_form else settings.api_max_body_bytes,
+            max_seconds=settings.api_body_s,
+            budget=None if is_form else self._budget,
+        )
 
     def _tell(self, answer: _Answer) -> None:
         seconds = time.monotonic() - answer.begun
@@ -66,15 +83,28 @@ class Guard:
 class _Answer:
     """One answer on its way: its status, and what is added to its head."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, body: BoundedBody) -> None:
         self.scope = scope
+        self._body = body
+        self.is_begun = False
+        self._is_replaced = False
         self.begun = time.monotonic()
         self.status = 500
         self.is_stream = False
 
     def watched(self, send: Send) -> Send:
         async def watched_send(message: Message) -> None:
+            if self._is_replaced:
+                return
             if message["type"] == "http.response.start":
+                self.is_begun = True
+                problem = self._body.problem
+                if problem is not None and message["status"] != problem.status:
+                    # FastAPI takes whatever stops its reading of a body for bad JSON.
+                    self.scope.setdefault("state", {})["problem"] = problem.code
+                    await problem.response()(self.scope, self._body, watched_send)
+                    self._is_replaced = True
+                    return
                 self.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 self.is_stream = headers.get("content-type", "").startswith(EVENT_STREAM)
@@ -85,22 +115,10 @@ class _Answer:
         return watched_send
 
 
-def _bounded(scope: Scope, receive: Receive, limit: int) -> Receive:
-    """Raise Problem (413) where the body would be read, by what it announces and by what comes."""
-    announced = Headers(scope=scope).get("content-length", "0")
-    num_bytes = 0
-
-    async def bounded_receive() -> Message:
-        nonlocal num_bytes
-        if announced.isdecimal() and int(announced) > limit:
-            raise too_large(limit)
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > limit:
-            raise too_large(limit)
-        return message
-
-    return bounded_receive
+async def _answer_mistake(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    problem = problem_of(error)
+    scope.setdefault("state", {})["problem"] = problem.code
+    await problem.response()(scope, receive, send)
 
 
 def _route(scope: Scope) -> str:

@@ -18,6 +18,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
+from api_stub.contract import names
+from api_stub.contract.error import InvalidJob
+from api_stub.contract.job import parse_job
 from api_stub.errors import InvalidRequest, UnknownJob, VisionqError
 from api_stub.gateway.access import check_allowed, media_of
 from api_stub.gateway.bodies import MAX_FILES, StoredReply
@@ -96,6 +99,7 @@ async def store_file(gateway: Gateway, caller: Caller, file: UploadFile) -> Stor
 
 async def retry(gateway: Gateway, caller: Caller, job_id: str) -> str:
     """Queue a new job with the body of a finished one and return its id. Raises Problem, UnknownJob, QueueFull."""
+    await _check_again(gateway, caller, job_id)
     place = f"retry:{job_id}"  # the ledger draws the new id
     await gateway.limits.reserve(caller, place)
     try:
@@ -112,6 +116,18 @@ async def retry(gateway: Gateway, caller: Caller, job_id: str) -> str:
         raise UnknownJob(f"no job {job_id!r}: its record has expired")
     await gateway.limits.rename(caller, place, new_id)
     return new_id
+
+
+async def _check_again(gateway: Gateway, caller: Caller, job_id: str) -> None:
+    """Raise Problem (403) for a job that its own tenant may not hand in now: its key's lists may have been changed."""
+    body: Any = await gateway.commands.hget(names.job_key(job_id), "body")
+    if body is None:
+        return
+    try:
+        job = parse_job(body)
+    except InvalidJob:
+        return  # it came from elsewhere, and the worker says what is wrong with it
+    check_allowed(caller, job)
 
 
 async def _parsed(body: bytes) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -135,6 +136,21 @@ def test_a_key_may_be_kept_to_models_and_buckets(guarded: Service, fields: dict[
     assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
     assert answer.json()["errors"][0]["field"] == field
     assert ask(guarded, "narrow", model="other", media=["s3://media/a.png"]).status_code == 202
+
+
+@pytest.mark.parametrize("fields", [{"model": "third"}, {"model": "other", "media": ["s3://private/b.png"]}])
+def test_a_retry_asks_again_what_a_key_may_use(
+    guarded: Service, worker: ScriptedWorker, redis_url: str, fields: dict[str, Any]
+) -> None:
+    options = {name: value for name, value in fields.items() if name != "media"}
+    with Client(redis_url) as client:
+        job_id = client.vqa(*fields.get("media", ()), question="What?", tenant="narrow", **options).id
+    worker.answer(job_id, "red")
+    answer = guarded.http.post(f"/v1/jobs/{job_id}/retry", headers=as_("narrow"))
+    assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+    allowed = ask(guarded, "narrow", model="other").json()["job_id"]
+    worker.answer(allowed, "red")
+    assert guarded.http.post(f"/v1/jobs/{allowed}/retry", headers=as_("narrow")).status_code == 202
 
 
 def test_no_secret_is_logged(guarded: Service, caplog: pytest.LogCaptureFixture) -> None:

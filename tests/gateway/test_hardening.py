@@ -1,0 +1,161 @@
+"""What a hostile or clumsy client cannot do: hold a request open, fill memory, leave something behind, read secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import httpx
+import pytest
+import redis
+
+from api_stub.gateway.guard import SECURITY_HEADERS
+from api_stub.ledger.aio import AsyncLedger
+from tests.gateway.service import Service, serving
+from tests.gateway.test_events import nobody_reads
+from tests.gateway.test_jobs import QUESTION, submit
+from tests.gateway.test_process import ApiProcess, Start, start
+from tests.servers import eventually
+
+__all__ = ["start"]
+
+NUM_VISITS = 1000
+
+
+def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, json.loads(answer.read())
+
+
+@contextmanager
+def begun_post(service: Service, path: str, num_bytes: int, first: bytes) -> Iterator[socket.socket]:
+    """A request whose body has only begun."""
+    with socket.create_connection(service.address, timeout=60) as connection:
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {num_bytes}\r\n\r\n".encode()
+        )
+        connection.sendall(first)
+        yield connection
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/uploads"])
+def test_a_body_that_trickles_for_ever_is_ended(redis_url: str, path: str) -> None:
+    with serving(redis_url, api_body_s=1.0) as running:
+        with begun_post(running, path, 1000, b'{"task":') as connection:
+            trickle = threading.Event()
+
+            def drip() -> None:
+                while not trickle.wait(0.1):
+                    try:
+                        connection.sendall(b" ")
+                    except OSError:
+                        return
+
+            dripping = threading.Thread(target=drip)
+            dripping.start()
+            try:
+                status, problem = answer_of(connection)
+            finally:
+                trickle.set()
+                dripping.join(20)
+        assert (status, problem["code"]) == (408, "request_timeout")
+        assert submit(running)
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/uploads"])
+def test_bodies_share_a_bound(redis_url: str, path: str) -> None:
+    body = json.dumps(QUESTION | {"metadata": {"padding": "x" * 3000}}).encode()
+    with serving(redis_url, api_max_bodies_bytes=10_000) as running:
+        with begun_post(running, "/v1/jobs", 9000, b" " * 8000):
+            # The first one's bytes have been counted once the next one is refused.
+            def is_refused() -> bool:
+                answer = httpx.post(f"{running.url}{path}", content=body, headers={"Content-Type": "application/json"})
+                if answer.status_code != 503:
+                    return False
+                assert answer.json()["code"] == "busy"
+                assert answer.headers["Retry-After"]
+                return True
+
+            eventually(is_refused, what="no room is left")
+        # Whoever leaves gives the room back.
+        eventually(lambda: httpx.post(f"{running.url}/v1/jobs", json=json.loads(body)).status_code == 202, what="room")
+
+
+def test_thousands_of_visits_leave_nothing(service: Service, redis_client: redis.Redis) -> None:
+    job_id = submit(service)
+    loop = service.gateway.hub._task.get_loop()  # type: ignore[union-attr]
+
+    def num_tasks() -> int:
+        return len(asyncio.all_tasks(loop))
+
+    before = num_tasks()
+    for number in range(NUM_VISITS):
+        path = (f"/v1/jobs/{job_id}/events", f"/v1/jobs/{job_id}?wait=30")[number % 2]
+        with socket.create_connection(service.address, timeout=60) as visitor:
+            visitor.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            if number % 10 == 0:
+                visitor.recv(1)
+    nobody_reads(service, redis_client)
+    eventually(lambda: num_tasks() <= before + 5, what="the visits' tasks have ended")
+    assert submit(service)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/jobs", 200),
+        ("GET", "/", 200),
+        ("GET", "/static/main.js", 200),
+        ("GET", "/static/nothing.js", 404),
+        ("GET", "/nowhere", 404),
+        ("PUT", "/v1/jobs", 405),
+        ("POST", "/v1/jobs", 415),
+        ("GET", "/v1/jobs/x/events", 404),
+        ("GET", "/metrics", 200),
+        ("GET", "/openapi.json", 200),
+    ],
+)
+def test_every_answer_carries_the_security_headers(service: Service, method: str, path: str, status: int) -> None:
+    answer = service.http.request(method, path)
+    assert answer.status_code == status
+    assert [name for name in SECURITY_HEADERS if name not in answer.headers] == []
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert "server" not in answer.headers
+
+
+def test_a_mistake_of_ours_carries_them_too(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("secret-detail")
+
+    monkeypatch.setattr(AsyncLedger, "view", fail)
+    answer = httpx.get(f"{service.url}/v1/jobs/x", timeout=30)
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal")
+    assert all(name in answer.headers for name in SECURITY_HEADERS)
+
+
+def test_nothing_secret_is_in_the_log(start: Start) -> None:
+    api = start(AWS_ACCESS_KEY_ID="access-id-1", AWS_SECRET_ACCESS_KEY="very-secret-1", VISIONQ_LOG_LEVEL="DEBUG")
+    api.wait_ready()
+    with closing(httpx.Client(base_url=api.url, timeout=30)) as http:
+        signed = http.post("/v1/uploads", json={"content_type": "image/png", "num_bytes": 5}).json()["url"]
+        http.get("/v1/jobs?cursor=in-the-query", headers={"Authorization": "Bearer in-the-header"})
+        http.post("/v1/jobs", json=QUESTION | {"question": "in-the-body"})
+        http.get("/v1/jobs/in-the-path")
+    stop(api)
+    log = api.log.read_text()
+    assert '"route": "/v1/uploads"' in log
+    signature = httpx.URL(signed).params["X-Amz-Signature"]
+    secrets = (signature, "access-id-1", "very-secret-1", "in-the-query", "in-the-header", "in-the-body", "in-the-path")
+    assert [secret for secret in secrets if secret in log] == []
+
+
+def stop(api: ApiProcess) -> None:
+    api.process.terminate()
+    api.process.wait(20)
