@@ -8,7 +8,7 @@ from __future__ import annotations
 import mimetypes
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -94,6 +94,24 @@ class Storage:
                 return None
             raise
         return ObjectHead(answer["ContentLength"], answer["ContentType"])
+
+    def read(self, uri: str, start: int, num_bytes: int) -> bytes:
+        """Read a part of an object, less at its end; it must have more than `start` bytes.
+
+        Raises ValueError, StoreUnavailable, StorageRefused.
+        """
+        source = S3Object.parse(uri)
+        span = f"bytes={start}-{start + num_bytes - 1}"
+        with _translated(source.bucket):
+            answer = self._client.get_object(Bucket=source.bucket, Key=source.key, Range=span)
+            with closing(answer["Body"]) as body:
+                return body.read()
+
+    def delete(self, uri: str) -> None:
+        """Delete an object; none is no error. Raises ValueError, StoreUnavailable, StorageRefused."""
+        target = S3Object.parse(uri)
+        with _translated(target.bucket):
+            self._client.delete_object(Bucket=target.bucket, Key=target.key)
 
     def presign_put(self, suffix: str, content_type: str, num_bytes: int, expires_s: int = 900) -> PresignedPut:
         """Sign a PUT of exactly `num_bytes` bytes of `content_type` to a new object whose key ends in `suffix`."""

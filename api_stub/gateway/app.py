@@ -14,12 +14,22 @@ from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.guard import Guard
 from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.openai import document
+from api_stub.gateway.openai import routes as openai_routes
+from api_stub.gateway.openai.runner import BatchRunner
 from api_stub.gateway.openapi import describe
 from api_stub.gateway.routes import events, jobs, operations, page, uploads
 from api_stub.gateway.webhooks.rules import WebhookRules
 from api_stub.settings import GatewaySettings
 
-ROUTERS = (jobs.router, events.router, uploads.router, operations.router, page.router)
+ROUTERS = (
+    jobs.router,
+    events.router,
+    uploads.router,
+    openai_routes.router,
+    operations.router,
+    page.router,
+)
 
 
 def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
@@ -30,9 +40,12 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None, None]:
         app.state.gateway = await Gateway.open(settings, keys, metrics)
+        batches = BatchRunner(app.state.gateway)
+        batches.start()
         try:
             yield
         finally:
+            await batches.close()
             await app.state.gateway.close()
 
     # No docs_url: its page loads scripts from elsewhere.
@@ -42,6 +55,7 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
         app.include_router(router)
     app.mount("/static", page.PageFiles(directory=page.FILES), name="static")
     describe(app)
+    document.describe(app)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from api_stub.connections import unavailable
 from api_stub.errors import InvalidRequest, QueueFull, StorageRefused, StoreUnavailable, UnknownJob, VisionqError
+from api_stub.gateway.openai.errors import error_response, speaks_openai
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,9 @@ def install(app: FastAPI) -> None:
 async def _answer(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     request.state.problem = problem.code
+    if speaks_openai(request.url.path):
+        field = problem.errors[0].field if problem.errors else None
+        return error_response(problem.status, problem.code, str(problem), field, problem.headers)
     return problem.response()
 
 
@@ -150,11 +154,11 @@ def _of_ours(error: VisionqError) -> Problem:
         headers = _retry_after(error.retry_after_s)
     elif isinstance(error, StoreUnavailable):
         headers = _retry_after(RETRY_AFTER_S)
-    errors = _fields(str(error)) if isinstance(error, InvalidRequest) else ()
+    errors = fields_of(str(error)) if isinstance(error, InvalidRequest) else ()
     return Problem(status, error.code, str(error), errors=errors, headers=headers)
 
 
-def _fields(message: str) -> list[FieldError]:
+def fields_of(message: str) -> list[FieldError]:
     """Take the contract's refusals apart: `field: what is wrong; field: …`."""
     found = []
     for clause in message.split("; "):

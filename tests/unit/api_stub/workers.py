@@ -27,6 +27,10 @@ class ScriptedWorker:
         """Claim a queued job."""
         claim = self.ledger.claim(job_id, "scripted@test:1")
         assert isinstance(claim, Claim), claim
+        self.hold(claim)
+
+    def hold(self, claim: Claim) -> None:
+        """Go on with a job that was claimed elsewhere."""
         self._claim, self._number, self.text = claim, 0, ""
 
     def progress(self, stage: Stage = Stage.FETCHING) -> None:

@@ -1,0 +1,159 @@
+"""OpenAI's addresses."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Annotated, Final, Literal
+
+from fastapi import APIRouter, Form, Path, Query, Request, Response, UploadFile
+from starlette.responses import StreamingResponse
+
+from api_stub.gateway.access import CallerHere, GatewayHere
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.intake import JobForm, accept, read_job
+from api_stub.gateway.openai import files
+from api_stub.gateway.openai.batches import BatchRequest, BatchStore
+from api_stub.gateway.openai.chat import job_fields, parse_chat
+from api_stub.gateway.openai.completions import ChatStream, whole_answer
+from api_stub.gateway.openai.models import check_model, known_models
+from api_stub.gateway.openai.shapes import (
+    BatchList,
+    BatchObject,
+    ChatCompletion,
+    FileDeleted,
+    FileList,
+    FileObject,
+    ModelList,
+    ModelObject,
+)
+from api_stub.gateway.problems import Problem, invalid
+
+TAG: Final = "openai"
+router = APIRouter(prefix="/v1", tags=[TAG])
+
+_Id = Annotated[str, Path(min_length=1, max_length=100)]
+_After = Annotated[str | None, Query(max_length=100, description="The last id of the page before.")]
+_CANCELLABLE: Final = frozenset({"validating", "in_progress", "finalizing", "cancelling", "cancelled"})
+
+
+@router.post("/chat/completions", response_model=ChatCompletion)
+async def complete_chat(request: Request, gateway: GatewayHere, caller: CallerHere) -> Response:
+    """Answer a conversation, whole or with `stream` in pieces. A client that leaves cancels its job."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", "send application/json")
+    chat = parse_chat((await read_job(request)).fields)
+    await check_model(gateway, caller, chat.model)
+    job_id = await accept(gateway, caller, JobForm(job_fields(chat)))
+    if chat.stream:
+        return ChatStream(gateway, job_id, chat.model, chat.wants_usage)
+    return await whole_answer(request, gateway, job_id)
+
+
+@router.get("/models")
+async def list_models(gateway: GatewayHere, caller: CallerHere) -> ModelList:
+    """List the models that may be asked."""
+    return ModelList(data=await known_models(gateway, caller))
+
+
+@router.get("/models/{model}")
+async def show_model(gateway: GatewayHere, caller: CallerHere, model: _Id) -> ModelObject:
+    """Tell whether a model may be asked."""
+    await check_model(gateway, caller, model)
+    return ModelObject(id=model)
+
+
+@router.post("/files")
+async def create_file(
+    request: Request,
+    gateway: GatewayHere,
+    caller: CallerHere,
+    file: UploadFile,
+    purpose: Annotated[Literal["batch"], Form()],
+) -> FileObject:
+    """Store the input of a batch: one JSON object per line."""
+    try:
+        if not file.size:
+            raise invalid("file", "it is empty")
+        name = (file.filename or "input.jsonl")[:255]
+        return (await files.store(gateway, caller, file.file, file.size, name)).public
+    finally:
+        await request.close()
+
+
+@router.get("/files")
+async def list_files(
+    gateway: GatewayHere,
+    caller: CallerHere,
+    after: _After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+) -> FileList:
+    """List the caller's files, newest first."""
+    found, has_more = await files.list_files(gateway, caller, after, limit)
+    first, last = _ends([record.id for record in found])
+    return FileList(data=[record.public for record in found], first_id=first, last_id=last, has_more=has_more)
+
+
+@router.get("/files/{file_id}")
+async def show_file(gateway: GatewayHere, caller: CallerHere, file_id: _Id) -> FileObject:
+    """Tell about a file."""
+    return (await files.find(gateway, caller, file_id)).public
+
+
+@router.get("/files/{file_id}/content", response_class=Response)
+async def read_file(gateway: GatewayHere, caller: CallerHere, file_id: _Id) -> Response:
+    """Give a file's bytes."""
+    record = await files.find(gateway, caller, file_id)
+    headers = {"Content-Length": str(record.num_bytes)}
+    return StreamingResponse(files.content(gateway, record), headers=headers, media_type=files.CONTENT_TYPE)
+
+
+@router.delete("/files/{file_id}")
+async def delete_file(gateway: GatewayHere, caller: CallerHere, file_id: _Id) -> FileDeleted:
+    """Delete a file. A batch that still needs it fails."""
+    await files.delete(gateway, await files.find(gateway, caller, file_id))
+    return FileDeleted(id=file_id)
+
+
+@router.post("/batches")
+async def create_batch(gateway: GatewayHere, caller: CallerHere, batch: BatchRequest) -> BatchObject:
+    """Answer every line of a file; the answers come in another file."""
+    record = await files.find(gateway, caller, batch.input_file_id)
+    if record.purpose != "batch":
+        raise invalid("input_file_id", "not a file with the purpose 'batch'")
+    return (await _store(gateway).create(caller, batch)).public
+
+
+@router.get("/batches")
+async def list_batches(
+    gateway: GatewayHere, caller: CallerHere, after: _After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> BatchList:
+    """List the caller's batches, newest first."""
+    found, has_more = await _store(gateway).list_batches(caller, after, limit)
+    first, last = _ends([batch.order.id for batch in found])
+    return BatchList(data=[batch.public for batch in found], first_id=first, last_id=last, has_more=has_more)
+
+
+@router.get("/batches/{batch_id}")
+async def show_batch(gateway: GatewayHere, caller: CallerHere, batch_id: _Id) -> BatchObject:
+    """Tell how far a batch is."""
+    return (await _store(gateway).find(caller, batch_id)).public
+
+
+@router.post("/batches/{batch_id}/cancel")
+async def cancel_batch(gateway: GatewayHere, caller: CallerHere, batch_id: _Id) -> BatchObject:
+    """Ask for a batch's end; may be repeated. What was answered by then is in its files."""
+    store = _store(gateway)
+    await store.find(caller, batch_id)
+    status = await store.cancel(batch_id)
+    if status not in _CANCELLABLE:
+        detail = f"the batch is {status}"
+        raise Problem(HTTPStatus.CONFLICT, "cannot_cancel", detail, headers={"x-should-retry": "false"})
+    return (await store.find(caller, batch_id)).public
+
+
+def _store(gateway: Gateway) -> BatchStore:
+    return BatchStore(gateway.commands, gateway.settings.lease_s)
+
+
+def _ends(ids: list[str]) -> tuple[str | None, str | None]:
+    return (ids[0], ids[-1]) if ids else (None, None)
