@@ -1,11 +1,9 @@
-"""How an attempt ends when it does not end with an answer, and which faults of Redis pass by themselves."""
+"""How an attempt ends when it does not end with an answer."""
 
 from __future__ import annotations
 
 import random
 from typing import Final
-
-import redis
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalBody, RetryReason
@@ -22,8 +20,6 @@ MAX_RETRIES: Final = 5
 #: The first pause of a job that was put back for its storage; each further one is twice as long, up to the longest.
 FIRST_RETRY_PAUSE_S: Final = 2.0
 MAX_RETRY_PAUSE_S: Final = 60.0
-#: Replies of a Redis that will take the same command later: starting, full, a replica, a script running.
-_PASSING_REPLIES: Final = ("LOADING", "OOM", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "MISCONF")
 
 
 def used(inputs: ModelInputs, num_completion_tokens: int) -> Usage:
@@ -77,13 +73,6 @@ def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody 
         case StopReason.DEADLINE:
             info = ErrorInfo.of(ErrorCode.DEADLINE_EXCEEDED, "the job's deadline passed while it was running")
             return failed_body(info, answer, usage)
-
-
-def is_passing(error: redis.RedisError) -> bool:
-    """Tell whether the same command may succeed later; a script that fails by itself never will."""
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
-        return True
-    return any(reply in str(error) for reply in _PASSING_REPLIES)
 
 
 def _spent(answer: Answer, usage: Usage) -> Usage:

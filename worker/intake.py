@@ -18,6 +18,7 @@ import redis
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import Job, parse_job
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.link import is_passing
 from api_stub.ledger.rows import Claim, JobConflict, Refusal, RefusalReason
 from worker.knock import Knock
 
@@ -92,11 +93,13 @@ class Intake:
         return True
 
     def _again(self, call: Callable[[], T]) -> T:
-        """Repeat a ledger call while Redis is away; raise its error after the last try."""
+        """Repeat a ledger call while Redis is away; raise its error after the last try, a lasting one at once."""
         for pause_s in PAUSES_S:
             try:
                 return call()
             except redis.RedisError as error:
+                if not is_passing(error):
+                    raise
                 logger.warning("ledger away", extra={"action": "claim", "error": type(error).__name__})
                 if self._stopping.wait(pause_s):
                     break

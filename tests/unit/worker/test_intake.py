@@ -5,7 +5,9 @@ from __future__ import annotations
 import uuid
 
 import pytest
+import redis
 
+from api_stub.contract import names
 from api_stub.contract.job import TaskName, VqaJob, parse_job
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
@@ -81,3 +83,21 @@ def test_a_plain_message_that_is_no_job_is_claimed_with_its_problem(
     assert accepted.claim.body == ""
     assert accepted.problem is not None
     assert said in accepted.problem
+
+
+def test_a_lasting_fault_of_redis_is_raised_at_once(
+    intake: Intake, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_client.set(names.job_key("spoilt"), "no job")
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        intake.accept(knock(None, "spoilt"))
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_redis_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("worker.intake.PAUSES_S", (0.01, 0.01))
+    ledger = Ledger.connect("redis://127.0.0.1:1/0", LedgerConfig())
+    intake = Intake(ledger, worker="worker-1", model="default")
+    with pytest.raises(redis.ConnectionError):
+        intake.accept(knock(None))
+    assert [record.getMessage() for record in caplog.records] == ["ledger away"] * 2
