@@ -288,7 +288,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _facts(request: Request) -> dict[str, str]:
-    return {"action": "engine.prefill", "job_id": request.request_id}
+    return {"action": "engine.prefill", "job_id": request.job_id}
 
 
 def _finish(request: Request, reason: FinishReason | Ended, error: ErrorInfo | None = None) -> Finish:

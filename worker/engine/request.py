@@ -120,6 +120,11 @@ class Request:
         return self.generation.request_id
 
     @property
+    def job_id(self) -> str:
+        """The id without the `:fence` that tells a job's attempts apart, for log lines."""
+        return self.request_id.rpartition(":")[0] or self.request_id
+
+    @property
     def sampling(self) -> SamplingParams:
         return self.generation.sampling
 

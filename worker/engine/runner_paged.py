@@ -149,7 +149,7 @@ class PagedRunner:
                 try:
                     read = self._run_whole(chunk.request)
                 except Exception as error:
-                    facts = {"action": "engine.prefill", "job_id": chunk.request.request_id}
+                    facts = {"action": "engine.prefill", "job_id": chunk.request.job_id}
                     logger.warning("prefill failed", extra=facts, exc_info=True)
                     # Its frames hold the tensors of the prompt.
                     failed.append((chunk.request, error.with_traceback(None)))

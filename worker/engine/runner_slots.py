@@ -97,7 +97,7 @@ class SlotRunner:
             try:
                 logits.append(self._prefill(request))
             except Exception as error:
-                facts = {"action": "engine.prefill", "job_id": request.request_id}
+                facts = {"action": "engine.prefill", "job_id": request.job_id}
                 logger.warning("prefill failed", extra=facts, exc_info=True)
                 # Its frames hold the tensors of the prompt.
                 failed.append((request, error.with_traceback(None)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -293,7 +294,7 @@ def broken(inputs: ModelInputs) -> ModelInputs:
 
 def test_a_prefill_that_fails_takes_nobody_along(idefics2: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
     good = [request(inputs, max_new_tokens=20) for inputs in mixed_inputs(idefics2, 6)]
-    bad = request(broken(idefics2.inputs("two images", [picture(1), picture(2)])))
+    bad = replace(request(broken(idefics2.inputs("two images", [picture(1), picture(2)]))), request_id="a-job:7")
     with running_engine(idefics2, max_num_seqs=3) as (engine, outbox):
         for each in [*good[:2], bad, *good[2:]]:
             engine.submit(each)
@@ -306,7 +307,8 @@ def test_a_prefill_that_fails_takes_nobody_along(idefics2: TinyModel, caplog: py
     assert finish.error is not None
     assert finish.error.code is ErrorCode.INTERNAL
     assert "Traceback" not in finish.error.message
-    assert any(record.exc_info for record in caplog.records)
+    logged = [record for record in caplog.records if record.exc_info]
+    assert [vars(record)["job_id"] for record in logged] == ["a-job"]
 
 
 class FailingForward:
