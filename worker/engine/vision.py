@@ -29,6 +29,9 @@ from worker.models.inputs import ModelInputs
 logger = logging.getLogger(__name__)
 
 MEBIBYTE: Final = 1024 * 1024
+#: Features that may lie ready for waiting requests, beyond which only the first in line gets more: while blocks are
+#: short they would pile up beside the cache.
+MAX_READY_BYTES: Final = 512 * MEBIBYTE
 #: Trials that may end in an error, perhaps the prompt's own, before prompts of a kind are left alone.
 MAX_FAILED_TRIALS: Final = 3
 
@@ -108,8 +111,14 @@ class VisionStage:
         """Let the tower see pictures of waiting requests, the first request's first, and no more than a step may."""
         wanted: dict[bytes, Picture] = {}
         seen: dict[bytes, Features] = {}
+        ready: dict[bytes, int] = {}
+        line: list[Request] = []
         for request in requests:
+            if sum(ready.values()) >= MAX_READY_BYTES:
+                break
+            line.append(request)
             missing = [picture for picture in self._missing(request) if picture.key not in seen]
+            ready |= {key: features.num_bytes for key, features in self._needed[request].features.items()}
             num_left = self._max_pictures - len(seen) - len(wanted)
             if missing and num_left > 0 and self._ways.get(_kind(request), _Way.UNTRIED) is _Way.UNTRIED:
                 seen |= self._try(request)
@@ -120,7 +129,7 @@ class VisionStage:
         for call in calls(list(wanted.values())):
             self._call(call, seen, failed)
         if seen or failed:
-            self._hand_out(seen, failed, requests)
+            self._hand_out(seen, failed, line)
 
     def check(self, request: Request) -> None:
         """Raise NoRoom while pictures of a prompt have to wait for their turn, or what the tower raised for one."""

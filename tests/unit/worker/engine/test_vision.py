@@ -223,6 +223,27 @@ def test_images_of_waiting_requests_are_seen_together_a_few_per_step(
     assert [each.output_ids for each in waiting] == expected(tiny, *late)
 
 
+def test_features_do_not_pile_up_for_requests_that_wait_for_blocks(
+    idefics2: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places are free but blocks are not, so the line moves slowly and the tower could run far ahead of it."""
+    num_bytes = 4 * 64 * 4  # four tokens of 64 numbers
+    monkeypatch.setattr("worker.engine.vision.MAX_READY_BYTES", 3 * num_bytes)
+    prompts = [idefics2.inputs("What is it?", [picture(seed)]) for seed in range(12)]
+    few_blocks = PagedConfig(block_size=4, num_blocks=512 // 4 + 1)
+    served = Served.by(idefics2, few_blocks, VisionConfig(cache_bytes=0, max_pictures=2), num_seqs=32)
+    served.add(idefics2.inputs("long " * 84), max_new_tokens=60)
+    added = [served.add(inputs) for inputs in prompts]
+    num_ready = []
+    while not served.core.scheduler.is_idle:
+        served.step()
+        waiting = [each for each in added if each.state == "waiting"]
+        vision = served.core._runner._vision  # type: ignore[attr-defined]
+        num_ready.append(sum(len(vision._needed[each].features) for each in waiting if each in vision._needed))
+    assert [each.output_ids for each in added] == expected(idefics2, *prompts)
+    assert 3 <= max(num_ready) <= 3 + 2 - 1
+
+
 def test_one_image_in_many_waiting_requests_is_seen_once(idefics2: TinyModel) -> None:
     """Also without a cache, as far as they wait together."""
     prompts = [idefics2.inputs(f"What is number {number}?", [picture(1)]) for number in range(6)]
