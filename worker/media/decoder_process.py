@@ -7,6 +7,7 @@ a byte of memory is set aside for it.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import select
 import signal
@@ -42,6 +43,8 @@ from worker.media.decoding import (
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
+
+logger = logging.getLogger(__name__)
 
 #: How long a decoder may load before it counts as broken, also on a machine that has other things to do.
 START_S: Final = 60.0
@@ -140,6 +143,7 @@ class DecoderProcess:
             self._tasks.write(packed(task))
             media = self._take(task, _Watch(time.monotonic() + task.limit_s, should_stop))
         except TimeoutError as error:
+            logger.warning("a decoder took too long", extra={"action": "decoder_timeout", "limit_s": task.limit_s})
             raise MediaTooLarge(f"decoding takes longer than {task.limit_s:g} s, which is the limit") from error
         except BrokenPipeError as error:
             raise self._death() from error

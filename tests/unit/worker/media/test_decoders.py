@@ -146,12 +146,15 @@ def test_errors_keep_their_kind_and_words(decoders: Decoders, tmp_path: Path, re
     assert len(decoders.pids) == 1, "a refusal costs no process"
 
 
-def test_a_decoder_that_takes_too_long_is_replaced(red: Path, slow: Path) -> None:
+def test_a_decoder_that_takes_too_long_is_replaced_and_noted(
+    red: Path, slow: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     decoders = Decoders(1, DecodeLimits(MEMORY, image_s=2.0, video_s=60.0))
     try:
         with pytest.raises(MediaTooLarge, match="longer than 2 s"):
             decode_still(decoders, slow)
         assert decoders.pids == []
+        assert [vars(record)["action"] for record in caplog.records] == ["decoder_timeout"]
         assert decode_still(decoders, red).getpixel((1, 1)) == (255, 0, 0)
     finally:
         decoders.close()
