@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 #: A fault of a worker waits this long for enough others that serve.
 PATIENCE_S: Final = 60.0
+#: How long the last fault may take, and how far behind its schedule a slow machine may have put each of them.
+LAST_FAULT_S: Final = 240.0
+BEHIND_S: Final = 30.0
 ORPHANS: Final = 3
 
 STORAGE_FAULTS: Final[dict[FaultKind, StorageFault]] = {
@@ -93,7 +96,7 @@ class Injector:
         for line in self._queues.values():
             line.put(None)
         for thread in self._threads:
-            thread.join(300)
+            thread.join(LAST_FAULT_S + BEHIND_S * len(self._faults))
             if thread.is_alive():
                 self.problems.append(f"the fault did not end: {thread.name}")
 
