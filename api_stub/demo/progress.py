@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from api_stub.contract.event import (
     Event,
@@ -22,7 +23,6 @@ from api_stub.contract.event import (
 from api_stub.contract.result import Result
 from api_stub.demo.tasks import DemoTask
 from api_stub.errors import VisionqError
-from api_stub.handle import JobHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,18 @@ class Progress:
         return 0.0 if moment is None or self.queued_at is None else moment - self.queued_at
 
 
+class Followed(Protocol):
+    """A job that was handed in, whichever way."""
+
+    @property
+    def id(self) -> str: ...
+    def events(self, *, timeout: float | None = None) -> Generator[Event, None, None]: ...
+
+
 class Follow:
     """Follows jobs, one thread each; `take` hands their events to the one thread that shows them."""
 
-    def __init__(self, handles: Sequence[JobHandle], silence_s: float) -> None:
+    def __init__(self, handles: Sequence[Followed], silence_s: float) -> None:
         self._inbox: queue.SimpleQueue[tuple[int, Event | Exception]] = queue.SimpleQueue()
         for index, handle in enumerate(handles):
             threading.Thread(target=self._read, args=(index, handle, silence_s), daemon=True).start()
@@ -94,7 +102,7 @@ class Follow:
             raise event
         return index, event
 
-    def _read(self, index: int, handle: JobHandle, silence_s: float) -> None:
+    def _read(self, index: int, handle: Followed, silence_s: float) -> None:
         try:
             with closing(handle.events(timeout=silence_s)) as events:
                 for event in events:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from api_stub.client import Client
-from api_stub.demo.progress import Follow, Progress
+from api_stub.demo.progress import Follow, Followed, Progress
 from api_stub.demo.screen import answers, invitation, next_steps, say, screen_for
 from api_stub.demo.tasks import DemoTask, draw
 from api_stub.devstack import Stack, StackOptions, StopSignals
@@ -48,7 +48,7 @@ def run_demo(as_json: bool = False, stay: bool = False) -> None:
             stack.wait_for_workers()
             everything = _ask(stack, signals, client, tasks, uris, console)
         if as_json:
-            _print_json(everything, uris)
+            _print_json(everything, uris, stack.endpoints.get("VISIONQ_API_URL"))
         else:
             say(console, "")
             console.print(answers(everything, is_demo_model))
@@ -71,9 +71,10 @@ def judge(everything: Sequence[Progress], is_demo_model: bool) -> None:
 
 
 def _prepare(stack: Stack, console: Console) -> tuple[DemoTask, ...]:
-    say(console, "starting Redis, S3 and a worker …")
+    say(console, "starting Redis, S3, a worker and the gateway …")
     stack.start_servers()
     stack.start_workers()
+    stack.start_gateway()
     # The pictures are drawn while the worker loads its model.
     return draw(stack)
 
@@ -86,8 +87,10 @@ def _ask(
     uris: Sequence[str],
     console: Console,
 ) -> list[Progress]:
-    say(console, "three jobs at once, about a picture and a clip that were just drawn:\n")
-    handles = [task.submit(client, uri, stack.options.model_name) for task, uri in zip(tasks, uris, strict=True)]
+    url = stack.endpoints.get("VISIONQ_API_URL")
+    way = f"the {', '.join(task.label for task in tasks if task.is_over_http)} over HTTP, " if url else ""
+    say(console, f"three jobs at once, {way}about a picture and a clip that were just drawn:\n")
+    handles = [_submit(stack, client, task, uri) for task, uri in zip(tasks, uris, strict=True)]
     everything = [Progress(task, handle.id) for task, handle in zip(tasks, handles, strict=True)]
     follow = Follow(handles, ANSWERS_S)
     deadline = time.monotonic() + ANSWERS_S
@@ -104,12 +107,20 @@ def _ask(
     return everything
 
 
-def _print_json(everything: Sequence[Progress], uris: Sequence[str]) -> None:
+def _submit(stack: Stack, client: Client, task: DemoTask, uri: str) -> Followed:
+    url = stack.endpoints.get("VISIONQ_API_URL")
+    if url is not None and task.is_over_http:
+        return task.submit_http(url, uri, stack.options.model_name)
+    return task.submit(client, uri, stack.options.model_name)
+
+
+def _print_json(everything: Sequence[Progress], uris: Sequence[str], url: str | None) -> None:
     for progress, uri in zip(everything, uris, strict=True):
         ending = progress.ending
         facts = {
             "job_id": progress.job_id,
             "task": progress.task.task,
+            "way": "http" if url and progress.task.is_over_http else "redis",
             "media": uri,
             "question": progress.task.text,
             "truth": progress.task.truth,

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from api_stub.client import Client
 from api_stub.contract.job import TaskName
+from api_stub.demo.over_http import HttpJob
 from api_stub.devstack import Stack, StackFailed
 from api_stub.handle import JobHandle
 
@@ -31,6 +32,16 @@ class DemoTask(BaseModel):
     def label(self) -> str:
         """What a person calls the job."""
         return LABELS[self.task]
+
+    @property
+    def is_over_http(self) -> bool:
+        """Tell whether this job takes the gateway, where there is one, and not Redis."""
+        return self.task is TaskName.VQA
+
+    def submit_http(self, url: str, uri: str, model: str) -> HttpJob:
+        """Hand the job in to the gateway at `url`. Raises GatewayFailed."""
+        asked = "prompt" if self.task is TaskName.CAPTION else "question"
+        return HttpJob.submit(url, {"task": str(self.task), "media": [uri], asked: self.text, "model": model})
 
     def submit(self, client: Client, uri: str, model: str) -> JobHandle:
         """Hand the job in. Raises as `Client.submit` does."""

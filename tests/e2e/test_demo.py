@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -54,8 +55,10 @@ def test_every_answer_comes_from_the_worker_and_is_true(demo: Demo, tmp_path: Pa
     assert process.stderr is not None
     words = list(takewhile(lambda line: "stays until Ctrl-C" not in line, process.stderr))
     answers = [json.loads(process.stdout.readline()) for _ in range(3)]
+    playground = next(line for line in process.stderr if line.startswith("Playground")).split()[-1]
 
     assert_answers(answers)
+    assert_gateway(playground, answers)
     assert_side_by_side(words)
     assert any("worker.cli" in line for line in processes_of(tmp_path))
 
@@ -76,6 +79,16 @@ def assert_answers(answers: Sequence[dict[str, Any]]) -> None:
         assert answer["result"]["usage"]["completion_tokens"] > 0
         assert 0 < answer["seconds_to_first_token"] <= answer["seconds_to_answer"]
     assert [answer["result"]["usage"]["frames"] for answer in answers] == [0, 0, 8]
+
+
+def assert_gateway(playground: str, answers: Sequence[dict[str, Any]]) -> None:
+    """The page is there, and the gateway knows the jobs of both ways."""
+    assert [answer["way"] for answer in answers] == ["redis", "http", "redis"]
+    with urllib.request.urlopen(playground, timeout=30) as page:
+        assert page.headers.get_content_type() == "text/html"
+    for answer in answers:
+        with urllib.request.urlopen(f"{playground}v1/jobs/{answer['job_id']}", timeout=30) as view:
+            assert json.load(view)["result"]["text"] == answer["truth"]
 
 
 def assert_side_by_side(lines: Sequence[str]) -> None:
