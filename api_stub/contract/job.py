@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError, field_serializer, model_validator
 
-from api_stub.contract.conversation import MAX_FRAMES as MAX_FRAMES
 from api_stub.contract.conversation import (
     MediaPart,
     Message,

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from api_stub.contract.conversation import MAX_FRAMES
 from api_stub.contract.error import explain
-from api_stub.contract.job import MAX_DEADLINE_S, MAX_FRAMES, TaskName
+from api_stub.contract.job import MAX_DEADLINE_S, TaskName
 from api_stub.contract.sampling import MAX_STOP_STRINGS, StopString
 from api_stub.gateway.problems import Problem, fields_of, invalid
 
