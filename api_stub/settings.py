@@ -140,12 +140,6 @@ class GatewaySettings(ClientSettings):
     api_batch_in_flight: int = Field(
         default=128, ge=1, le=10_000, description="Jobs of one batch that are submitted and not answered"
     )
-    api_models: str = Field(
-        default="", description="Models that OpenAI clients may name before a worker has served them, comma-separated"
-    )
-    api_batch_in_flight: int = Field(
-        default=128, ge=1, le=10_000, description="Jobs of one batch that are submitted and not answered"
-    )
     webhook_secret: SecretStr = Field(
         default=SecretStr(""),
         description="Signs webhooks of keys without a secret of their own: `whsec_…`; two while one is changed",
@@ -169,11 +163,6 @@ class GatewaySettings(ClientSettings):
     def cors_origins(self) -> tuple[str, ...]:
         """The origins as a list."""
         return tuple(origin.strip().rstrip("/") for origin in self.api_cors_origins.split(",") if origin.strip())
-
-    @property
-    def known_models(self) -> tuple[str, ...]:
-        """The models that exist without a worker."""
-        return tuple(name.strip() for name in self.api_models.split(",") if name.strip())
 
     @property
     def known_models(self) -> tuple[str, ...]:

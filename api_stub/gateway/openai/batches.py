@@ -216,7 +216,7 @@ class BatchStore:
     ) -> None:
         """End a batch and announce its files. Raises LeaseLost."""
         files = [value for record in made for value in (record.id, record.to_json())]
-        head = [lease.batch_id, lease.fence, status, BATCH_TTL_S, FILE_PREFIX, FILE_TTL_S, len(made)]
+        head: list[str | int] = [lease.batch_id, lease.fence, status, BATCH_TTL_S, FILE_PREFIX, FILE_TTL_S, len(made)]
         arguments: list[str | int] = [*head, *files]
         keys = [OPEN_KEY, BATCH_PREFIX + lease.batch_id, files_key(tenant)]
         if not await self._finish(keys=keys, args=[*arguments, *_flat(fields)]):
