@@ -22,7 +22,8 @@ from worker.engine.core import EngineCore
 from worker.engine.request import Ended
 from worker.engine.runner_paged import PagedRunner
 from worker.engine.runner_slots import SlotRunner
-from worker.media.types import DecodedMedia
+from worker.engine.vision import VisionConfig
+from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
 from worker.prompting.prepare import PromptBuilder
@@ -50,13 +51,19 @@ def generate(loaded: LoadedModel, inputs: ModelInputs, max_new_tokens: int) -> l
     return new
 
 
+def frames_of(medium: DecodedMedia) -> int:
+    return len(medium.frames) if isinstance(medium, DecodedClip) else 1
+
+
 def conversation(number: int, chance: random.Random) -> tuple[tuple[Turn, ...], list[DecodedMedia]]:
     """Return turns with their media; every shape comes with different words, sizes and numbers of frames."""
     parts = SHAPES[number % len(SHAPES)]
     media: list[DecodedMedia] = []
     for part in parts:
         if part is VIDEO:
-            media.append(clip(100 * number + len(media), chance.randint(2, 6)))
+            # Never as long as the clip before it: where a family pads clips, it has to.
+            num_frames = chance.choice([count for count in range(2, 7) if not media or count != frames_of(media[-1])])
+            media.append(clip(100 * number + len(media), num_frames))
         elif part is IMAGE:
             media.append(image(100 * number + len(media), chance.choice([32, 40, 64]), chance.choice([32, 48, 64])))
     words = chance.choice(CORPUS).split()
@@ -113,6 +120,27 @@ def test_requests_about_clips_that_are_sent_back_go_on_where_they_were(
     check_answers(loaded, jobs, requests, run(core, requests, set(), seed=3))
 
     assert core.scheduler.num_preempted >= 2
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_clips_of_one_prompt_that_differ_in_length_are_answered_as_generate_does(
+    name: str, loaded_family: Loaded, builder_of: Builders
+) -> None:
+    """In both orders and again in other company; SmolVLM's processor pads the shorter one with frames of zeros."""
+    loaded = loaded_family(name)
+    clips = [(clip(1, 6), clip(2, 3)), (clip(2, 3), clip(1, 6)), (clip(2, 3), clip(3, 5)), (clip(2, 3), clip(2, 3))]
+    prompts = [builder_of(name).prepare((user(VIDEO, VIDEO, "Which is longer?"),), pair) for pair in clips]
+    if name == "smolvlm":
+        frames = prompts[0].tensors["pixel_values"].flatten(0, 1).flatten(1).any(-1)
+        assert (len(frames), int(frames.sum())) == (12, 9), "three frames only pad"
+    jobs = [Job(inputs, 8, generate(loaded, inputs, 8)) for inputs in prompts * 2]
+    for cache_bytes in (0, 2**20):
+        requests = [request(job.inputs, max_new_tokens=8) for job in jobs]
+        vision = VisionConfig(cache_bytes, max_pictures=4)
+        runner = build_runner(loaded.model, LIMITS.max_num_seqs, MAX_MODEL_LEN, PagedConfig(block_size=8), vision)
+        core = EngineCore(loaded.model, loaded.tokenizer, runner, LIMITS, runs_ahead=True)
+        check_answers(loaded, jobs, requests, run(core, requests, set(), seed=3))
+    assert runner.vision_stats().num_entries > 0, "frames are told apart, those that pad left out"
 
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
