@@ -25,7 +25,7 @@ from api_stub.demo import run_demo
 from api_stub.devstack import StackOptions, exit_status, run_up
 from api_stub.doctor_cli import doctor
 from api_stub.errors import InvalidRequest, InvalidSettings
-from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, takes_job_flags
+from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, UrlFlag, takes_job_flags
 from api_stub.gateway.keys import digest_of, is_key_name, new_key
 from api_stub.handle import JobHandle
 from api_stub.ledger.rows import Cancelled
@@ -97,33 +97,37 @@ def video_qa(
 
 
 @app.command()
-def watch(job_id: JobId, timeout: TimeoutFlag = None, as_json: JsonFlag = False) -> None:
+def watch(job_id: JobId, url: UrlFlag = None, timeout: TimeoutFlag = None, as_json: JsonFlag = False) -> None:
     """Follow a job from its beginning, also one that has ended."""
-    with reported(as_json, job_id), Client() as client:
+    with reported(as_json, job_id), Client(url) as client:
         _show(client.job(job_id), as_json, timeout)
 
 
 @app.command()
-def status(job_id: JobId, as_json: JsonFlag = False) -> None:
+def status(job_id: JobId, url: UrlFlag = None, as_json: JsonFlag = False) -> None:
     """Tell where a job is."""
-    with reported(as_json, job_id), Client() as client:
+    with reported(as_json, job_id), Client(url) as client:
         view = client.job(job_id).status()
     print(view.to_json() if as_json else describe(view))
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: JsonFlag = False) -> None:
+def cancel(job_id: JobId, url: UrlFlag = None, as_json: JsonFlag = False) -> None:
     """End a queued job; tell a running one to stop."""
-    with reported(as_json, job_id), Client() as client:
+    with reported(as_json, job_id), Client(url) as client:
         answer = client.job(job_id).cancel()
     words = "had ended before" if answer is Cancelled.FINAL else answer.value
     print(json.dumps({"job_id": job_id, "cancel": answer.value}) if as_json else words)
 
 
 @app.command()
-def upload(files: Annotated[list[Path], typer.Argument(help="Local files.")], as_json: JsonFlag = False) -> None:
+def upload(
+    files: Annotated[list[Path], typer.Argument(help="Local files.")],
+    url: UrlFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Store files in the media bucket and print their s3:// URIs, one per line."""
-    with reported(as_json), Client() as client:
+    with reported(as_json), Client(url) as client:
         for file in files:
             uri = client.upload(file)
             print(json.dumps({"file": str(file), "uri": uri}) if as_json else uri, flush=True)
@@ -211,7 +215,7 @@ def _print_new_key(name: str) -> None:
 def _submit_and_show(
     submit: Callable[[Client, Sequence[str]], JobHandle], media: Sequence[str], flags: JobFlags
 ) -> None:
-    with reported(flags.as_json, flags.job_id), Client() as client:
+    with reported(flags.as_json, flags.job_id), Client(flags.url) as client:
         job = submit(client, _uploaded(client, media))
         with reported(flags.as_json, job.id):
             _show(job, flags.as_json, flags.timeout)

@@ -1,54 +1,42 @@
 """The Python API: `Client` for threads, `AsyncClient` for asyncio. Both submit jobs and hand out their handles.
 
+They speak to Redis, or over HTTP to a gateway when their URL is an http:// or https:// one: same methods, same errors.
 Media are `s3://` URIs. A local file is uploaded first, by `upload`: the client never sends a file on its own.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import importlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Self, Unpack
 
-from api_stub import connections
+from pydantic import SecretStr
+
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, TaskName
 from api_stub.contract.view import JobView
-from api_stub.follow import AsyncFollower, Follower
+from api_stub.direct import AsyncDirectTransport, DirectTransport
+from api_stub.errors import InvalidSettings
 from api_stub.handle import AsyncJobHandle, JobHandle
-from api_stub.ledger.aio import AsyncLedger
-from api_stub.ledger.ledger import Ledger
 from api_stub.settings import ClientSettings
-from api_stub.storage import Storage
-from api_stub.submit import (
-    Doorbells,
-    JobOptions,
-    checked,
-    checked_id,
-    compose,
-    retried,
-    submit,
-    submit_async,
-    submit_errors,
-)
+from api_stub.submit import JobOptions, checked, checked_id, compose
+from api_stub.transport import AsyncTransport, Transport
 
 
 class Client:
     """Submits jobs and follows them. Safe to share between threads; connections are opened on first use.
 
-    Settings come from the environment (`VISIONQ_REDIS_URL`, …), from `redis_url`, or whole as `settings`.
+    Settings come from the environment (`VISIONQ_REDIS_URL`; `VISIONQ_API_URL` and `VISIONQ_API_KEY` where that one is
+    not set), from `url` and `api_key`, or whole as `settings`. Raises InvalidSettings.
     """
 
-    def __init__(self, redis_url: str | None = None, settings: ClientSettings | None = None) -> None:
-        self.settings = _settings(redis_url, settings)
-        url = self.settings.redis_url.get_secret_value()
-        self._commands = connections.commands(url)
-        self._readers = connections.readers(url)
-        self._ledger = Ledger(self._commands, self.settings.ledger)
-        self._follower = Follower(self._ledger, self._readers)
-        self._doorbells = Doorbells(url)
-        self._uploads = _Uploads(self.settings)
+    def __init__(
+        self, url: str | None = None, settings: ClientSettings | None = None, *, api_key: str | None = None
+    ) -> None:
+        self.settings = _settings(url, settings, api_key)
+        self._transport = _transport(url, self.settings)
 
     def caption(
         self, *media: str, prompt: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]
@@ -84,39 +72,33 @@ class Client:
 
     def job(self, job_id: str) -> JobHandle:
         """Return the handle of a job by its id, without asking whether there is one."""
-        return JobHandle(job_id, self._ledger, self._follower)
+        return JobHandle(job_id, self._transport)
 
     def retry(self, job_id: str) -> JobHandle:
         """Queue a new job with the body of a finished one and return its handle; asked twice, the same new job.
 
         Raises UnknownJob, InvalidRequest (not finished, or never a valid job), QueueFull, StoreUnavailable.
         """
-        with submit_errors():
-            return self.job(retried(job_id, self._ledger.retry(job_id)))
+        return self.job(self._transport.retry(job_id))
 
     def dead(self, limit: int = 100) -> tuple[JobView, ...]:
         """Return the jobs that were given up because their workers kept dying, newest first."""
-        with connections.store_errors():
-            return self._ledger.dead(limit)
+        return self._transport.dead(limit)
 
     def drop(self, job_id: str) -> bool:
         """Take a job off the list of dead jobs; False: it is not on it."""
-        with connections.store_errors():
-            return self._ledger.drop(job_id)
+        return self._transport.drop(job_id)
 
     def upload(self, path: str | Path) -> str:
         """Store a local file in the media bucket and return its `s3://` URI.
 
         Raises OSError (no such file), StoreUnavailable, StorageRefused.
         """
-        return self._uploads.storage().upload(path)
+        return self._transport.upload(path)
 
     def close(self) -> None:
         """Close all connections. Readers that are still active lose theirs."""
-        self._doorbells.close()
-        self._commands.close()
-        self._readers.close()
-        self._uploads.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -128,22 +110,18 @@ class Client:
 
     def _submit(self, job: Job, job_id: str | None) -> JobHandle:
         job_id = checked_id(job_id)
-        submit(self._ledger, self._doorbells, job_id, job)
+        self._transport.submit(job_id, job)
         return self.job(job_id)
 
 
 class AsyncClient:
     """`Client` for asyncio: the same methods, awaited. One event loop per instance."""
 
-    def __init__(self, redis_url: str | None = None, settings: ClientSettings | None = None) -> None:
-        self.settings = _settings(redis_url, settings)
-        url = self.settings.redis_url.get_secret_value()
-        self._commands = connections.async_commands(url)
-        self._readers = connections.async_readers(url)
-        self._ledger = AsyncLedger(self._commands, self.settings.ledger)
-        self._follower = AsyncFollower(self._ledger, self._readers)
-        self._doorbells = Doorbells(url)
-        self._uploads = _Uploads(self.settings)
+    def __init__(
+        self, url: str | None = None, settings: ClientSettings | None = None, *, api_key: str | None = None
+    ) -> None:
+        self.settings = _settings(url, settings, api_key)
+        self._transport = _async_transport(url, self.settings)
 
     async def caption(
         self, *media: str, prompt: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]
@@ -175,33 +153,27 @@ class AsyncClient:
 
     def job(self, job_id: str) -> AsyncJobHandle:
         """See `Client.job`."""
-        return AsyncJobHandle(job_id, self._ledger, self._follower)
+        return AsyncJobHandle(job_id, self._transport)
 
     async def retry(self, job_id: str) -> AsyncJobHandle:
         """See `Client.retry`."""
-        with submit_errors():
-            return self.job(retried(job_id, await self._ledger.retry(job_id)))
+        return self.job(await self._transport.retry(job_id))
 
     async def dead(self, limit: int = 100) -> tuple[JobView, ...]:
         """See `Client.dead`."""
-        with connections.store_errors():
-            return await self._ledger.dead(limit)
+        return await self._transport.dead(limit)
 
     async def drop(self, job_id: str) -> bool:
         """See `Client.drop`."""
-        with connections.store_errors():
-            return await self._ledger.drop(job_id)
+        return await self._transport.drop(job_id)
 
     async def upload(self, path: str | Path) -> str:
-        """See `Client.upload`. Runs in another thread: boto3 blocks."""
-        return await asyncio.to_thread(lambda: self._uploads.storage().upload(path))
+        """See `Client.upload`."""
+        return await self._transport.upload(path)
 
     async def close(self) -> None:
         """See `Client.close`."""
-        await asyncio.to_thread(self._doorbells.close)
-        await self._commands.aclose()
-        await self._readers.aclose()
-        self._uploads.close()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -213,34 +185,51 @@ class AsyncClient:
 
     async def _submit(self, job: Job, job_id: str | None) -> AsyncJobHandle:
         job_id = checked_id(job_id)
-        await submit_async(self._ledger, self._doorbells, job_id, job)
+        await self._transport.submit(job_id, job)
         return self.job(job_id)
 
 
-class _Uploads:
-    """Opens the storage on first use: boto3 takes a while to start, and most producers have their media in S3."""
-
-    def __init__(self, settings: ClientSettings) -> None:
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._storage: Storage | None = None
-
-    def storage(self) -> Storage:
-        with self._lock:
-            if self._storage is None:
-                self._storage = Storage(self._settings)
-            return self._storage
-
-    def close(self) -> None:
-        with self._lock:
-            if self._storage is not None:
-                self._storage.close()
-                self._storage = None
-
-
-def _settings(redis_url: str | None, settings: ClientSettings | None) -> ClientSettings:
+def _settings(url: str | None, settings: ClientSettings | None, api_key: str | None) -> ClientSettings:
     if settings is None:
-        return ClientSettings.load(redis_url)
-    if redis_url is not None:
-        raise TypeError("give redis_url or settings, not both")
-    return settings
+        settings = ClientSettings.load(None if _is_http(url) else url)
+    elif url is not None:
+        raise TypeError("give url or settings, not both")
+    return settings if api_key is None else settings.model_copy(update={"api_key": SecretStr(api_key)})
+
+
+def _transport(url: str | None, settings: ClientSettings) -> Transport:
+    gateway = _gateway_url(url, settings)
+    if gateway is None:
+        return DirectTransport(settings)
+    transport: Transport = _http("sync").HttpTransport(gateway, _key(settings))
+    return transport
+
+
+def _async_transport(url: str | None, settings: ClientSettings) -> AsyncTransport:
+    gateway = _gateway_url(url, settings)
+    if gateway is None:
+        return AsyncDirectTransport(settings)
+    transport: AsyncTransport = _http("aio").AsyncHttpTransport(gateway, _key(settings))
+    return transport
+
+
+def _gateway_url(url: str | None, settings: ClientSettings) -> str | None:
+    """Return the gateway to speak to; None: Redis. A Redis that is named wins over a gateway that is named, too."""
+    if url is not None:
+        return url if _is_http(url) else None
+    return None if "redis_url" in settings.model_fields_set else settings.api_url
+
+
+def _is_http(url: str | None) -> bool:
+    return url is not None and url.startswith(("http://", "https://"))
+
+
+def _key(settings: ClientSettings) -> str | None:
+    return settings.api_key.get_secret_value() or None
+
+
+def _http(module: str) -> ModuleType:
+    """Import by name: most producers speak to Redis and have no httpx."""
+    if importlib.util.find_spec("httpx") is None:
+        raise InvalidSettings("a gateway is spoken to with httpx, which is not installed: pip install 'visionq[http]'")
+    return importlib.import_module(f"api_stub.http.{module}")

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from api_stub.contract.error import ErrorInfo
 from api_stub.contract.event import Event, FinalEvent, JobCompleted, OutputDelta
-from api_stub.errors import JobFailed, StoreUnavailable, StreamRestarted
+from api_stub.contract.result import Result
+from api_stub.errors import JobFailed, StoreUnavailable, StreamRestarted, VisionqError
 
 #: A channel that was silent this long is subscribed anew: a half-open connection looks the same as a quiet one.
 RESUBSCRIBE_S: Final = 15.0
@@ -67,7 +69,7 @@ class TextCursor:
         if isinstance(event, JobCompleted):
             return self._complete(event.result.text)
         if isinstance(event, FinalEvent):
-            raise JobFailed(event.error.code.value, event.error.message, event.error.retryable)
+            answered(None, event.error)
         return ""
 
     def _extend(self, piece: str, offset: int) -> str:
@@ -88,8 +90,16 @@ class TextCursor:
         return rest
 
 
+def answered(result: Result | None, error: ErrorInfo | None) -> Result:
+    """Return the result that a job ended with. Raises JobFailed."""
+    if result is not None:
+        return result
+    assert error is not None  # a final job has one of the two
+    raise JobFailed(error.code.value, error.message, error.retryable)
+
+
 class Patience:
-    """How long one read waits: for events (`timeout` seconds of silence, None: for ever) and for Redis itself."""
+    """How long one read waits: for events (`timeout` seconds of silence, None: for ever) and for whom it asks."""
 
     def __init__(self, timeout: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout = timeout
@@ -104,20 +114,21 @@ class Patience:
         self._silent_since = self._clock()
 
     def connected(self) -> None:
-        """Redis answered."""
+        """It answered."""
         self._has_connected = True
         self._failing_since = None
         self._num_failures = 0
 
-    def wait_s(self) -> float:
+    def wait_s(self, at_most: float = RESUBSCRIBE_S) -> float:
         """Return how long to wait for a message. Raises TimeoutError when the silence was too long."""
         left = self._left_s()
         if left <= 0:
             raise TimeoutError(f"nothing came within {self._timeout} s")
-        return min(left, RESUBSCRIBE_S)
+        return min(left, at_most)
 
     def pause_s(self, error: Exception) -> float:
-        """Return how long to wait before Redis is tried again. Raises StoreUnavailable when that was long enough."""
+        """Return how long to wait before it is tried again. Raises StoreUnavailable, or `error` itself if it
+        is one of ours, when that was long enough."""
         now = self._clock()
         if self._failing_since is None:
             self._failing_since = now
@@ -125,6 +136,8 @@ class Patience:
         pause = min(FIRST_PAUSE_S * 2.0**self._num_failures, MAX_PAUSE_S)
         self._num_failures += 1
         if now + pause - self._failing_since >= limit or pause >= self._left_s():
+            if isinstance(error, VisionqError):
+                raise error
             raise StoreUnavailable(f"Redis did not answer: {type(error).__name__}") from error
         return pause
 

@@ -5,7 +5,8 @@
     ├── InvalidRequest      the job breaks the contract; nothing was enqueued
     ├── QueueFull           the model's admission limit is reached; try again later
     ├── UnknownJob          no such job (never submitted, not adopted yet, or its record has expired)
-    ├── StoreUnavailable    Redis or S3 did not answer in time; the same call may be repeated
+    ├── AccessRefused       the gateway does not know the key, or the key may not do this
+    ├── StoreUnavailable    Redis, S3 or the gateway did not answer in time; the same call may be repeated
     ├── StorageRefused      S3 answered no: bucket, credentials or permission are wrong
     ├── StreamRestarted     a new attempt's text differs from what was already yielded
     └── JobFailed           the job ended without a result
@@ -54,8 +55,14 @@ class UnknownJob(VisionqError):
     code = "unknown_job"
 
 
+class AccessRefused(VisionqError):
+    """Raised when a gateway does not know the API key, or the key may not do what was asked."""
+
+    code = "access_refused"
+
+
 class StoreUnavailable(VisionqError):
-    """Raised when Redis or S3 did not answer. A submit may be repeated with the same job id."""
+    """Raised when Redis, S3 or the gateway did not answer. A submit may be repeated with the same job id."""
 
     code = "store_unavailable"
 

@@ -17,6 +17,10 @@ TIMEOUT_HELP: Final = "Seconds of silence after which to stop watching; the job 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 TimeoutFlag = Annotated[float | None, typer.Option(min=0, help=TIMEOUT_HELP)]
+UrlFlag = Annotated[
+    str | None,
+    typer.Option(help="redis:// or a gateway's http://; else VISIONQ_REDIS_URL or VISIONQ_API_URL."),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class JobFlags:
     priority: Annotated[int | None, typer.Option(help="0 (first) to 9.")] = None
     tenant: Annotated[str | None, typer.Option(help="Who is asking.")] = None
     job_id: Annotated[str | None, typer.Option(help="Id of the job; the same id and job again is the same job.")] = None
+    url: UrlFlag = None
     timeout: TimeoutFlag = None
     as_json: JsonFlag = False
 

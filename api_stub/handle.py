@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
-from typing import NoReturn
 
-from api_stub.connections import store_errors
-from api_stub.contract.event import Event, FinalEvent, JobCompleted
+from api_stub.contract.event import Event
 from api_stub.contract.result import Result
 from api_stub.contract.view import JobView
 from api_stub.cursor import TextCursor
-from api_stub.errors import JobFailed, UnknownJob
-from api_stub.follow import AsyncFollower, Follower
-from api_stub.ledger.aio import AsyncLedger
-from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled
+from api_stub.transport import AsyncTransport, Transport
 
 
 class JobHandle:
-    """One job, by its id. Holds no connection of its own; making one asks nothing of Redis.
+    """One job, by its id. Holds no connection of its own; making one asks nobody anything.
 
-    Every method raises UnknownJob for an id that the ledger does not have, and StoreUnavailable.
+    Every method raises UnknownJob for an id that the ledger does not have, and StoreUnavailable; through a gateway also
+    AccessRefused.
     """
 
-    def __init__(self, job_id: str, ledger: Ledger, follower: Follower) -> None:
+    def __init__(self, job_id: str, transport: Transport) -> None:
         self.id = job_id
-        self._ledger = ledger
-        self._follower = follower
+        self._transport = transport
 
     def stream(self, timeout: float | None = None) -> Generator[str, None, None]:
         """Yield the answer's text as it arrives; may start late, survives lost connections.
@@ -46,23 +41,19 @@ class JobHandle:
 
         Once the stream has expired only the final event is left.
         """
-        return self._follower.events(self.id, after, timeout)
+        return self._transport.events(self.id, after, timeout)
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait at most `timeout` seconds for the answer. Raises TimeoutError, JobFailed."""
-        return _result(self._follower.ending(self.id, timeout))
+        return self._transport.result(self.id, timeout)
 
     def status(self) -> JobView:
         """Return what the ledger knows now."""
-        with store_errors():
-            view = self._ledger.view(self.id)
-        return view or _unknown(self.id)
+        return self._transport.view(self.id)
 
     def cancel(self) -> Cancelled:
         """Ask for the job's end: CANCELLED (it was queued), CANCELLING (its worker was told), FINAL (it had ended)."""
-        with store_errors():
-            answer = self._ledger.cancel(self.id)
-        return _unknown(self.id) if answer is Cancelled.UNKNOWN else answer
+        return self._transport.cancel(self.id)
 
     def __repr__(self) -> str:
         return f"JobHandle({self.id!r})"
@@ -71,10 +62,9 @@ class JobHandle:
 class AsyncJobHandle:
     """`JobHandle` for asyncio: same methods, same meanings, same errors."""
 
-    def __init__(self, job_id: str, ledger: AsyncLedger, follower: AsyncFollower) -> None:
+    def __init__(self, job_id: str, transport: AsyncTransport) -> None:
         self.id = job_id
-        self._ledger = ledger
-        self._follower = follower
+        self._transport = transport
 
     async def stream(self, timeout: float | None = None) -> AsyncGenerator[str, None]:
         """See `JobHandle.stream`. Close the generator (`contextlib.aclosing`) when you leave it early."""
@@ -86,33 +76,19 @@ class AsyncJobHandle:
 
     def events(self, after: int = 0, timeout: float | None = None) -> AsyncGenerator[Event, None]:
         """See `JobHandle.events`. Close the generator (`contextlib.aclosing`) when you leave it early."""
-        return self._follower.events(self.id, after, timeout)
+        return self._transport.events(self.id, after, timeout)
 
     async def result(self, timeout: float | None = None) -> Result:
         """See `JobHandle.result`."""
-        return _result(await self._follower.ending(self.id, timeout))
+        return await self._transport.result(self.id, timeout)
 
     async def status(self) -> JobView:
         """See `JobHandle.status`."""
-        with store_errors():
-            view = await self._ledger.view(self.id)
-        return view or _unknown(self.id)
+        return await self._transport.view(self.id)
 
     async def cancel(self) -> Cancelled:
         """See `JobHandle.cancel`."""
-        with store_errors():
-            answer = await self._ledger.cancel(self.id)
-        return _unknown(self.id) if answer is Cancelled.UNKNOWN else answer
+        return await self._transport.cancel(self.id)
 
     def __repr__(self) -> str:
         return f"AsyncJobHandle({self.id!r})"
-
-
-def _result(ending: FinalEvent) -> Result:
-    if isinstance(ending, JobCompleted):
-        return ending.result
-    raise JobFailed(ending.error.code.value, ending.error.message, ending.error.retryable)
-
-
-def _unknown(job_id: str) -> NoReturn:
-    raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")

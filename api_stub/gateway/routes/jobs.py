@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import closing
 from http import HTTPStatus
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
@@ -26,6 +26,20 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(min_length=1, max_length=255, description="Id of the job.")]
 WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end.")]
+_PROBLEM: Final = {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+_BODY_PROBLEMS: Final = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.BAD_GATEWAY,
+)
+#: The request of a route is read by hand, so its body must be told to the document.
+_JOB_SCHEMA: Final = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
+SUBMITS_A_JOB: Final[dict[str, Any]] = {
+    "responses": {int(status): {"description": status.phrase, **_PROBLEM} for status in _BODY_PROBLEMS},
+    "openapi_extra": {"requestBody": {"required": True, "content": _JOB_SCHEMA}},
+}
 _WAIT: Final = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?")
 
 
@@ -54,6 +68,17 @@ async def submit_job(
     view = await visible(gateway, caller, job_id)
     is_done = wait_s is not None and view.status.is_final
     return answer(JobReply.of(view), HTTPStatus.OK if is_done else HTTPStatus.ACCEPTED, headers)
+
+
+@router.put("/{job_id}", status_code=HTTPStatus.ACCEPTED, response_model=JobReply, **SUBMITS_A_JOB)
+async def submit_named_job(request: Request, gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> Response:
+    """Hand in a job under an id of the client's own making, a UUID. The same id and job again is the same job."""
+    try:
+        job_id = await accept(gateway, caller, await read_job(request), job_id=job_id)
+    finally:
+        await request.close()
+    view = await visible(gateway, caller, job_id)
+    return answer(JobReply.of(view), HTTPStatus.ACCEPTED, {"Location": job_path(job_id)})
 
 
 @router.get("", response_model=JobList)

@@ -1,0 +1,113 @@
+"""What a client asks of a gateway, as values: method, path, body, and how to read the answer. No I/O.
+
+Every ask may be sent twice without a double effect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final, Generic, NoReturn, TypeVar
+from urllib.parse import quote
+
+from api_stub.contract.job import Job
+from api_stub.contract.status import JobStatus
+from api_stub.contract.view import JobView
+from api_stub.errors import InvalidRequest, StoreUnavailable
+from api_stub.http.refusals import Answer, refusal
+from api_stub.ledger.rows import Cancelled
+
+T = TypeVar("T")
+
+#: How long one answer may take, the asked-for waiting apart.
+ANSWER_S: Final = 30.0
+CONNECT_S: Final = 5.0
+#: How long a gateway is asked to wait for a job's end at a time.
+WAIT_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask(Generic[T]):
+    """One request. `read` takes a good answer; `wait_s` is how much longer than usual it may take."""
+
+    method: str
+    path: str
+    read: Callable[[Answer], T]
+    body: str | None = None
+    wait_s: float = 0.0
+
+    def answered(self, answer: Answer) -> T:
+        """Return what the answer says. Raises what it refuses with."""
+        if not answer.is_good:
+            raise refusal(answer)
+        try:
+            return self.read(answer)
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreUnavailable(f"the gateway's answer cannot be read: {type(error).__name__}") from error
+
+
+def submit(job_id: str, job: Job) -> Ask[JobView]:
+    """Hand a job in."""
+    return Ask("PUT", job_path(job_id), _view, job.to_json())
+
+
+def retry(job_id: str) -> Ask[JobView]:
+    """Queue a new job with the body of a finished one."""
+    return Ask("POST", f"{job_path(job_id)}/retry", _view)
+
+
+def view(job_id: str) -> Ask[JobView]:
+    """Look at a job."""
+    return Ask("GET", job_path(job_id), _view)
+
+
+def ending(job_id: str, wait_s: float) -> Ask[JobView]:
+    """Look at a job once it has ended, or after `wait_s` seconds."""
+    return Ask("GET", f"{job_path(job_id)}?wait={wait_s:.3f}", _view, wait_s=wait_s)
+
+
+def cancel(job_id: str) -> Ask[Cancelled]:
+    """Ask for the end of a job that was not final a moment ago."""
+
+    def read(answer: Answer) -> Cancelled:
+        if answer.status == HTTPStatus.ACCEPTED:
+            return Cancelled.CANCELLING
+        return Cancelled.CANCELLED if _view(answer).status is JobStatus.CANCELLED else Cancelled.FINAL
+
+    return Ask("POST", f"{job_path(job_id)}/cancel", read)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Leave to PUT a file's bytes straight into S3."""
+
+    uri: str
+    url: str
+    headers: dict[str, str]
+
+
+def slot(content_type: str, num_bytes: int) -> Ask[Slot]:
+    """Ask for leave to upload."""
+
+    def read(answer: Answer) -> Slot:
+        said = json.loads(answer.body)
+        return Slot(said["uri"], said["url"], dict(said["headers"]))
+
+    return Ask("POST", "/v1/uploads", read, json.dumps({"content_type": content_type, "num_bytes": num_bytes}))
+
+
+def job_path(job_id: str) -> str:
+    """Return a job's address below the gateway's."""
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def redis_only(what: str) -> NoReturn:
+    """Refuse what a gateway offers to nobody."""
+    raise InvalidRequest(f"{what} is an operator's: it needs a client of Redis itself")
+
+
+def _view(answer: Answer) -> JobView:
+    said = json.loads(answer.body)
+    return JobView.model_validate_json(json.dumps({name: said[name] for name in JobView.model_fields if name in said}))

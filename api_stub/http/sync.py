@@ -1,0 +1,121 @@
+"""The transport through a gateway for threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+
+from api_stub.contract.event import Event, StreamGap
+from api_stub.contract.job import Job
+from api_stub.contract.result import Result
+from api_stub.contract.view import JobView
+from api_stub.cursor import EventCursor, Patience, answered
+from api_stub.errors import QueueFull, StoreUnavailable
+from api_stub.http import asks
+from api_stub.http.refusals import refusal
+from api_stub.http.stream import LIVE_S, SLACK_S, EventStreamParser, stream_path
+from api_stub.http.uploads import upload
+from api_stub.http.wire import LIMITS, headers, send, unreachable, whole
+from api_stub.ledger.rows import Cancelled
+
+
+class HttpTransport:
+    """See `Transport`. Connections are opened on first use."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self._http = httpx.Client(base_url=url, headers=headers(api_key), limits=LIMITS)
+
+    def submit(self, job_id: str, job: Job) -> None:
+        """See `Transport.submit`."""
+        send(self._http, asks.submit(job_id, job))
+
+    def retry(self, job_id: str) -> str:
+        """See `Transport.retry`."""
+        return send(self._http, asks.retry(job_id)).job_id
+
+    def view(self, job_id: str) -> JobView:
+        """See `Transport.view`."""
+        return send(self._http, asks.view(job_id))
+
+    def cancel(self, job_id: str) -> Cancelled:
+        """See `Transport.cancel`."""
+        is_final = self.view(job_id).status.is_final
+        return Cancelled.FINAL if is_final else send(self._http, asks.cancel(job_id))
+
+    def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
+        """See `Transport.events`. Comes back with the last seq whenever the stream breaks."""
+        cursor, patience = EventCursor(after), Patience(timeout)
+        while not cursor.is_finished:
+            try:
+                with closing(self._arriving(job_id, cursor, patience)) as arriving:
+                    for arrived in arriving:
+                        for event in cursor.take(arrived):
+                            yield event
+                            patience.heard()
+                        if cursor.is_finished:
+                            return
+            except (StoreUnavailable, QueueFull) as error:
+                time.sleep(patience.pause_s(error))
+
+    def result(self, job_id: str, timeout: float | None) -> Result:
+        """See `Transport.result`."""
+        patience, wait_s = Patience(timeout), 0.0
+        while True:
+            try:
+                view = send(self._http, asks.ending(job_id, wait_s))
+                if view.status.is_final:
+                    return answered(view.result, view.error)
+                patience.connected()
+            except (StoreUnavailable, QueueFull) as error:
+                time.sleep(patience.pause_s(error))
+            wait_s = patience.wait_s(asks.WAIT_S)
+
+    def dead(self, limit: int) -> tuple[JobView, ...]:
+        """Not offered by gateways. Raises InvalidRequest."""
+        asks.redis_only("dead")
+
+    def drop(self, job_id: str) -> bool:
+        """Not offered by gateways. Raises InvalidRequest."""
+        asks.redis_only("drop")
+
+    def upload(self, path: str | Path) -> str:
+        """See `Transport.upload`."""
+        return upload(self._http, path)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._http.close()
+
+    def _arriving(self, job_id: str, cursor: EventCursor, patience: Patience) -> Generator[Event, None, None]:
+        """Yield the events of one response; end when it ends, is silent for long, or left something out."""
+        wait_s = patience.wait_s(LIVE_S)
+        timeout = httpx.Timeout(asks.ANSWER_S, connect=asks.CONNECT_S, read=wait_s)
+        is_open = False
+        try:
+            with self._http.stream("GET", stream_path(job_id, cursor.last_seq), timeout=timeout) as response:
+                if response.status_code != HTTPStatus.OK:
+                    response.read()
+                    if response.status_code == HTTPStatus.NO_CONTENT:
+                        cursor.is_finished = True
+                        return
+                    raise refusal(whole(response))
+                is_open = True
+                patience.connected()
+                parser = EventStreamParser()
+                for chunk in response.iter_raw():
+                    for event in parser.feed(chunk):
+                        if isinstance(event, StreamGap):
+                            return
+                        yield event
+                    if patience.wait_s(LIVE_S) < wait_s - SLACK_S:
+                        return  # the silence is over before this response would say so
+        except httpx.ReadTimeout as error:
+            if not is_open:
+                raise unreachable(error) from error
+        except httpx.HTTPError as error:
+            raise unreachable(error) from error

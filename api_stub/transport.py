@@ -1,0 +1,85 @@
+"""How a client reaches the queue: through Redis (`direct`) or through a gateway (`http`). Handles know nothing else.
+
+Both raise the same errors: InvalidRequest, QueueFull, UnknownJob, StoreUnavailable, StorageRefused, JobFailed and
+TimeoutError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from typing import Protocol
+
+from api_stub.contract.event import Event
+from api_stub.contract.job import Job
+from api_stub.contract.result import Result
+from api_stub.contract.view import JobView
+from api_stub.ledger.rows import Cancelled
+
+
+class Transport(Protocol):
+    """For threads; safe to share between them."""
+
+    def submit(self, job_id: str, job: Job) -> None:
+        """Hand a job in. The same id and body again is the same job."""
+
+    def retry(self, job_id: str) -> str:
+        """Queue a new job with the body of a finished one; return its id."""
+
+    def view(self, job_id: str) -> JobView:
+        """Look at a job."""
+
+    def cancel(self, job_id: str) -> Cancelled:
+        """Ask for a job's end; never answers UNKNOWN."""
+
+    def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
+
+    def result(self, job_id: str, timeout: float | None) -> Result:
+        """Wait at most `timeout` seconds for a job's answer."""
+
+    def dead(self, limit: int) -> tuple[JobView, ...]:
+        """Return the jobs that were given up, newest first."""
+
+    def drop(self, job_id: str) -> bool:
+        """Take a job off the list of dead jobs."""
+
+    def upload(self, path: str | Path) -> str:
+        """Store a local file and return its URI."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
+
+class AsyncTransport(Protocol):
+    """For one event loop."""
+
+    async def submit(self, job_id: str, job: Job) -> None:
+        """See `Transport.submit`."""
+
+    async def retry(self, job_id: str) -> str:
+        """See `Transport.retry`."""
+
+    async def view(self, job_id: str) -> JobView:
+        """See `Transport.view`."""
+
+    async def cancel(self, job_id: str) -> Cancelled:
+        """See `Transport.cancel`."""
+
+    def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
+        """See `Transport.events`."""
+
+    async def result(self, job_id: str, timeout: float | None) -> Result:
+        """See `Transport.result`."""
+
+    async def dead(self, limit: int) -> tuple[JobView, ...]:
+        """See `Transport.dead`."""
+
+    async def drop(self, job_id: str) -> bool:
+        """See `Transport.drop`."""
+
+    async def upload(self, path: str | Path) -> str:
+        """See `Transport.upload`."""
+
+    async def close(self) -> None:
+        """See `Transport.close`."""
