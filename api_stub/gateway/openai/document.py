@@ -6,12 +6,27 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from api_stub.gateway.openai.chat import ChatRequest
 from api_stub.gateway.openai.errors import OpenAIErrorBody, error_body
 from api_stub.gateway.openai.files import CONTENT_TYPE
 from api_stub.gateway.openai.routes import TAG
-from api_stub.gateway.openai.shapes import ChatChunk
+from api_stub.gateway.openai.shapes import (
+    BatchCounts,
+    BatchList,
+    BatchObject,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatUsage,
+    FileDeleted,
+    FileList,
+    FileObject,
+    ModelList,
+    ModelObject,
+)
 from api_stub.gateway.sse import MEDIA_TYPE as EVENT_STREAM
 
 _SCHEMAS: Final = "#/components/schemas/"
@@ -38,6 +53,45 @@ data: [DONE]
 """  # noqa: E501 - an event is one line
 
 
+_LINE_EXAMPLE: Final = (
+    '{"custom_id":"a","method":"POST","url":"/v1/chat/completions",'
+    '"body":{"model":"default","messages":[{"role":"user","content":"Hello?"}]}}\n'
+)
+_FILE: Final = FileObject(
+    id="file-5f0c", bytes=2048, created_at=1760000000, expires_at=1762592000, filename="input.jsonl", purpose="batch"
+)
+_BATCH: Final = BatchObject(
+    id="batch_5f0c",
+    endpoint=_CHAT,
+    input_file_id=_FILE.id,
+    completion_window="24h",
+    status="in_progress",
+    created_at=1760000000,
+    in_progress_at=1760000001,
+    expires_at=1760086400,
+    request_counts=BatchCounts(total=100, completed=40, failed=1),
+)
+_COMPLETION: Final = ChatCompletion(
+    id="chatcmpl-5f0c",
+    created=1760000000,
+    model="default",
+    choices=[ChatChoice(message=ChatAnswer(content="It is red."), finish_reason="stop")],
+    usage=ChatUsage(prompt_tokens=81, completion_tokens=4, total_tokens=85),
+)
+_MODEL: Final = ModelObject(id="default")
+_ANSWERS: Final[dict[str, BaseModel]] = {
+    "ChatCompletion": _COMPLETION,
+    "ModelObject": _MODEL,
+    "ModelList": ModelList(data=[_MODEL]),
+    "FileObject": _FILE,
+    "FileList": FileList(data=[_FILE], first_id=_FILE.id, last_id=_FILE.id, has_more=False),
+    "FileDeleted": FileDeleted(id=_FILE.id),
+    "BatchObject": _BATCH,
+    "BatchList": BatchList(data=[_BATCH], first_id=_BATCH.id, last_id=_BATCH.id, has_more=False),
+}
+_BATCH_REQUEST: Final = {"input_file_id": _FILE.id, "endpoint": _CHAT, "completion_window": "24h"}
+
+
 def describe(app: FastAPI) -> None:
     """Add what FastAPI cannot find out by itself. After the gateway's own `describe`."""
     plain = app.openapi
@@ -62,13 +116,22 @@ def _complete(document: dict[str, Any]) -> None:
         for method, operation in operations.items():
             if TAG in operation.get("tags", ()):
                 _add_errors(path, method, operation)
+                _add_example(operation)
     chat = paths[_CHAT]["post"]
     body = {"schema": {"$ref": _SCHEMAS + ChatRequest.__name__}, "example": CHAT_EXAMPLE}
     chat["requestBody"] = {"required": True, "content": {"application/json": body}}
-    chunks = {"schema": {"type": "string"}, "itemSchema": {"$ref": _SCHEMAS + ChatChunk.__name__}}
+    chunks = {"schema": {"type": "string"}, "x-item-schema": {"$ref": _SCHEMAS + ChatChunk.__name__}}
     chat["responses"]["200"]["content"][EVENT_STREAM] = chunks | {"example": _STREAM_EXAMPLE}
     content = paths["/v1/files/{file_id}/content"]["get"]["responses"]["200"]
-    content["content"] = {CONTENT_TYPE: {"schema": {"type": "string"}}}
+    content["content"] = {CONTENT_TYPE: {"schema": {"type": "string"}, "example": _LINE_EXAMPLE}}
+    paths["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["example"] = _BATCH_REQUEST
+
+
+def _add_example(operation: dict[str, Any]) -> None:
+    answer = operation["responses"]["200"].get("content", {}).get("application/json")
+    name = answer["schema"].get("$ref", "").removeprefix(_SCHEMAS) if answer else ""
+    if name in _ANSWERS:
+        answer["example"] = _ANSWERS[name].model_dump(mode="json")
 
 
 def _add_errors(path: str, method: str, operation: dict[str, Any]) -> None:
