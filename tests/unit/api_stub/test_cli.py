@@ -195,7 +195,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(run: Run, ledger: L
 
     def interrupt() -> None:
         # Subscribed and caught up: in the middle of a connect, redis-py would leave its socket open.
-        eventually(lambda: {"subscribe", "exec"} <= {client["cmd"] for client in ledger.client.client_list()})
+        eventually(lambda: {"subscribe", "evalsha"} <= {client["cmd"] for client in ledger.client.client_list()})
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
