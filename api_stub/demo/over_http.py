@@ -44,7 +44,7 @@ class HttpJob:
         return cls(url, str(reply["job_id"]))
 
     def events(self, after: int = 0, timeout: float | None = None) -> Generator[Event, None, None]:
-        """Yield the job's events. Raises GatewayFailed, TimeoutError when not even a heartbeat comes for `timeout` s."""
+        """Yield the job's events. Raises GatewayFailed, TimeoutError when not even a heartbeat comes in time."""
         try:
             with closing(_connection(self.url, timeout)) as connection:
                 connection.request("GET", f"/v1/jobs/{self.id}/events?after={after}")

