@@ -8,6 +8,9 @@ import pytest
 
 from tests.processes import WorkerProcess, start_workers
 from tests.servers import RedisServer, S3Server
+from tests.unit.worker.engine.conftest import one_thread
+
+__all__ = ["one_thread"]  # for the references: two threads that lack a core wait for each other at every matrix
 
 
 @pytest.fixture(scope="module")
