@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def run(command: list[str], stack: tuple[Path, dict[str, str]]) -> str:
 def test_there_is_code_to_run() -> None:
     assert sum(block.language == "python" for block in RUN) >= 4
     assert sum(block.language == "bash" for block in RUN) >= 1
+    assert sum(block.language == "js" for block in RUN) >= 1
 
 
 @pytest.mark.parametrize("block", [block for block in RUN if block.language == "python"], ids=lambda b: b.code[:40])
@@ -84,6 +86,12 @@ def test_shell_blocks_run_line_by_line(block: Block, stack: tuple[Path, dict[str
         assert run(["bash", "-euc", line], stack).strip()
 
 
+@pytest.mark.skipif(shutil.which("node") is None and "CI" not in os.environ, reason="no Node.js on this machine")
+@pytest.mark.parametrize("block", [block for block in RUN if block.language == "js"], ids=lambda b: b.code[:40])
+def test_node_blocks_run_as_they_stand(block: Block, stack: tuple[Path, dict[str, str]]) -> None:
+    assert run(["node", "--input-type=module", "-e", block.code], stack).strip()
+
+
 def test_blocks_that_are_not_run_say_where_they_are_and_the_place_exists() -> None:
     for block in BLOCKS:
         for place in re.findall(r"(?:tests/|\.ci/)[\w/.]+", block.why_not_run or ""):
@@ -91,7 +99,7 @@ def test_blocks_that_are_not_run_say_where_they_are_and_the_place_exists() -> No
 
 
 def test_every_language_that_is_not_run_is_excused() -> None:
-    assert {block.language for block in BLOCKS} <= {"bash", "python", "text"}
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "js", "text"}
 
 
 def test_make_targets_that_are_named_exist() -> None:
