@@ -15,9 +15,11 @@ from api_stub.contract.view import JobView
 from api_stub.errors import UnknownJob
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.bodies import JobList, JobReply, answer, job_path
+from api_stub.gateway.examples import problem_example
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.intake import accept, read_job, retry
 from api_stub.gateway.keys import Caller
+from api_stub.gateway.problems import MEDIA_TYPE as PROBLEM_TYPE
 from api_stub.gateway.problems import invalid
 from api_stub.gateway.sse import leaving
 from api_stub.ledger.rows import Cancelled
@@ -26,7 +28,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(min_length=1, max_length=255, description="Id of the job.")]
 WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end.")]
-_PROBLEM: Final = {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+_PROBLEM: Final = {"schema": {"$ref": "#/components/schemas/Problem"}}
 _BODY_PROBLEMS: Final = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.REQUEST_TIMEOUT,
@@ -37,7 +39,13 @@ _BODY_PROBLEMS: Final = (
 #: The request of a route is read by hand, so its body must be told to the document.
 _JOB_SCHEMA: Final = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
 SUBMITS_A_JOB: Final[dict[str, Any]] = {
-    "responses": {int(status): {"description": status.phrase, **_PROBLEM} for status in _BODY_PROBLEMS},
+    "responses": {
+        int(status): {
+            "description": status.phrase,
+            "content": {PROBLEM_TYPE: _PROBLEM | {"example": problem_example(status)}},
+        }
+        for status in _BODY_PROBLEMS
+    },
     "openapi_extra": {"requestBody": {"required": True, "content": _JOB_SCHEMA}},
 }
 _WAIT: Final = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?")
