@@ -123,6 +123,7 @@ class DecoderProcess:
         """Wait until it has loaded. Raises DecoderBroken, and whatever `should_stop` raises."""
         if self._is_ready:
             return
+        self.is_usable = False
         watch = _Watch(self._started_at + START_S, should_stop)
         try:
             self._is_ready = isinstance(self._reply(watch), Ready)
@@ -130,6 +131,7 @@ class DecoderProcess:
             raise DecoderBroken(f"a decoder process did not start ({error or 'too slow'})") from error
         if not self._is_ready:
             raise DecoderBroken("a decoder process did not start (it speaks another version)")
+        self.is_usable = True
 
     def decode(self, task: DecodeTask, should_stop: Callable[[], None]) -> DecodedMedia:
         """Decode a file. `should_stop` raises to give the job up; it is called at least every `POLL_S`.

@@ -20,7 +20,8 @@ from tests.corpus.images import slow_jpeg
 from tests.servers import eventually
 from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
 from worker.errors import MediaCorrupt, MediaTooLarge, OutOfMemory
-from worker.media.decoder_process import DecodeLimits
+from worker.media import decoder_process
+from worker.media.decoder_process import DecodeLimits, DecoderBroken
 from worker.media.decoders import Decoders
 from worker.media.decoding import MAX_MESSAGE_BYTES, Picture, packed, read_reply
 from worker.media.image import decode_image
@@ -226,6 +227,23 @@ def test_a_cancelled_job_leaves_at_once(decoders: Decoders, slow: Path, red: Pat
         decode_still(decoders, slow, should_stop)
     assert time.monotonic() - stop_at < 10
     assert decoders.pids == []
+
+
+def test_a_decoder_whose_start_nobody_waited_for_is_lent_to_nobody_else(
+    decoders: Decoders, red: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def should_stop() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        decode_still(decoders, red, should_stop)
+    assert decoders.pids == [], "its time to start would pass before the next job comes"
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_process, "START_S", -1.0)
+        with pytest.raises(DecoderBroken):
+            decode_still(decoders, red)
+    assert decoders.pids == []
+    assert decode_still(decoders, red).size == (30, 20)
 
 
 def test_jobs_wait_for_a_free_decoder_and_may_leave_the_queue(slow: Path, red: Path) -> None:
