@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+import redis
+
 from api_stub.contract import names
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
@@ -84,7 +86,7 @@ class Runtime:
         watches = (
             EngineWatch(self.engine, settings.stall_s),
             ThreadWatch(Trouble.PUBLISHER_DEAD, lambda: self.publisher.is_alive),
-            QueueWatch(self.consumption, self._queue_length, settings.mute_s),
+            QueueWatch(self.consumption, self._num_to_take, settings.mute_s),
         )
         self.watchdog = Watchdog(
             watches,
@@ -163,11 +165,8 @@ class Runtime:
         media = media_readings(self.media_cache.stats(), self.room.stats())
         return own | dict(engine_readings(self.engine)) | dict(media)
 
-    def _queue_length(self) -> int:
-        with self.ledger.client.pipeline(transaction=False) as pipe:
-            for step in names.PRIORITY_STEPS:
-                pipe.llen(names.queue_list(self.settings.model_name, step))
-            return sum(pipe.execute())
+    def _num_to_take(self) -> int:
+        return num_to_take(self.ledger.client, self.settings.model_name, self.drain)
 
     def stop(self) -> None:
         """Stop everything, in the order in which work flows."""
@@ -178,3 +177,17 @@ class Runtime:
         self.engine.stop(STOP_TIMEOUT_S)
         self.publisher.stop(STOP_TIMEOUT_S)
         self.heartbeat.stop(STOP_TIMEOUT_S)
+
+
+def num_to_take(client: redis.Redis, model: str, drain: Drain) -> int:
+    """Return how many messages a worker of `model` should take now: none while it drains.
+
+    Raises redis.RedisError also when Redis answers and refuses writes, because then it hands no message out.
+    """
+    if drain.is_draining:
+        return 0
+    with client.pipeline(transaction=False) as pipe:
+        pipe.hdel(names.WATCH_KEY, "")  # a write that changes nothing
+        for step in names.PRIORITY_STEPS:
+            pipe.llen(names.queue_list(model, step))
+        return sum(pipe.execute()[1:])

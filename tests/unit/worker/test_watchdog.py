@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import pytest
 import redis
 
+from api_stub.contract import names
+from worker.lifecycle.attempt import Attempts
 from worker.lifecycle.consumption import LOOP_SILENCE_S, Consumption
+from worker.lifecycle.drain import Drain
 from worker.lifecycle.watchdog import EngineWatch, Finding, QueueWatch, ThreadWatch, Trouble, Watchdog, stacks
+from worker.runtime import num_to_take
 
 
 @dataclass
@@ -92,6 +96,20 @@ def test_with_nothing_to_take_nobody_is_mute(length: int | None) -> None:
     assert looked(watch, 9, 60) is None
     queue.length = 3
     assert looked(watch, 60, 69) is None, "the time before counts no more"
+
+
+def test_what_redis_hands_nobody_and_what_a_drain_leaves_is_not_to_be_taken(redis_client: redis.Redis) -> None:
+    drain = Drain(Attempts(), drain_s=0)
+    redis_client.lpush(names.queue_list("default", 6), "{}")
+    assert num_to_take(redis_client, "default", drain) == 1
+    redis_client.config_set("min-replicas-to-write", 1)
+    try:
+        with pytest.raises(redis.ResponseError):
+            num_to_take(redis_client, "default", drain)
+    finally:
+        redis_client.config_set("min-replicas-to-write", 0)
+    drain.begin()
+    assert num_to_take(redis_client, "default", drain) == 0
 
 
 def test_a_message_or_a_lack_of_slots_is_no_muteness() -> None:
