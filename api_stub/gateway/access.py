@@ -66,7 +66,10 @@ def _from_this_machine(request: Request, gateway: Gateway) -> Caller:
 
 
 def _is_own(origin: str, request: Request) -> bool:
-    return urlsplit(origin).netloc == request.url.netloc
+    try:
+        return urlsplit(origin).netloc == request.url.netloc
+    except ValueError:
+        return False
 
 
 def check_allowed(caller: Caller, job: Job) -> None:

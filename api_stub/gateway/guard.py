@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import Final
 
@@ -26,6 +27,8 @@ SECURITY_HEADERS: Final = {
 }
 #: Asked every few seconds by machines: counted, not logged.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+#: Where a form goes to disk; the other routes read every body into memory, whatever it calls itself.
+_FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
 
 class Guard:
@@ -40,7 +43,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = self._body(Headers(scope=scope), receive)
+        body = self._body(scope["path"], Headers(scope=scope), receive)
         answer = _Answer(scope, body)
         watched = answer.watched(send)
         try:
@@ -54,9 +57,9 @@ class Guard:
             body.close()
             self._tell(answer)
 
-    def _body(self, headers: Headers, receive: Receive) -> BoundedBody:
+    def _body(self, path: str, headers: Headers, receive: Receive) -> BoundedBody:
         announced = headers.get("content-length", "0")
-        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data") and _FORMS.fullmatch(path)
         settings = self._settings
         return BoundedBody(
             receive,

@@ -48,7 +48,7 @@ class Destination:
         while chunk := content.read(_CHUNK):
             digest.update(chunk)
         content.seek(0)
-        folder = hashlib.sha256(self.tenant.encode()).hexdigest()[:16]
+        folder = hashlib.sha256(self.tenant.encode(errors="surrogatepass")).hexdigest()[:16]
         suffix = mimetypes.guess_extension(content_type) or ""
         key = f"{UPLOAD_PREFIX}inline/{folder}/{digest.hexdigest()}{suffix}"
         return InlineMedia(S3Object(self.bucket, key).uri, content, content_type)

@@ -153,6 +153,8 @@ async def _of_form(request: Request) -> JobForm:
         form = await request.form(max_files=MAX_FILES, max_fields=8, max_part_size=_MAX_JOB_FIELD)
     except MultiPartException as error:
         raise Problem(HTTPStatus.BAD_REQUEST, "invalid_request", f"the form cannot be read: {error.message}") from error
+    except UnicodeError as error:
+        raise Problem(HTTPStatus.BAD_REQUEST, "invalid_request", "the form's text cannot be decoded") from error
     unknown = sorted(set(form) - {FORM_JOB, FORM_MEDIA})
     if unknown:
         raise invalid(unknown[0], "not a field of this form")

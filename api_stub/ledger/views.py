@@ -14,7 +14,7 @@ from api_stub.ledger.lua import Transition
 
 #: Jobs on one page at most.
 MAX_PAGE: Final = 1000
-_CURSOR: Final = re.compile(r"\d{1,12}(\.\d{1,9})?")
+_CURSOR: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True, slots=True)

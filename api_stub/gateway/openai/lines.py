@@ -113,7 +113,7 @@ async def count_lines(gateway: Gateway, record: FileRecord) -> int:
             name = await custom_id_of(line)
             if name is None:
                 continue
-            digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:16]
+            digest = hashlib.sha256(name.encode()).digest()[:16]
             if digest in seen:
                 message = f"the custom_id {name[:80]!r} was used before"
                 error = BatchError(code="duplicate_custom_id", message=message, line=line.number, param="custom_id")
@@ -131,7 +131,16 @@ async def custom_id_of(line: Line) -> str | None:
     except ValueError:
         return None
     name = found.get("custom_id") if isinstance(found, dict) else None
-    return name if isinstance(name, str) else None
+    return name if isinstance(name, str) and is_text(name) else None
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a string has a form in UTF-8: JSON may escape half of a character, and no answer can hold that."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def parse_line(line: Line) -> BatchLine:

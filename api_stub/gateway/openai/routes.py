@@ -15,6 +15,7 @@ from api_stub.gateway.openai import files
 from api_stub.gateway.openai.batches import BatchRequest, BatchStore
 from api_stub.gateway.openai.chat import job_fields, parse_chat
 from api_stub.gateway.openai.completions import ChatStream, whole_answer
+from api_stub.gateway.openai.lines import is_text
 from api_stub.gateway.openai.models import check_model, known_models
 from api_stub.gateway.openai.shapes import (
     BatchList,
@@ -75,6 +76,8 @@ async def create_file(
         if not file.size:
             raise invalid("file", "it is empty")
         name = (file.filename or "input.jsonl")[:255]
+        if not is_text(name):
+            raise invalid("file", "its name cannot be decoded")
         return (await files.store(gateway, caller, file.file, file.size, name)).public
     finally:
         await request.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Header, Query, Response
 
@@ -14,13 +14,16 @@ from api_stub.gateway.sse import EventStream
 
 router = APIRouter(prefix="/v1/jobs", tags=["events"])
 
+#: Redis counts the entries of a stream in 64 bits.
+_SEQ_DIGITS: Final = 18
+
 
 @router.get("/{job_id}/events", response_class=Response)
 async def follow_job(
     gateway: GatewayHere,
     caller: CallerHere,
     job_id: JobId,
-    after: Annotated[int, Query(ge=0, description="Leave out the events up to this seq.")] = 0,
+    after: Annotated[int, Query(ge=0, lt=10**_SEQ_DIGITS, description="Leave out the events up to this seq.")] = 0,
     last_event_id: Annotated[str | None, Header(description="As `after`, and stronger: a browser sends it.")] = None,
 ) -> Response:
     """Follow a job from its beginning or from a seq on, up to its final event; also a job that has ended.
@@ -43,6 +46,6 @@ async def follow_job(
 def _start(after: int, last_event_id: str | None) -> int:
     if last_event_id is None or not last_event_id.strip():
         return after
-    if not last_event_id.strip().isdecimal() or len(last_event_id) > 18:
+    if not last_event_id.strip().isdecimal() or len(last_event_id) > _SEQ_DIGITS:
         raise invalid("Last-Event-ID", "a seq is required")
     return int(last_event_id)
