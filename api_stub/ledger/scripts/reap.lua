@@ -104,7 +104,7 @@ local function find_aged(list)
   if not id then
     return
   end
-  local queued_at = tonumber(redis.call('HGET', KEY.job .. id, 'queued_at'))
+  local queued_at = tonumber(redis.call('HGET', KEY.job .. id, 'queued_at') or stamp) -- a row that is gone stops no sweep
   if now - queued_at >= CONFIG.ageing_s and (not aged[model] or queued_at < aged[model].queued_at) then
     aged[model] = {id = id, list = list, queued_at = queued_at}
   end

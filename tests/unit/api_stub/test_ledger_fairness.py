@@ -297,3 +297,11 @@ def test_a_celery_worker_can_read_the_ledgers_doorbell(broker: Broker, redis_url
         assert (message.headers["id"], message.headers["task"]) == (f"job-{WINDOW}", "visionq.vqa")
         assert message.payload == [[], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
         message.ack()
+
+
+def test_a_row_that_was_taken_away_stops_no_sweep(broker: Broker, redis_client: redis.Redis) -> None:
+    for job_id in ("gone", "next"):
+        broker.submit(job_id, question())
+    redis_client.delete(names.job_key("gone"))
+    assert broker.ledger.reap() == ()
+    assert broker.work(2)[-1] == "next"
