@@ -60,3 +60,10 @@ def test_json_that_calls_itself_a_form_has_the_bound_of_json(redis_url: str, pat
 def test_a_line_whose_name_is_no_text_has_none() -> None:
     line = Line(1, 30, b'{"custom_id": "\\ud800"}')
     assert asyncio.run(custom_id_of(line)) is None
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/uploads/inline"])
+def test_a_form_of_many_small_files_is_refused(service: Service, path: str) -> None:
+    parts = [("file", (f"{number}.png", b"x", "image/png")) for number in range(2)]
+    answer = service.http.post(path, files=parts, data={"purpose": "batch"})
+    assert (answer.status_code, "files" in answer.text) == (400, True)

@@ -63,7 +63,7 @@ async def show_model(gateway: GatewayHere, caller: CallerHere, model: _Id) -> Mo
     return ModelObject(id=model)
 
 
-@router.post("/files")
+@router.post("/files", form_limits={"max_files": 1, "max_fields": 8})
 async def create_file(
     request: Request,
     gateway: GatewayHere,

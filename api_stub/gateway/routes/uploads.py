@@ -20,7 +20,7 @@ async def make_upload(gateway: GatewayHere, caller: CallerHere, upload: UploadRe
     return await promise_upload(gateway, caller, upload)
 
 
-@router.post("/inline", status_code=HTTPStatus.CREATED)
+@router.post("/inline", status_code=HTTPStatus.CREATED, form_limits={"max_files": 1, "max_fields": 8})
 async def upload_inline(gateway: GatewayHere, caller: CallerHere, file: UploadFile) -> StoredReply:
     """Store one file of a form and return the address that a job names it by. The same file again has the same one."""
     return await store_file(gateway, caller, file)
