@@ -20,7 +20,9 @@ from api_stub.gateway.openai.shapes import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatDelta,
     ChatUsage,
+    ChunkChoice,
     FileDeleted,
     FileList,
     FileObject,
@@ -45,14 +47,12 @@ CHAT_EXAMPLE: Final[dict[str, Any]] = {
     ],
     "max_tokens": 32,
 }
-_STREAM_EXAMPLE: Final = """\
-data: {"id":"chatcmpl-5f0c…","object":"chat.completion.chunk","created":1760000000,"model":"default","choices":[{"index":0,"delta":{"content":"red"},"logprobs":null,"finish_reason":null}],"usage":null}
-
-data: [DONE]
-
-"""  # noqa: E501 - an event is one line
-
-
+_CHUNK_EXAMPLE: Final = ChatChunk(
+    id="chatcmpl-5f0c",
+    created=1760000000,
+    model="default",
+    choices=[ChunkChoice(delta=ChatDelta(content="red"))],
+)
 _LINE_EXAMPLE: Final = (
     '{"custom_id":"a","method":"POST","url":"/v1/chat/completions",'
     '"body":{"model":"default","messages":[{"role":"user","content":"Hello?"}]}}\n'
@@ -120,11 +120,19 @@ def _complete(document: dict[str, Any]) -> None:
     chat = paths[_CHAT]["post"]
     body = {"schema": {"$ref": _SCHEMAS + ChatRequest.__name__}, "example": CHAT_EXAMPLE}
     chat["requestBody"] = {"required": True, "content": {"application/json": body}}
-    chunks = {"schema": {"type": "string"}, "x-item-schema": {"$ref": _SCHEMAS + ChatChunk.__name__}}
-    chat["responses"]["200"]["content"][EVENT_STREAM] = chunks | {"example": _STREAM_EXAMPLE}
+    chunk = {"data": _CHUNK_EXAMPLE.model_dump_json()}
+    chat["responses"]["200"]["content"][EVENT_STREAM] = {"schema": _event(), "example": chunk}
     content = paths["/v1/files/{file_id}/content"]["get"]["responses"]["200"]
     content["content"] = {CONTENT_TYPE: {"schema": {"type": "string"}, "example": _LINE_EXAMPLE}}
     paths["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["example"] = _BATCH_REQUEST
+
+
+def _event() -> dict[str, Any]:
+    """Describe each event of a stream: chunks, an error in the place of the rest, and the word that ends a good one."""
+    kinds = [{"$ref": _SCHEMAS + model.__name__} for model in (ChatChunk, OpenAIErrorBody)]
+    chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    data = {"anyOf": [chunk, {"type": "string", "const": "[DONE]"}]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _add_example(operation: dict[str, Any]) -> None:
