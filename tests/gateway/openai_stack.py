@@ -73,7 +73,7 @@ class EagerWorker:
         self.num_claims[job_id] = self.num_claims.get(job_id, 0) + 1
         worker = ScriptedWorker(self._ledger)
         worker.hold(claim)
-        text = json.loads(claim.body)["messages"][-1]["content"][-1]["text"]
+        text = json.loads(claim.body)["messages"][-1]["content"][-1].get("text", "nothing")
         if text == "fail":
             worker.fail(ErrorCode.MEDIA_NOT_FOUND)
         else:

@@ -279,7 +279,7 @@ def test_the_document_says_what_is_sent(service: Service, redis_url: str) -> Non
     check(document, "ChatRequest", CHAT_EXAMPLE)
     with eager_worker(redis_url):
         answer = service.http.post("/v1/chat/completions", json=CHAT_EXAMPLE)
-        assert answer.status_code == 200
+        assert answer.status_code == 200, answer.text
         check(document, "ChatCompletion", answer.json())
         with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=CHAT_EXAMPLE | {"stream": True}) as stream:
             lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
