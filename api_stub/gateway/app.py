@@ -64,5 +64,5 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer", "Last-Event-ID"],
             expose_headers=["Location", "Retry-After", "Preference-Applied"],
         )
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)
     return app

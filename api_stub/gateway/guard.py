@@ -7,10 +7,12 @@ import re
 import time
 from typing import Final
 
+from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_stub.gateway.body import BodyBudget, BoundedBody
+from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.problems import problem_of
 from api_stub.gateway.sse import MEDIA_TYPE as EVENT_STREAM
@@ -27,6 +29,7 @@ SECURITY_HEADERS: Final = {
 }
 #: Asked every few seconds by machines: counted, not logged.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_OF_A_BODY: Final = frozenset({b"content-type", b"content-length", b"transfer-encoding"})
 #: Where a form goes to disk; the other routes read every body into memory, whatever it calls itself.
 _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
@@ -34,8 +37,8 @@ _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 class Guard:
     """ASGI middleware, outermost."""
 
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, keys: KeyRing, metrics: Metrics) -> None:
+        self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
         self._budget = BodyBudget(settings.api_max_bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +46,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._is_stranger(Headers(scope=scope)):
+            scope, receive = _bodiless(scope, receive)
         body = self._body(scope["path"], Headers(scope=scope), receive)
         answer = _Answer(scope, body)
         watched = answer.watched(send)
@@ -56,6 +61,11 @@ class Guard:
         finally:
             body.close()
             self._tell(answer)
+
+    def _is_stranger(self, headers: Headers) -> bool:
+        """Whether no route that reads a body would serve the caller. FastAPI reads bodies before it asks for keys."""
+        scheme, key = get_authorization_scheme_param(headers.get("authorization"))
+        return len(self._keys) > 0 and (scheme.lower() != "bearer" or self._keys.caller(key) is None)
 
     def _body(self, path: str, headers: Headers, receive: Receive) -> BoundedBody:
         announced = headers.get("content-length", "0")
@@ -81,6 +91,27 @@ class Guard:
             facts = {"action": "answer", "method": method, "route": route, "status": answer.status}
             who = {name: value for name, value in (("tenant", state.get("tenant")), ("code", code)) if value}
             logger.info("request", extra=facts | who | {"duration_s": round(seconds, 4)})
+
+
+def _bodiless(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+    """Return a request as if it had no body. What the client sends of one is never read."""
+    headers = [(name, value) for name, value in scope["headers"] if name not in _OF_A_BODY]
+    is_told = False
+
+    async def receive_nothing() -> Message:
+        nonlocal is_told
+        if is_told:
+            return await _disconnect(receive)
+        is_told = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    return scope | {"headers": headers}, receive_nothing
+
+
+async def _disconnect(receive: Receive) -> Message:
+    while (message := await receive())["type"] != "http.disconnect":
+        pass
+    return message
 
 
 class _Answer:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -51,6 +53,18 @@ def test_without_a_key_nobody_gets_in(guarded: Service, path: str, headers: dict
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
     assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert "vq_wrong" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/uploads", "/v1/uploads/inline", "/v1/files", "/v1/batches"])
+@pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_strangers_body_is_not_waited_for(guarded: Service, path: str, content_type: str) -> None:
+    address = urlsplit(guarded.url)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\nContent-Length: 1000\r\n\r\n"
+        )
+        connection.sendall(head.encode() + b"--x")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
