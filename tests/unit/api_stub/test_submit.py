@@ -177,7 +177,7 @@ def test_a_doorbell_that_fails_is_logged_and_the_job_is_accepted(
 ) -> None:
     dead = Doorbells(f"redis://127.0.0.1:{free_port()}/0")
     with Client(redis_url) as client, caplog.at_level(logging.WARNING, "api_stub.submit"):
-        monkeypatch.setattr(client, "_doorbells", dead)
+        monkeypatch.setattr(client._transport, "_doorbells", dead)
         begin = time.monotonic()
         job = client.vqa(question="Why?")
         assert time.monotonic() - begin < 5
