@@ -16,8 +16,9 @@ from tests.unit.api_stub.workers import ScriptedWorker
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def open_gateway(redis_server: RedisServer, s3_server: S3Server) -> Iterator[Service]:
+    """One for this package's tests and no longer: it reads, sweeps and answers batches on the Redis of all tests."""
     s3_server.client()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():

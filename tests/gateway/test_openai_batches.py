@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,13 @@ from tests.gateway.openai_stack import eager_worker, openai_client
 from tests.gateway.service import Service, serving
 from tests.gateway.test_document import check
 from tests.gateway.test_process import ApiProcess
-from tests.servers import S3Server, eventually, free_port
+from tests.servers import RedisServer, S3Server, eventually, free_port
 from tests.unit.api_stub.workers import ScriptedWorker
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-NUM_LINES = 2000
+NUM_LINES = 800
 WAIT_S = 240.0
 FINAL = {"completed", "failed", "expired", "cancelled"}
 KEYS = {name: new_key() for name in ("alice", "bob", "small")}
@@ -166,9 +167,23 @@ def test_a_batch_that_takes_too_long_expires(service: Service, client: openai.Op
     assert service.http.get("/v1/jobs?status=queued").json()["jobs"] == []
 
 
-def test_the_queues_limit_and_the_keys_cap_hold_a_batch_back(redis_url: str, s3_server: S3Server) -> None:
+@contextmanager
+def _ending(server: RedisServer) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def test_the_queues_limit_and_the_keys_cap_hold_a_batch_back(tmp_path: Path, s3_server: S3Server) -> None:
     s3_server.client()
-    with serving(redis_url, s3_server.url, api_keys=ENTRIES, max_queued=4, api_models="default") as running:
+    # Its own Redis: other tests' gateway would take the batches up as well, and knows no limit.
+    redis_server = RedisServer(tmp_path)
+    redis_url = redis_server.url
+    with (
+        _ending(redis_server),
+        serving(redis_url, s3_server.url, api_keys=ENTRIES, max_queued=4, api_models="default") as running,
+    ):
         clients = [openai_client(running.url, KEYS[name]) for name in ("alice", "small")]
         batches = [start(client, b"".join(line(str(n), "x") for n in range(12))) for client in clients]
         depths = [0]
