@@ -105,7 +105,7 @@ def _bodiless(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         is_told = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    return scope | {"headers": headers}, receive_nothing
+    return {**scope, "headers": headers}, receive_nothing
 
 
 async def _disconnect(receive: Receive) -> Message:
