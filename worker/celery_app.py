@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from celery import Celery, bootsteps, signals
 from celery.apps.worker import Worker
+from celery.exceptions import Reject
 from kombu import Queue
 
 from api_stub.contract import names
@@ -103,6 +104,11 @@ def without_bodies(record: logging.LogRecord) -> bool:
     return True
 
 
+def without_rejections(record: logging.LogRecord) -> bool:
+    """Drop Celery's warning, with a traceback, of a message put back on purpose: the task itself has told of it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], Reject))
+
+
 def ring(app: Celery, bell: Bell) -> None:
     """Send the doorbell of a job that is in the ledger."""
     app.send_task(
@@ -141,6 +147,7 @@ def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
         runtime.drain.begin()
 
     logging.getLogger("celery.worker.consumer.consumer").addFilter(without_bodies)
+    logging.getLogger("celery.app.trace").addFilter(without_rejections)
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
     app.steps["consumer"].add(consumption_step(runtime.consumption))

@@ -71,6 +71,11 @@ class TcpProxy:
         """The server as a Redis URL."""
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def num_dead(self) -> int:
+        """Open connections that have lost bytes."""
+        return sum(bool(connection.dead) for connection in tuple(self._connections))
+
     def heal(self) -> None:
         """Pass everything on again; what has lost bytes stays dead."""
         self._set(frozenset(), 0.0)

@@ -74,6 +74,7 @@ def test_a_connection_that_lost_bytes_stays_dead(proxy: TcpProxy, redis_server: 
         with redis_server.client() as direct:
             proxy.cut(frozenset({Way.REPLIES}))
             assert direct.publish("news", "lost") == 1
+            eventually(lambda: proxy.num_dead == 1, 5, "the proxy has swallowed the news")
             proxy.heal()
             assert direct.publish("news", "swallowed as well") == 1
         assert listener.get_message(timeout=0.3) is None

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from PIL import Image
 
 from api_stub.client import Client
@@ -27,6 +28,7 @@ NUM_CASES = 40
 MAX_GROWTH_BYTES = 2 * 2 * 50_000_000 * 7
 
 
+@pytest.mark.usefixtures("redis_url")  # no other test's jobs
 def test_a_worker_survives_a_sample_of_the_corpus(
     redis_server: RedisServer, s3_server: S3Server, s3_client: S3Client, tmp_path: Path
 ) -> None:
