@@ -7,8 +7,9 @@ S3 credentials are not here: boto3 finds them itself (`AWS_ACCESS_KEY_ID`, `AWS_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -19,6 +20,7 @@ from api_stub.errors import InvalidSettings
 from api_stub.ledger.config import LedgerConfig
 
 ENV_PREFIX = "VISIONQ_"
+T = TypeVar("T")
 
 
 class ClientSettings(BaseSettings):
@@ -174,6 +176,14 @@ def variable_of(field: str) -> str:
     """Return the environment variable that sets a field of GatewaySettings, ClientSettings' included."""
     alias = GatewaySettings.model_fields[field].validation_alias
     return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"{ENV_PREFIX}{field.upper()}"
+
+
+def parsed(field: str, text: str, parse: Callable[[str], T]) -> T:
+    """Read the text of a field of GatewaySettings. Raises InvalidSettings that names the variable."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InvalidSettings(f"{variable_of(field)}: {error}") from error
 
 
 def _name_variables(error: ValidationError) -> str:

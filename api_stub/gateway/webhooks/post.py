@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from typing import Final
 
 import httpcore
 
-from api_stub.gateway.webhooks.target import Resolve, TargetPolicy, checked_addresses, resolve
+from api_stub.gateway.outbound import PinnedNetwork, Resolve, TargetPolicy, resolve
 
 MAX_CONNECT_S: Final = 5.0
 #: Read of an answer's body before the connection is closed: a polite receiver has finished writing by then.
@@ -38,31 +38,6 @@ class PostAnswer:
         return 200 <= self.status < 300
 
 
-class _PinnedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to the addresses that were checked; TLS still asks for the name's certificate."""
-
-    def __init__(self, policy: TargetPolicy, ask: Resolve) -> None:
-        self._policy, self._ask = policy, ask
-        self._network = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Open a connection to the first address that answers. Raises TargetRefused, OSError, httpcore's errors."""
-        failure: Exception = httpcore.ConnectError("the name has no address")
-        for address in await checked_addresses(self._policy, host, port, self._ask):
-            try:
-                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
-
-
 class WebhookPost:
     """Sends. One event loop per instance."""
 
@@ -71,7 +46,7 @@ class WebhookPost:
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
             max_keepalive_connections=0,  # a kept connection would outlive the look at its address
-            network_backend=_PinnedNetwork(policy, ask),
+            network_backend=PinnedNetwork(policy, ask),
         )
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:

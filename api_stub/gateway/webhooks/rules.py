@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import redis.asyncio
 
 from api_stub.contract.job import Job
-from api_stub.errors import InvalidSettings
 from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.outbound import TargetPolicy, TargetRefused, parse_networks, parse_ports
 from api_stub.gateway.problems import invalid
 from api_stub.gateway.webhooks.post import WebhookPost
 from api_stub.gateway.webhooks.sender import WebhookSender
-from api_stub.gateway.webhooks.target import TargetPolicy, TargetRefused, parse_networks, parse_ports
 from api_stub.ledger.deliveries import DeliveryQueue
-from api_stub.settings import GatewaySettings, variable_of
-
-T = TypeVar("T")
+from api_stub.settings import GatewaySettings, parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +29,10 @@ class WebhookRules:
         """Read the settings. Raises InvalidSettings."""
         policy = TargetPolicy(
             allow_http=settings.webhook_allow_http,
-            ports=_read("webhook_ports", settings.webhook_ports, parse_ports),
-            networks=_read("webhook_allow_networks", settings.webhook_allow_networks, parse_networks),
+            ports=parsed("webhook_ports", settings.webhook_ports, parse_ports),
+            networks=parsed("webhook_allow_networks", settings.webhook_allow_networks, parse_networks),
         )
-        return cls(policy, _read("webhook_delays_s", settings.webhook_delays_s, _delays))
+        return cls(policy, parsed("webhook_delays_s", settings.webhook_delays_s, _delays))
 
     def check(self, job: Job, keys: KeyRing) -> None:
         """Raise Problem (422) when the job has a webhook that would never be sent."""
@@ -64,10 +59,3 @@ def _delays(text: str) -> tuple[float, ...]:
     if not all(0 <= delay <= 7 * 86_400 for delay in delays) or len(delays) > 50:
         raise ValueError("at most 50 pauses of 0 to 604800 seconds")
     return delays
-
-
-def _read(field: str, text: str, parse: Callable[[str], T]) -> T:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise InvalidSettings(f"{variable_of(field)}: {error}") from error

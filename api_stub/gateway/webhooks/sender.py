@@ -22,9 +22,9 @@ import redis
 
 from api_stub.contract.event import parse_event
 from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.outbound import TargetRefused
 from api_stub.gateway.webhooks.post import PostAnswer, PostFailed, WebhookPost
 from api_stub.gateway.webhooks.signature import Secret, signed_headers
-from api_stub.gateway.webhooks.target import TargetRefused
 from api_stub.ledger.deliveries import Delivery, DeliveryQueue, Settlement
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Which addresses a webhook may go to, and that the address that was checked is the one that is used."""
+"""Which addresses the gateway connects to for others, and that the address that was checked is the one that is used."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import ipaddress
 
 import pytest
 
+from api_stub.gateway.outbound import TargetPolicy, TargetRefused, is_public, parse_networks
 from api_stub.gateway.webhooks.post import PostFailed, WebhookPost
-from api_stub.gateway.webhooks.target import TargetPolicy, TargetRefused, is_public, parse_networks
 from tests.gateway.receiver import receiving
 
 PUBLIC = ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]

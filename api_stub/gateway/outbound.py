@@ -1,4 +1,4 @@
-"""Where a webhook may go: never into the network that the gateway stands in, unless the operator lists it.
+"""Where the gateway connects to for others: never into the network that it stands in, unless the operator lists it.
 
 An address is judged after its name was resolved, and that very address is connected to: a name that answers differently
 a moment later changes nothing.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
+
+import httpcore
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -31,7 +33,7 @@ _DEFAULT_PORTS: Final = {"https": 443, "http": 80}
 
 
 class TargetRefused(Exception):
-    """Raised when a webhook's address is one that nothing is sent to. `str()` says why, without the address' path."""
+    """Raised when an address is one that is never connected to. `str()` says why, without the address' path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,14 @@ class TargetPolicy:
         host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS[parts.scheme]
         if self.ports is not None and port not in self.ports:
             raise TargetRefused(f"port {port} is not allowed")
-        address = _literal(host)
+        self.check_host(host)
+
+    def check_host(self, host: str) -> None:
+        """Refuse a host whose name alone tells that it is not public. Raises TargetRefused."""
         is_local_name = host.rstrip(".").rpartition(".")[2] == "localhost"
         if is_local_name and not self._is_listed(ipaddress.IPv4Address("127.0.0.1")):
             raise TargetRefused("it is this machine")
+        address = literal_address(host)
         if address is not None:
             self.check_address(address)
 
@@ -69,6 +75,31 @@ class TargetPolicy:
         return any(plain.version == network.version and plain in network for network in self.networks)
 
 
+class PinnedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to the addresses that were checked; TLS still asks for the name's certificate."""
+
+    def __init__(self, policy: TargetPolicy, ask: Resolve) -> None:
+        self._policy, self._ask = policy, ask
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Open a connection to the first address that answers. Raises TargetRefused, OSError, httpcore's errors."""
+        failure: Exception = httpcore.ConnectError("the name has no address")
+        for address in await checked_addresses(self._policy, host, port, self._ask):
+            try:
+                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
 def is_public(address: IpAddress) -> bool:
     """Tell whether an address is one of the internet's, looking through the forms that carry another address."""
     address = _unmapped(address)
@@ -79,6 +110,18 @@ def is_public(address: IpAddress) -> bool:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
         return address in _GLOBAL_UNICAST and address.is_global
     return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+def literal_address(host: str) -> IpAddress | None:
+    """Return the address that a host is written as, in all the ways that a resolver of C understands."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None
 
 
 def parse_networks(text: str) -> tuple[IpNetwork, ...]:
@@ -114,15 +157,3 @@ def _unmapped(address: IpAddress) -> IpAddress:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped
     return address
-
-
-def _literal(host: str) -> IpAddress | None:
-    """Return the address that a host is written as, in all the ways that a resolver of C understands."""
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        pass
-    try:
-        return ipaddress.IPv4Address(socket.inet_aton(host))
-    except OSError:
-        return None
