@@ -32,6 +32,12 @@ class Metrics:
             ("outcome",),
             registry=self._registry,
         )
+        self._batches = Counter(
+            "visionq_api_batches_put_down",
+            "Batches that a runner left before their end",
+            ("why",),
+            registry=self._registry,
+        )
         self.readers = Gauge("visionq_api_open_readers", "Event streams open now", registry=self._registry)
         self._depth = Gauge(
             "visionq_queue_depth", "Queued and running jobs of a model", ("model",), registry=self._registry
@@ -54,6 +60,10 @@ class Metrics:
     def webhook(self, outcome: str) -> None:
         """Count a try of a delivery."""
         self._webhooks.labels(outcome).inc()
+
+    def batch_put_down(self, why: str) -> None:
+        """Count a batch that a runner left: unavailable or mistake (it is tried again), given_up."""
+        self._batches.labels(why).inc()
 
     def exposition(self, depths: Mapping[str, int]) -> bytes:
         """Return everything in Prometheus' text format, with the depth of each model's queue."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ import httpx
 import openai
 import pytest
 import redis
+import redis.asyncio
 from openai.types import Batch
 
-from api_stub.gateway.keys import digest_of, new_key
-from api_stub.gateway.openai import lines, segments
+from api_stub.gateway.keys import ANYBODY, digest_of, new_key
+from api_stub.gateway.openai import files, lines, runner, segments
+from api_stub.gateway.openai.batches import BATCH_PREFIX, BatchRequest, BatchStore, Lease, LeaseLost
 from tests.gateway.openai_stack import eager_worker, openai_client
 from tests.gateway.service import Service, serving
 from tests.gateway.test_document import check
@@ -78,12 +81,19 @@ def read(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
     return [json.loads(row) for row in client.files.content(file_id).text.splitlines()]
 
 
-def test_a_batch_is_answered_line_by_line(client: openai.OpenAI, redis_url: str, s3_client: S3Client) -> None:
+def test_a_batch_is_answered_line_by_line(
+    client: openai.OpenAI, redis_client: redis.Redis, redis_url: str, s3_client: S3Client
+) -> None:
     content = b"".join(line(f"q-{n}", "fail" if n % 5 == 4 else f"number {n}") for n in range(20))
     content += b"\n" + b"not json\n" + line("other", "x", model="other") + line("tools", "x", tools=[1])
     content += line("stream", "x", stream=True) + b'{"custom_id": "bare"}'
-    with eager_worker(redis_url):
-        batch = finished(client, start(client, content, metadata={"a": "b"}))
+    with eager_worker(redis_url) as worker:
+        worker.pause()
+        batch = start(client, content, metadata={"a": "b"})
+        redis_client.hset(BATCH_PREFIX + batch.id, "mistakes", 3)
+        worker.go_on()
+        batch = finished(client, batch)
+    assert redis_client.hget(BATCH_PREFIX + batch.id, "mistakes") == "0"  # it came further
     assert (batch.status, batch.errors, batch.metadata) == ("completed", None, {"a": "b"})
     counts = batch.request_counts
     assert counts is not None
@@ -200,6 +210,63 @@ def test_the_queues_limit_and_the_keys_cap_hold_a_batch_back(tmp_path: Path, s3_
         assert max(depths) == 4
         assert [batch.status for batch in ended] == ["completed", "completed"]
         assert [len(read(c, b.output_file_id)) for c, b in zip(clients, ended, strict=True)] == [12, 12]
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[str]:
+    """A Redis whose batches no other test's gateway takes up."""
+    server = RedisServer(tmp_path)
+    with _ending(server):
+        yield server.url
+
+
+def test_a_batch_that_meets_a_mistake_again_and_again_is_given_up(
+    own_redis: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_server.client()
+    monkeypatch.setattr(runner, "PAUSE_S", 0.01)
+    monkeypatch.setattr(runner, "POLL_S", 0.05)
+
+    def jobs(running: Service, status: str) -> int:
+        return len(running.http.get(f"/v1/jobs?status={status}").json()["jobs"])
+
+    with serving(own_redis, s3_server.url, api_models="default") as running, openai_client(running.url) as client:
+        batch = start(client, b"".join(line(str(n), "x") for n in range(5)))
+        eventually(lambda: jobs(running, "queued") == 5, 60, "the batch's jobs are queued")
+    with redis.Redis.from_url(own_redis) as there:
+        there.set(files.FILE_PREFIX + batch.input_file_id, "{}")  # as another version may have written it
+    with serving(own_redis, s3_server.url, api_models="default") as running, openai_client(running.url) as client:
+        batch = finished(client, batch)
+        assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
+        assert batch.errors is not None
+        assert batch.errors.data is not None
+        assert [error.code for error in batch.errors.data] == ["internal"]
+        assert (jobs(running, "queued"), jobs(running, "cancelled")) == (0, 5)
+        check(running.http.get("/openapi.json").json(), "BatchObject", batch.model_dump(mode="json"))
+        metrics = running.http.get("/metrics").text
+        assert 'visionq_api_batches_put_down_total{why="mistake"} 6.0' in metrics
+        assert 'visionq_api_batches_put_down_total{why="given_up"} 1.0' in metrics
+
+
+def test_mistakes_count_until_the_batch_comes_further(own_redis: str) -> None:
+    async def counts() -> list[int]:
+        async with redis.asyncio.Redis.from_url(own_redis, decode_responses=True) as commands:
+            store = BatchStore(commands, lease_s=60)
+            request = BatchRequest(input_file_id="x", endpoint="/v1/chat/completions", completion_window="1h")
+            await store.create(ANYBODY, request)
+            found = []
+            for progress in ({}, {"total": 1}, {"mistakes": 0}):
+                lease = await store.take()
+                assert lease is not None
+                await store.keep(lease, progress)
+                found.append(await store.count_mistake(lease, pause_s=0))
+            with pytest.raises(LeaseLost):
+                await store.count_mistake(Lease(lease.batch_id, lease.fence - 1), pause_s=0)
+            await store.count_mistake(lease, pause_s=60)
+            assert await store.take() is None
+            return found
+
+    assert asyncio.run(counts()) == [1, 2, 1]
 
 
 def test_files_and_batches_belong_to_their_tenant(redis_url: str, s3_server: S3Server) -> None:

@@ -105,6 +105,11 @@ class Batch:
     fields: Mapping[str, str]
 
     @property
+    def reached(self) -> int:
+        """The last line that a runner began with."""
+        return int(self.fields.get("reached", 0))
+
+    @property
     def public(self) -> BatchObject:
         """What the API shows of it."""
         times = {f"{name}_at": int(at) for name in _TIMES if (at := self.fields.get(f"{name}_at"))}
@@ -144,8 +149,8 @@ class BatchStore:
 
     def __init__(self, commands: redis.asyncio.Redis, lease_s: float) -> None:
         self._commands, self._lease_s = commands, lease_s
-        self._take, self._keep, self._finish, self._cancel = (
-            commands.register_script(_script(name)) for name in ("take", "keep", "finish", "cancel")
+        self._take, self._keep, self._fail, self._finish, self._cancel = (
+            commands.register_script(_script(name)) for name in ("take", "keep", "fail", "finish", "cancel")
         )
 
     async def create(self, caller: Caller, request: BatchRequest) -> Batch:
@@ -210,6 +215,17 @@ class BatchStore:
     async def give_back(self, lease: Lease) -> None:
         """Let another runner go on at once."""
         await self._kept(lease, 0, "", {})
+
+    async def count_mistake(self, lease: Lease, pause_s: float) -> int:
+        """Return how many mistakes there were since the batch last came further; it waits before it is taken again.
+
+        Raises LeaseLost.
+        """
+        keys = [OPEN_KEY, BATCH_PREFIX + lease.batch_id]
+        num_mistakes = int(await self._fail(keys=keys, args=[lease.batch_id, lease.fence, pause_s]))
+        if not num_mistakes:
+            raise LeaseLost
+        return num_mistakes
 
     async def finish(
         self, lease: Lease, tenant: str, status: BatchStatus, fields: Fields, made: Sequence[FileRecord] = ()

@@ -153,9 +153,9 @@ async def parse_line(line: Line) -> BatchLine:
         raise Problem(invalid("", "").status, "invalid_json_line", f"line {line.number}: not JSON") from error
 
 
-def request_id(batch_id: str, line: Line) -> str:
-    """Return the id of the job of a line: the same one whoever works on the batch, however often."""
-    return str(uuid.uuid5(_NAMESPACE, f"{batch_id}\0{line.number}"))
+def request_id(batch_id: str, number: int) -> str:
+    """Return the id of the job of line `number`: the same one whoever works on the batch, however often."""
+    return str(uuid.uuid5(_NAMESPACE, f"{batch_id}\0{number}"))
 
 
 _NAMESPACE: Final = uuid.UUID("1f0c9b5e-2f38-4d0e-9e15-7b8f4f2f6c44")

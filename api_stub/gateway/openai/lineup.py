@@ -90,7 +90,7 @@ class Lineup:
     async def answer(self, line: Line) -> Answered:
         """Answer a line; `room` was acquired for it. Raises GatewayStops."""
         is_in, name = False, None
-        job_id = request_id(self._order.id, line)
+        job_id = request_id(self._order.id, line.number)
         try:
             try:
                 name = await custom_id_of(line)
@@ -172,12 +172,12 @@ class Lineup:
         return Answered(line, False, self._response(line, name, status, body.model_dump()))
 
     def _response(self, line: Line, name: str | None, status: HTTPStatus, body: object) -> bytes:
-        job_id = request_id(self._order.id, line)
+        job_id = request_id(self._order.id, line.number)
         response = BatchLineResponse(status_code=status, request_id=job_id, body=body)
         return BatchLineAnswer(id=self._name(line), custom_id=name, response=response).encoded()
 
     def _name(self, line: Line) -> str:
-        return f"batch_req_{request_id(self._order.id, line)}"
+        return f"batch_req_{request_id(self._order.id, line.number)}"
 
 
 def _patience_s(error: VisionqError | redis.RedisError) -> float:

@@ -9,17 +9,23 @@ from typing import Final
 
 import redis
 
+from api_stub.contract.error import ErrorCode
 from api_stub.errors import StoreUnavailable
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.openai.batches import BatchStore, Lease, LeaseLost
 from api_stub.gateway.openai.lineup import GatewayStops
-from api_stub.gateway.openai.work import BatchWork, facts
+from api_stub.gateway.openai.shapes import BatchError
+from api_stub.gateway.openai.work import BatchWork, abandon, facts
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCHES: Final = 4
 POLL_S: Final = 1.0
 STOP_S: Final = 5.0
+#: How often a batch may stop at a mistake of ours without coming further, and how long it waits after the first one;
+#: the wait doubles, to 155 s in all.
+MAX_MISTAKES: Final = 6
+PAUSE_S: Final = 5.0
 
 
 class BatchRunner:
@@ -76,7 +82,26 @@ class BatchRunner:
         except LeaseLost:
             logger.info("batch lost", extra=about)
         except (StoreUnavailable, redis.RedisError) as error:
-            # Its lease ends, and a runner goes on from the checkpoint.
+            # Its lease ends, and a runner goes on from the checkpoint, however often: trouble passes.
+            self._gateway.metrics.batch_put_down("unavailable")
             logger.warning("batch interrupted", extra=about | {"error": type(error).__name__})
         except Exception:
             logger.exception("batch failed", extra=about)
+            await self._failed(lease)
+
+    async def _failed(self, lease: Lease) -> None:
+        """Let the batch be tried again later, or end it after too many mistakes of ours in a row."""
+        about = facts(lease.batch_id)
+        try:
+            num_mistakes = await self._store.count_mistake(lease, PAUSE_S)
+            self._gateway.metrics.batch_put_down("mistake")
+            if num_mistakes >= MAX_MISTAKES:
+                message = f"a mistake of the server stopped it {num_mistakes} times in a row; its log says more"
+                reason = BatchError(code=ErrorCode.INTERNAL.value, message=message)
+                await abandon(self._gateway, self._store, lease, reason)
+                self._gateway.metrics.batch_put_down("given_up")
+                logger.error("batch given up", extra=about | {"mistakes": num_mistakes})
+        except LeaseLost:
+            logger.info("batch lost", extra=about)
+        except redis.RedisError as error:
+            logger.warning("batch interrupted", extra=about | {"error": type(error).__name__})

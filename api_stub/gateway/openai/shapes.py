@@ -177,7 +177,7 @@ class BatchCounts(_Shape):
 
 
 class BatchObject(_Shape):
-    """A batch. Times are seconds since 1970."""
+    """A batch. Times are seconds since 1970. One that `failed` has no files, and its jobs under way are cancelled."""
 
     id: str
     object: Literal["batch"] = "batch"

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,9 +20,9 @@ import redis
 from api_stub.errors import StorageRefused
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.openai import segments
-from api_stub.gateway.openai.batches import Batch, BatchStore, Checkpoint, Fields, Lease, errors_json
+from api_stub.gateway.openai.batches import Batch, BatchStore, Checkpoint, Fields, Lease, LeaseLost, errors_json
 from api_stub.gateway.openai.files import FileRecord, load, new_object
-from api_stub.gateway.openai.lines import BatchRefused, count_lines, lines_of
+from api_stub.gateway.openai.lines import MAX_LINES, BatchRefused, count_lines, lines_of, request_id
 from api_stub.gateway.openai.lineup import Answered, EarlyEnd, Lineup
 from api_stub.gateway.openai.shapes import BatchError
 
@@ -60,6 +60,7 @@ class BatchWork:
         self._gateway, self._store, self._lease, self._order = gateway, store, lease, batch.order
         self._max_in_flight = max_in_flight
         self._done = batch.checkpoint
+        self._reached = batch.reached
         self._fresh = _Fresh()
         self._lineup = Lineup(gateway, batch.order)
         self._window: deque[asyncio.Task[Answered]] = deque()
@@ -70,6 +71,10 @@ class BatchWork:
         try:
             await asyncio.wait({work, beat}, return_when=asyncio.FIRST_COMPLETED)
             await (work if work.done() else beat)
+        except Exception:
+            with suppress(redis.RedisError, LeaseLost):
+                await self._store.keep(self._lease, self._counts())  # what was begun may have to be cancelled
+            raise
         finally:
             tasks = (work, beat, *self._window)
             for task in tasks:
@@ -88,7 +93,9 @@ class BatchWork:
             await self._put_together()
         except (BatchRefused, StorageRefused) as error:
             reason = error.error if isinstance(error, BatchRefused) else BatchError(code=error.code, message=str(error))
-            await self._store.finish(self._lease, self._order.tenant, "failed", {"errors": errors_json(reason)})
+            await self._lineup.end(EarlyEnd.CANCELLED)  # nothing more is submitted
+            await self._store.keep(self._lease, self._counts())
+            await abandon(self._gateway, self._store, self._lease, reason)
 
     async def _answer_all(self, record: FileRecord) -> None:
         async with aclosing(lines_of(self._gateway, record, self._done.line, self._done.offset)) as lines:
@@ -97,6 +104,7 @@ class BatchWork:
                 line = await anext(lines, None)
                 if line is None:
                     break
+                self._reached = max(self._reached, line.number)
                 self._window.append(asyncio.create_task(self._lineup.answer(line)))
                 while self._window and (len(self._window) >= self._max_in_flight or self._window[0].done()):
                     await self._collect()
@@ -129,7 +137,7 @@ class BatchWork:
             errors=self._done.errors + errors,
         )
         self._fresh = _Fresh()
-        await self._keep()
+        await self._keep(mistakes=0)
 
     async def _segment(self, kind: str, number: int, lines: list[bytes]) -> tuple[str, ...]:
         if not lines:
@@ -179,15 +187,26 @@ class BatchWork:
                 logger.warning("batch not kept", extra=facts(self._order.id) | {"error": type(error).__name__})
             await asyncio.sleep(BEAT_S)
 
-    async def _keep(self, status: str = "") -> None:
-        await self._store.keep(self._lease, self._counts() | {"checkpoint": self._done.to_json()}, status)
+    async def _keep(self, status: str = "", **more: str | int) -> None:
+        await self._store.keep(self._lease, self._counts() | {"checkpoint": self._done.to_json()} | more, status)
 
     def _counts(self) -> Fields:
         return {
             "total": self._done.total,
             "completed": self._done.completed + len(self._fresh.outputs),
             "failed": self._done.failed + len(self._fresh.errors),
+            "reached": self._reached,
         }
+
+
+async def abandon(gateway: Gateway, store: BatchStore, lease: Lease, reason: BatchError) -> None:
+    """End a batch `failed`, without files, and cancel its jobs that wait or run. Raises LeaseLost, redis.RedisError."""
+    with suppress(ValueError):  # what cannot be read may be why it is abandoned
+        batch = await store.load(lease.batch_id)
+        begun = range(0) if batch is None else range(batch.checkpoint.line + 1, batch.reached + 1)
+        for number in begun[-MAX_LINES:]:
+            await gateway.ledger.cancel(request_id(lease.batch_id, number))
+    await store.finish(lease, "", "failed", {"errors": errors_json(reason)})
 
 
 def facts(batch_id: str) -> dict[str, object]:
