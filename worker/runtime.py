@@ -29,6 +29,7 @@ from worker.lifecycle.watchdog import (
     FROZEN_MARGIN_S,
     EngineWatch,
     Finding,
+    PublisherWatch,
     QueueWatch,
     ThreadWatch,
     Trouble,
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S: Final = 5.0
 #: A worker that gives up and has nothing to wait for ends by itself in this time, else by force.
 LAST_RESORT_S: Final = 30.0
+#: One call of a silent Redis costs the publisher several timeouts, whatever an engine's steps take.
+MIN_PUBLISHER_STALL_S: Final = 60.0
 
 
 @dataclass(slots=True)
@@ -86,6 +89,7 @@ class Runtime:
         watches = (
             EngineWatch(self.engine, settings.stall_s),
             ThreadWatch(Trouble.PUBLISHER_DEAD, lambda: self.publisher.is_alive),
+            PublisherWatch(self.publisher, self._is_redis_there, max(settings.stall_s, MIN_PUBLISHER_STALL_S)),
             QueueWatch(self.consumption, self._num_to_take, settings.mute_s),
         )
         self.watchdog = Watchdog(
@@ -164,6 +168,9 @@ class Runtime:
         }
         media = media_readings(self.media_cache.stats(), self.room.stats())
         return own | dict(engine_readings(self.engine)) | dict(media)
+
+    def _is_redis_there(self) -> bool:
+        return time.monotonic() - self.heartbeat.last_beat_at < self.settings.lease_s
 
     def _num_to_take(self) -> int:
         return num_to_take(self.ledger.client, self.settings.model_name, self.drain)

@@ -1,4 +1,5 @@
-"""Notices a worker that looks alive and does nothing: mute towards its queue, or with an engine that stands still.
+"""Notices a worker that looks alive and does nothing: mute towards its queue, or with an engine or a publisher that
+stands still.
 
 Silence is what was watched: a process that was stopped for a while (SIGSTOP, a suspended machine) has not been silent
 in that time. Loading and warming up come before the watch begins; an absent Redis is nobody's silence.
@@ -38,6 +39,7 @@ class Trouble(StrEnum):
     STALLED = "stalled"
     ENGINE_DEAD = "engine_dead"
     PUBLISHER_DEAD = "publisher_dead"
+    PUBLISHER_STALLED = "publisher_stalled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,35 @@ class QueueWatch:
         state = "subscribed" if consumption.is_consuming else "not subscribed"
         facts = f"{length} messages in the queue, {num_free} free slots, {state}"
         return Finding(Trouble.MUTE, f"nothing taken for {silent_s:.0f} s: {facts}")
+
+
+class PublisherToWatch(Protocol):
+    """What the watch needs of a publisher."""
+
+    @property
+    def is_busy(self) -> bool: ...
+    @property
+    def num_turns(self) -> int: ...
+
+
+class PublisherWatch:
+    """Finds a publisher that has events and does nothing about them for `stall_s` while Redis answers others.
+
+    Trying again is doing something: a Redis that is full refuses events and nothing else.
+    """
+
+    def __init__(self, publisher: PublisherToWatch, is_redis_there: Callable[[], bool], stall_s: float) -> None:
+        self._publisher, self._is_redis_there, self._stall_s = publisher, is_redis_there, stall_s
+        self._silence = Silence(2 * look_s(stall_s))
+        self._num_turns = 0
+
+    def look(self, now: float) -> Finding | None:
+        is_busy, num_turns = self._publisher.is_busy, self._publisher.num_turns
+        has_turned, self._num_turns = num_turns != self._num_turns, num_turns
+        silent_s = self._silence.note(now, is_silent=is_busy and not has_turned and self._is_redis_there())
+        if silent_s < self._stall_s:
+            return None
+        return Finding(Trouble.PUBLISHER_STALLED, f"events wait and none was sent for {silent_s:.0f} s")
 
 
 class ThreadWatch:

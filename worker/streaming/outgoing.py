@@ -13,11 +13,13 @@ class AttemptStream:
     """The event stream of one attempt. Numbers let the ledger ignore a publication that was sent twice.
 
     `is_lost` turns true when the ledger says that the attempt no longer owns the job; nothing is sent after that.
+    `is_refused` turns true when Redis refuses one of its events for good; the next ones travel alone.
     """
 
     job_id: str
     fence: int
     is_lost: bool = False
+    is_refused: bool = False
     _number: int = field(default=0, repr=False)
 
     def next_number(self) -> int:

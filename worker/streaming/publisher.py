@@ -3,7 +3,8 @@
 In: `Outgoing` items and engine steps (any thread, never blocks). Out: `Ledger.publish`. Progress waits a moment, so
 that a short answer goes out together with it; text never does. When Redis is slow or away, waiting deltas of one stream
 are joined, so memory stays bounded by the answers' own length and decoding never waits.
-A batch whose reply was lost is sent again unchanged; the ledger ignores what it already has.
+A batch whose reply was lost is sent again unchanged; the ledger ignores what it already has. An event that Redis
+refuses for good is dropped, and no other with it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 import redis
 
 from api_stub.contract.event import ProgressBody
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.link import is_passing
 from api_stub.ledger.rows import Publication
 from worker.streaming.outgoing import AttemptStream, Outgoing, merge
 
 logger = logging.getLogger(__name__)
 
 Step = TypeVar("Step")
+Numbered: TypeAlias = tuple[AttemptStream, Publication]
 
 #: How long news of a job's progress waits for other events to go out with. Text and endings wait for nothing.
 COMPANY_S: Final = 0.01
@@ -37,7 +40,11 @@ class _Stop:
 
 
 class Publisher(Generic[Step]):
-    """One thread between the engine and Redis. `translate` turns an engine step into Outgoing items, on this thread."""
+    """One thread between the engine and Redis. `translate` turns an engine step into Outgoing items, on this thread.
+
+    `is_busy` while it has something to send; `num_turns` grows with every batch and every try to send it. Any thread
+    may read them.
+    """
 
     def __init__(self, ledger: Ledger, translate: Callable[[Step], Iterable[Outgoing]]) -> None:
         self._ledger = ledger
@@ -45,6 +52,8 @@ class Publisher(Generic[Step]):
         self._queue: queue.SimpleQueue[Outgoing | tuple[Step] | _Stop] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self.num_turns = 0
+        self.is_busy = False
 
     def start(self) -> None:
         """Start sending."""
@@ -80,16 +89,18 @@ class Publisher(Generic[Step]):
         is_open = True
         while is_open:
             taken, is_open = self._take()
-            batch = _joined(taken)
-            self._send(batch)
+            self._send(_joined(taken))
             for item in taken:
                 if item.on_sent is not None:
                     item.on_sent()
+            self.is_busy = False
 
     def _take(self) -> tuple[list[Outgoing], bool]:
         """Wait for something, then take all that is there."""
         taken: list[Outgoing] = []
         entry: Outgoing | tuple[Step] | _Stop | None = self._queue.get()
+        self.is_busy = True
+        self.num_turns += 1
         until = time.monotonic() + COMPANY_S
         while entry is not None:
             if isinstance(entry, _Stop):
@@ -118,12 +129,37 @@ class Publisher(Generic[Step]):
             logger.exception("step lost", extra={"action": "translate"})
             return ()
 
-    def _send(self, batch: Sequence[tuple[AttemptStream, Publication]]) -> None:
+    def _send(self, batch: Sequence[Numbered]) -> None:
+        """Send everything at once; what Redis refuses for good is found by sending one after the other."""
+        alone = [item for item in batch if item[0].is_refused]
+        together = [item for item in batch if not item[0].is_refused]
+        try:
+            self._publish(together)
+        except redis.RedisError:
+            alone = [*batch]
+        for item in alone:
+            self._send_alone(item)
+
+    def _send_alone(self, item: Numbered) -> None:
+        stream = item[0]
+        try:
+            self._publish([item])
+        except redis.RedisError as error:
+            if not stream.is_refused:
+                facts = {"action": "publish", "job_id": stream.job_id, "error": str(error)}
+                logger.warning("events of a job are refused", extra=facts)
+            stream.is_refused = True
+
+    def _publish(self, batch: Sequence[Numbered]) -> None:
+        """Try until Redis takes the batch. Raises its error when trying again would not help."""
         pause_s = FIRST_PAUSE_S
         while batch:
+            self.num_turns += 1
             try:
                 held = self._ledger.publish([publication for _, publication in batch])
             except redis.RedisError as error:
+                if not is_passing(error):
+                    raise
                 logger.warning("publish failed", extra={"action": "publish", "error": type(error).__name__})
                 if self._stopping.wait(pause_s):
                     return
@@ -135,7 +171,7 @@ class Publisher(Generic[Step]):
             return
 
 
-def _joined(items: Iterable[Outgoing]) -> list[tuple[AttemptStream, Publication]]:
+def _joined(items: Iterable[Outgoing]) -> list[Numbered]:
     """Number the bodies, joining neighbours of one stream where nothing is lost by it."""
     waiting: dict[int, list[Outgoing]] = {}
     for item in items:

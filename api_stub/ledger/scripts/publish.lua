@@ -10,7 +10,11 @@ for i = 1, #ARGV, 4 do
     if tonumber(number) > tonumber(last_number) then
       local seq = tonumber(last_seq) + 1
       redis.call('HSET', KEY.job .. id, 'seq', seq, 'number', number)
-      write_event(id, seq, attempt, fragment)
+      local is_written, problem = pcall(write_event, id, seq, attempt, fragment)
+      if not is_written then
+        redis.call('HSET', KEY.job .. id, 'number', last_number) -- sent again it fails again, and does not pass for written
+        error(problem, 0)
+      end
     end
     replies[#replies + 1] = 1
   end

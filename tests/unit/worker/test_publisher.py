@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +142,62 @@ def test_an_attempt_that_lost_its_job_publishes_nothing(
     assert stale.is_lost
     with server.client() as client:
         assert [event["type"] for event in events(client, stale)] == ["job.queued", "job.started"]
+
+
+@pytest.mark.parametrize("key_of", [names.events_key, names.job_key], ids=["stream", "row"])
+def test_a_key_of_the_wrong_type_costs_its_own_job_its_events_and_no_other(
+    key_of: Callable[[str], str],
+    publisher: Publisher[list[Outgoing]],
+    ledger: Ledger,
+    server: RedisServer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before, broken, behind = (claimed(ledger) for _ in range(3))
+    with server.client() as client:
+        key = key_of(broken.job_id)
+        client.rename(key, "aside")
+        client.set(key, "somebody else's")
+        for offset in range(3):
+            publisher.put_step([delta(stream, "x", offset) for stream in (before, broken, behind)])
+            flush(publisher, behind)
+        for stream in (before, behind):
+            written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+            assert "".join(str(event["text"]) for event in written) == "xxx"
+        client.rename("aside", key)
+        publisher.put(delta(broken, "mended", 3))
+        flush(publisher, broken)
+        last = events(client, broken)[-1]
+        assert (last["text"], last["offset"]) == ("mended", 3)
+    refused = [record for record in caplog.records if record.message == "events of a job are refused"]
+    assert [(vars(record)["action"], vars(record)["job_id"]) for record in refused] == [("publish", broken.job_id)]
+
+
+def test_a_publisher_with_work_that_it_does_not_do_can_be_seen(ledger: Ledger, server: RedisServer) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow(step: list[Outgoing]) -> list[Outgoing]:
+        begun.set()
+        assert may_go_on.wait(60)
+        return step
+
+    publisher: Publisher[list[Outgoing]] = Publisher(ledger, slow)
+    publisher.start()
+    try:
+        assert not publisher.is_busy
+        stream = claimed(ledger)
+        server.kill()
+        publisher.put_step([delta(stream, "x", 0)])
+        assert begun.wait(20)
+        assert publisher.is_busy
+        stuck_at = publisher.num_turns
+        may_go_on.set()
+        eventually(lambda: publisher.num_turns > stuck_at + 2, 20, "trying again is a sign of life")
+        assert publisher.is_busy
+        server.start()
+        eventually(lambda: not publisher.is_busy, 20, "all is sent")
+    finally:
+        may_go_on.set()
+        publisher.stop(10)
 
 
 def test_a_step_that_cannot_be_translated_does_not_end_the_publisher(ledger: Ledger) -> None:

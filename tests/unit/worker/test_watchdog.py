@@ -15,7 +15,17 @@ from api_stub.contract import names
 from worker.lifecycle.attempt import Attempts
 from worker.lifecycle.consumption import LOOP_SILENCE_S, Consumption
 from worker.lifecycle.drain import Drain
-from worker.lifecycle.watchdog import EngineWatch, Finding, QueueWatch, ThreadWatch, Trouble, Watchdog, stacks
+from worker.lifecycle.watchdog import (
+    EngineWatch,
+    Finding,
+    PublisherWatch,
+    QueueWatch,
+    ThreadWatch,
+    Trouble,
+    Watch,
+    Watchdog,
+    stacks,
+)
 from worker.runtime import num_to_take
 
 
@@ -27,6 +37,14 @@ class FakeEngine:
     last_step_at: float = 0.0
     num_running: int = 1
     num_waiting: int = 0
+
+
+@dataclass
+class FakePublisher:
+    """A publisher that turns when it is told to."""
+
+    is_busy: bool = True
+    num_turns: int = 0
 
 
 class Queue:
@@ -41,7 +59,7 @@ class Queue:
         return self.length
 
 
-def looked(watch: EngineWatch | QueueWatch, start: int, stop: int) -> Finding | None:
+def looked(watch: Watch, start: int, stop: int) -> Finding | None:
     """Look once a second; return the last finding."""
     return [watch.look(float(now)) for now in range(start, stop)][-1]
 
@@ -122,6 +140,28 @@ def test_a_message_or_a_lack_of_slots_is_no_muteness() -> None:
     with consumption.taken():
         pass
     assert looked(watch, 69, 78) is None
+
+
+def test_a_publisher_that_does_nothing_about_its_events_is_found() -> None:
+    watch = PublisherWatch(FakePublisher(), lambda: True, stall_s=10)
+    assert looked(watch, 0, 10) is None
+    found = watch.look(10.0)
+    assert found is not None
+    assert found.trouble is Trouble.PUBLISHER_STALLED
+
+
+def test_a_publisher_that_tries_again_or_has_nothing_or_nobody_to_tell_is_left_alone() -> None:
+    publisher, is_redis_there = FakePublisher(), [True]
+    watch = PublisherWatch(publisher, lambda: is_redis_there[0], stall_s=10)
+    for now in range(60):
+        publisher.num_turns += now % 9 == 0
+        assert watch.look(float(now)) is None
+    publisher.is_busy = False
+    assert looked(watch, 60, 90) is None
+    publisher.is_busy, is_redis_there[0] = True, False
+    assert looked(watch, 90, 120) is None
+    is_redis_there[0] = True
+    assert looked(watch, 120, 129) is None, "the time before counts no more"
 
 
 def test_consuming_means_subscribed_and_turning() -> None:
