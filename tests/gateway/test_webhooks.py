@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tests.gateway.receiver import Received, Receiver, Reply, receiving
 from tests.gateway.service import Service, serving
 from tests.gateway.test_jobs import QUESTION
 from tests.gateway.test_process import ApiProcess
-from tests.servers import eventually, free_port
+from tests.servers import RedisServer, eventually, free_port
 from tests.unit.api_stub.workers import ScriptedWorker
 
 SECRET = "whsec_" + base64.b64encode(b"s" * 32).decode()
@@ -186,11 +187,23 @@ def test_a_slow_receiver_stops_nobody_else(redis_url: str, worker: ScriptedWorke
         assert given_up(redis_client)[-1]["reason"] == "no answer within 3 s"
 
 
-def test_two_secrets_sign_side_by_side_and_a_key_has_its_own(redis_url: str, worker: ScriptedWorker) -> None:
+@pytest.fixture
+def own_redis_url(tmp_path: Path) -> Iterator[str]:
+    """A Redis whose deliveries no other test's gateway takes and signs with its own secret."""
+    server = RedisServer(tmp_path)
+    yield server.url
+    server.stop()
+
+
+def test_two_secrets_sign_side_by_side_and_a_key_has_its_own(own_redis_url: str) -> None:
     keys = f"team:{digest_of('k')} webhook_secret={SECRET},{OTHER_SECRET}"
-    with serving(redis_url, **OPEN | {"api_keys": keys, "webhook_secret": ""}) as running, receiving() as receiver:
+    with (
+        serving(own_redis_url, **OPEN | {"api_keys": keys, "webhook_secret": ""}) as running,
+        closing(Ledger.connect(own_redis_url, LedgerConfig())) as ledger,
+        receiving() as receiver,
+    ):
         running.http.headers["Authorization"] = "Bearer k"
-        worker.answer(submit(running, receiver.url()), "red")
+        ScriptedWorker(ledger).answer(submit(running, receiver.url()), "red")
         [request] = received(receiver)
         assert content(request, SECRET) == content(request, OTHER_SECRET)
         assert len(request.headers["webhook-signature"].split()) == 2
