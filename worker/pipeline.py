@@ -237,7 +237,10 @@ class Pipeline:
         )
 
     def _settle(self, attempt: Attempt, body: FinalBody | RetryReason | None) -> str:
-        """Tell the ledger, however long Redis is away, until it answers or the lease is lost."""
+        """Tell the ledger, however long Redis is away, until it answers or the lease is lost.
+
+        A process that ends waits no longer than its lease: a reaper finds the job, and it is done again.
+        """
         if body is None:
             return "lost"
         if not isinstance(body, CompletedBody):
@@ -251,10 +254,17 @@ class Pipeline:
                 return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
             except redis.RedisError as error:
                 logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})
-                if not is_passing(error):
-                    return "unsettled"  # the lease runs out, and with it one of the job's attempts
+                if not is_passing(error) or self._is_too_late(attempt):
+                    # The lease runs out, and with it one of the job's attempts.
+                    facts = {"unconfirmed_s": round(attempt.unconfirmed_s, 3)}
+                    logger.error("job left unsettled", extra=_facts(attempt) | facts)
+                    return "unsettled"
                 self._pause.wait(FINISH_PAUSE_S)
         return "lost"
+
+    def _is_too_late(self, attempt: Attempt) -> bool:
+        """Whether the drain is over and nobody has confirmed the lease for its whole length."""
+        return self._attempts.are_closed and attempt.unconfirmed_s > self._ledger.config.lease_s
 
     def _flush(self, attempt: Attempt) -> None:
         """Wait until all events of the attempt are in Redis: the final event is the last one.

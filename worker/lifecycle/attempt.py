@@ -54,6 +54,11 @@ class Attempt:
         return f"{self.claim.job_id}:{self.claim.fence}"
 
     @property
+    def unconfirmed_s(self) -> float:
+        """Time since the ledger last said that the job is this attempt's."""
+        return self._clock() - self.held_at
+
+    @property
     def stop_reason(self) -> StopReason | None:
         """Why the attempt has to stop, if it has to."""
         if self._reason is None and self.deadline_at is not None and self._clock() >= self.deadline_at:
@@ -97,6 +102,11 @@ class Attempts:
 
     def __len__(self) -> int:
         return len(self._attempts)
+
+    @property
+    def are_closed(self) -> bool:
+        """True from `close` on: this process ends."""
+        return self._closed_for is not None
 
     def add(self, attempt: Attempt) -> None:
         """Start holding the attempt's lease. After `close` the attempt is stopped at once."""
