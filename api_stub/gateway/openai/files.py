@@ -6,6 +6,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, BinaryIO, Final, Literal
@@ -15,6 +16,7 @@ import redis.asyncio
 from api_stub.contract import names
 from api_stub.contract.media import S3Object
 from api_stub.contract.wire import WireModel
+from api_stub.errors import StorageRefused
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.openai.shapes import FileObject
@@ -96,7 +98,7 @@ async def find(gateway: Gateway, caller: Caller, file_id: str) -> FileRecord:
     """Return a file that the caller may see. Raises Problem (404)."""
     record = await load(gateway, file_id)
     if record is None or not caller.sees(record.tenant):
-        raise Problem(HTTPStatus.NOT_FOUND, "file_not_found", f"no file {file_id[:80]!r}")
+        raise _not_found(file_id)
     return record
 
 
@@ -134,6 +136,21 @@ async def delete(gateway: Gateway, record: FileRecord) -> None:
         await step.execute()
 
 
+async def opened(gateway: Gateway, record: FileRecord) -> AsyncGenerator[bytes, None]:
+    """Return a file's bytes, the first of them read already: a response's status can tell that there are none.
+
+    Raises Problem (404: the object is gone), StorageRefused, StoreUnavailable.
+    """
+    pieces = content(gateway, record)
+    try:
+        first = await anext(pieces, b"")
+    except StorageRefused as error:
+        if await gateway.in_storage(lambda: gateway.storage.head(record.uri)) is None:
+            raise _not_found(record.id) from error
+        raise
+    return _chained(first, pieces)
+
+
 async def content(gateway: Gateway, record: FileRecord, start: int = 0) -> AsyncGenerator[bytes, None]:
     """Read a file from a place on, piece by piece; no connection is kept between two pieces."""
     while start < record.num_bytes:
@@ -143,3 +160,14 @@ async def content(gateway: Gateway, record: FileRecord, start: int = 0) -> Async
             return
         yield piece
         start += len(piece)
+
+
+async def _chained(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece
+
+
+def _not_found(file_id: str) -> Problem:
+    return Problem(HTTPStatus.NOT_FOUND, "file_not_found", f"no file {file_id[:80]!r}")

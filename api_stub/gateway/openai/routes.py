@@ -107,7 +107,7 @@ async def read_file(gateway: GatewayHere, caller: CallerHere, file_id: _Id) -> R
     """Give a file's bytes."""
     record = await files.find(gateway, caller, file_id)
     headers = {"Content-Length": str(record.num_bytes)}
-    return StreamingResponse(files.content(gateway, record), headers=headers, media_type=files.CONTENT_TYPE)
+    return StreamingResponse(await files.opened(gateway, record), headers=headers, media_type=files.CONTENT_TYPE)
 
 
 @router.delete("/files/{file_id}")
