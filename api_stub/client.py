@@ -65,7 +65,8 @@ class Client:
     def submit(self, job: Job | Mapping[str, object], job_id: str | None = None) -> JobHandle:
         """Hand in a job as a contract type or as its JSON fields with `task`.
 
-        The same `job_id` and body again is the same job, so a call may be repeated after StoreUnavailable.
+        The same `job_id` and body again is the same job, so a call may be repeated after StoreUnavailable. A gateway
+        takes UUIDs only, of a version other than 5.
         Raises InvalidRequest (nothing was enqueued), QueueFull, StoreUnavailable.
         """
         return self._submit(checked(job), job_id)

@@ -40,7 +40,9 @@ class JobFlags:
     deadline: Annotated[float | None, typer.Option(help="Seconds from now after which the job ends.")] = None
     priority: Annotated[int | None, typer.Option(help="0 (first) to 9.")] = None
     tenant: Annotated[str | None, typer.Option(help="Who is asking.")] = None
-    job_id: Annotated[str | None, typer.Option(help="Id of the job; the same id and job again is the same job.")] = None
+    job_id: Annotated[
+        str | None, typer.Option(help="Id of the job, a UUID; the same id and job again is the same job.")
+    ] = None
     url: UrlFlag = None
     timeout: TimeoutFlag = None
     as_json: JsonFlag = False

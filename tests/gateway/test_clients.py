@@ -7,6 +7,7 @@ import importlib.util
 import json
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 IMAGE, CLIP = "s3://media/a.png", "s3://media/a.mp4"
 #: Characters that Python cuts lines at and an event stream does not.
+NAMED = "0b8f6a52-6d4e-4c58-9a55-2f2d3a1b7c10"
 PIECES = ("It ", "is\n\u2028", "r\x85é", "d ●")
 
 
@@ -95,22 +97,29 @@ def test_each_call_makes_its_kind_of_job(client: Client, redis_client: redis.Red
         client.caption(IMAGE, max_new_tokens=9),
         client.vqa(question="Why?", tenant="team", deadline_s=9.0, priority=2),
         client.video_qa(CLIP, question="Why?", num_frames=4),
-        client.submit({"task": "visionq.vqa", "question": "Why?", "model": "other"}, job_id="my-id"),
+        client.submit({"task": "visionq.vqa", "question": "Why?", "model": "other"}, job_id=NAMED),
     )
     bodies = [json.loads(redis_client.hget(names.job_key(job.id), "body") or "") for job in jobs]
     assert [body["task"] for body in bodies] == ["visionq.caption", "visionq.vqa", "visionq.video_qa", "visionq.vqa"]
     assert (bodies[0]["sampling"]["max_new_tokens"], bodies[2]["num_frames"]) == (9, 4)
-    assert (jobs[1].status().tenant, jobs[1].status().priority, jobs[3].id) == ("team", 2, "my-id")
+    assert (jobs[1].status().tenant, jobs[1].status().priority, jobs[3].id) == ("team", 2, NAMED)
     assert jobs[3].status().model == "other"
 
 
 def test_the_same_id_and_body_is_the_same_job(client: Client) -> None:
-    assert client.vqa(question="Why?", job_id="one").id == client.vqa(question="Why?", job_id="one").id
+    assert client.vqa(question="Why?", job_id=NAMED).id == client.vqa(question="Why?", job_id=NAMED).id
     with pytest.raises(InvalidRequest, match="another body"):
-        client.vqa(question="What?", job_id="one")
+        client.vqa(question="What?", job_id=NAMED)
     for bad in ({"top_p": 2.0}, {"job_id": "no/id"}):
         with pytest.raises(InvalidRequest, match=r"top_p|job_id"):
             client.vqa(question="Why?", **bad)  # type: ignore[arg-type]
+
+
+def test_a_gateway_takes_ids_that_are_uuids(service: Service) -> None:
+    with Client(service.url) as client:
+        for bad in ("my-id", "0b8f6a52-6d4e-5c58-9a55-2f2d3a1b7c10"):
+            with pytest.raises(InvalidRequest, match="job_id"):
+                client.vqa(question="Why?", job_id=bad)
 
 
 def test_a_job_that_fails_says_why(client: Client, worker: ScriptedWorker, url: str, kind: str) -> None:
@@ -283,23 +292,24 @@ def test_readers_outlive_a_gateway_that_is_killed(redis_url: str, worker: Script
 def test_many_threads_and_many_tasks_share_a_client(service: Service, worker: ScriptedWorker) -> None:
     texts: dict[int, str] = {}
     with Client(service.url) as client:
+        ids = [str(uuid.uuid4()) for _ in range(30)]
 
         def ask(number: int) -> None:
-            texts[number] = client.vqa(question="Why?", job_id=f"job-{number}").result(timeout=60).text
+            texts[number] = client.vqa(question="Why?", job_id=ids[number]).result(timeout=60).text
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(30)]
         for thread in threads:
             thread.start()
         for number in range(30):
-            eventually(lambda n=number: worker.ledger.view(f"job-{n}"), what=f"job {number} is submitted")
-            worker.answer(f"job-{number}", str(number))
+            eventually(lambda n=number: worker.ledger.view(ids[n]), what=f"job {number} is submitted")
+            worker.answer(ids[number], str(number))
         for thread in threads:
             thread.join(60)
     assert texts == {number: str(number) for number in range(30)}
 
     async def use() -> list[str]:
         async with AsyncClient(service.url) as client:
-            jobs = [client.job(f"job-{number}") for number in range(30)]
+            jobs = [client.job(job_id) for job_id in ids]
             return await asyncio.gather(*(_text(job) for job in jobs))
 
     assert asyncio.run(use()) == [str(number) for number in range(30)]
@@ -350,19 +360,19 @@ def test_the_command_line_speaks_http(
         return done.stdout
 
     def answer() -> None:
-        eventually(lambda: worker.ledger.view("mine"))
-        worker.answer("mine", *PIECES)
+        eventually(lambda: worker.ledger.view(NAMED))
+        worker.answer(NAMED, *PIECES)
 
     helper = threading.Thread(target=answer)
     helper.start()
     assert (
-        run("vqa", "-q", "Why?", "--job-id", "mine", "--url", service.url, "--timeout", "30") == "".join(PIECES) + "\n"
+        run("vqa", "-q", "Why?", "--job-id", NAMED, "--url", service.url, "--timeout", "30") == "".join(PIECES) + "\n"
     )
     helper.join(20)
     monkeypatch.setenv("VISIONQ_API_URL", service.url)
-    assert json.loads(run("status", "mine", "--json"))["status"] == "completed"
-    assert run("watch", "mine") == "".join(PIECES) + "\n"
-    assert run("cancel", "mine") == "had ended before\n"
+    assert json.loads(run("status", NAMED, "--json"))["status"] == "completed"
+    assert run("watch", NAMED) == "".join(PIECES) + "\n"
+    assert run("cancel", NAMED) == "had ended before\n"
 
 
 def test_a_named_redis_wins_over_a_named_gateway(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import uuid
 from typing import TYPE_CHECKING
 
 import httpx
@@ -62,6 +63,25 @@ def test_the_same_key_and_inline_media_is_the_same_job(service: Service, s3_clie
     first, second = (post(service, body, Idempotency_Key="k-1") for _ in range(2))
     assert first.status_code == 202
     assert first.json()["job_id"] == second.json()["job_id"]
+
+
+@pytest.mark.parametrize(
+    "named", ["my-job", "0b8f6a52-6d4e-4c58-9a55-2f2d3a1b7c1", "{0b8f6a52-6d4e-4c58-9a55-2f2d3a1b7c10}"]
+)
+def test_an_id_of_the_clients_own_is_a_uuid(service: Service, named: str) -> None:
+    answer = service.http.put(f"/v1/jobs/{named}", json=QUESTION)
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "job_id")
+
+
+def test_the_id_of_a_keys_job_cannot_be_taken_in_advance(service: Service) -> None:
+    job_id = post(service, QUESTION, Idempotency_Key="k-1").json()["job_id"]
+    assert uuid.UUID(job_id).version == 5
+    for spelling in (job_id, job_id.upper()):
+        answer = service.http.put(f"/v1/jobs/{spelling}", json=QUESTION)
+        assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "job_id")
+        assert "version 5" in answer.json()["detail"]
+    for own in (uuid.uuid1(), uuid.uuid4()):
+        assert service.http.put(f"/v1/jobs/{own}", json=QUESTION).json()["job_id"] == str(own)
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256, "tab\there"])

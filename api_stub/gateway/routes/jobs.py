@@ -8,6 +8,8 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from api_stub.contract.job import ModelName
 from api_stub.contract.status import JobStatus
@@ -27,6 +29,27 @@ from api_stub.ledger.rows import Cancelled
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(min_length=1, max_length=255, description="Id of the job.")]
+_OWN_ID: Final = re.compile(
+    r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-46-9a-fA-F][0-9a-fA-F]{3}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
+)
+
+
+def _checked_own(job_id: str) -> str:
+    if not _OWN_ID.fullmatch(job_id):
+        # Whoever guesses another's Idempotency-Key could take its job's id otherwise.
+        message = "a UUID of a version other than 5 is required; those of version 5 belong to Idempotency-Key"
+        raise PydanticCustomError("job_id", message)
+    return job_id
+
+
+OwnJobId = Annotated[
+    str,
+    AfterValidator(_checked_own),
+    Path(
+        description="Id of the new job: a UUID, of a version other than 5.",
+        json_schema_extra={"format": "uuid", "pattern": _OWN_ID.pattern},
+    ),
+]
 WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end.")]
 _PROBLEM: Final = {"schema": {"$ref": "#/components/schemas/Problem"}}
 _BODY_PROBLEMS: Final = (
@@ -79,8 +102,8 @@ async def submit_job(
 
 
 @router.put("/{job_id}", status_code=HTTPStatus.ACCEPTED, response_model=JobReply, **SUBMITS_A_JOB)
-async def submit_named_job(request: Request, gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> Response:
-    """Hand in a job under an id of the client's own making, a UUID. The same id and job again is the same job."""
+async def submit_named_job(request: Request, gateway: GatewayHere, caller: CallerHere, job_id: OwnJobId) -> Response:
+    """Hand in a job under an id of the client's own making. The same id and job again is the same job."""
     try:
         job_id = await accept(gateway, caller, await read_job(request), job_id=job_id)
     finally:
