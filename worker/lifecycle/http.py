@@ -1,6 +1,7 @@
 """`/healthz`, `/readyz` and `/metrics` of one worker process, from before its model loads until after its drain.
 
-Reads only, asks for nothing and says nothing secret. Bounded: a few connections at once, each for a few seconds.
+Reads only, asks for nothing and says nothing secret. Bounded: a few connections at once, each for a few seconds; who
+connects and asks nothing makes room for who comes later.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 import logging
 import socket
 import threading
+import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
@@ -23,18 +26,63 @@ from worker.observability.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 16
+MAX_UNANSWERED: Final = 128  # connections that the system keeps until we look
 CONNECTION_S: Final = 5.0
+
+
+class _Places:
+    """The open connections, oldest first. A connection is closed behind `leave` only. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._opened_at: dict[socket.socket, float] = {}
+        self._answered: set[socket.socket] = set()
+
+    def take(self, connection: socket.socket) -> bool:
+        """Let a connection in, if need be for the oldest that has not asked yet; False: all are being answered."""
+        with self._lock:
+            if len(self._opened_at) >= MAX_CONNECTIONS:
+                oldest = next((each for each in self._opened_at if each not in self._answered), None)
+                if oldest is None:
+                    return False
+                self._end(oldest)
+            self._opened_at[connection] = time.monotonic()
+            return True
+
+    def answer(self, connection: socket.socket) -> None:
+        """It has asked: only time ends it now."""
+        with self._lock:
+            self._answered.add(connection)
+
+    def leave(self, connection: socket.socket) -> None:
+        """It is over."""
+        with self._lock:
+            self._opened_at.pop(connection, None)
+            self._answered.discard(connection)
+
+    def end_late(self) -> None:
+        """End those that had their time."""
+        with self._lock:
+            latest = time.monotonic() - CONNECTION_S
+            for connection in [each for each, opened_at in self._opened_at.items() if opened_at < latest]:
+                self._end(connection)
+
+    def _end(self, connection: socket.socket) -> None:
+        """Wake its thread, which closes it."""
+        del self._opened_at[connection]
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class OperationsServer(ThreadingHTTPServer):
     """Answers probes and scrapers, each on a thread of its own. `port` 0 takes a free one."""
 
     daemon_threads = True
-    request_queue_size = MAX_CONNECTIONS
+    request_queue_size = MAX_UNANSWERED
 
     def __init__(self, host: str, port: int, health: Health, metrics: Metrics) -> None:
         self.health, self.metrics = health, metrics
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.places = _Places()
         try:
             super().__init__((host, port), _Probe)
         except OSError as error:
@@ -58,18 +106,22 @@ class OperationsServer(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.port
 
     def process_request(self, request: object, client_address: object) -> None:
-        """Turn connections away that are too many."""
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)  # type: ignore[arg-type]
+        """Turn a connection away when all others are being answered."""
+        assert isinstance(request, socket.socket)
+        if self.places.take(request):
+            super().process_request(request, client_address)
         else:
-            self.shutdown_request(request)  # type: ignore[arg-type]
+            self.shutdown_request(request)
 
-    def process_request_thread(self, request: object, client_address: object) -> None:
-        """Give the place back whatever happens."""
-        try:
-            super().process_request_thread(request, client_address)  # type: ignore[arg-type]
-        finally:
-            self._places.release()
+    def shutdown_request(self, request: object) -> None:
+        """Give the place back before the connection is closed."""
+        assert isinstance(request, socket.socket)
+        self.places.leave(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called between two connections, and twice a second."""
+        self.places.end_late()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is no news."""
@@ -82,6 +134,7 @@ class _Probe(BaseHTTPRequestHandler):
     server_version, sys_version = "visionq-worker", ""
 
     def do_GET(self) -> None:
+        self.server.places.answer(self.connection)
         match urlsplit(self.path).path:
             case "/healthz":
                 self._report(self.server.health.liveness())
