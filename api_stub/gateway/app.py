@@ -56,13 +56,14 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     app.mount("/static", page.PageFiles(directory=page.FILES), name="static")
     describe(app)
     document.describe(app)
+    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)
     if settings.cors_origins:
+        # Around the guard: a page must be able to read its refusals, too.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer", "Last-Event-ID"],
-            expose_headers=["Location", "Retry-After", "Preference-Applied"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],  # those asked for are named: OpenAI's client sends a dozen of its own
+            expose_headers=["Location", "Retry-After", "Preference-Applied", "WWW-Authenticate", "X-Should-Retry"],
         )
-    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)
     return app

@@ -35,7 +35,7 @@ _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
 
 class Guard:
-    """ASGI middleware, outermost."""
+    """ASGI middleware, outermost but for CORS."""
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings, keys: KeyRing, metrics: Metrics) -> None:
         self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics

@@ -245,6 +245,25 @@ def test_cross_origin_calls_are_for_listed_origins_only(service: Service, redis_
         assert "Access-Control-Allow-Origin" not in foreign.headers
 
 
+def test_a_listed_origin_may_call_every_route_and_read_every_answer(redis_url: str) -> None:
+    origin = {"Origin": "https://app.example"}
+    sent = "authorization, content-type, idempotency-key, last-event-id, prefer, x-stainless-lang"
+    with serving(redis_url, api_cors_origins="https://app.example", api_max_body_bytes=1024) as running:
+        for path, operations in running.http.get("/openapi.json").json()["paths"].items():
+            for method in operations:
+                asked = {"Access-Control-Request-Method": method.upper(), "Access-Control-Request-Headers": sent}
+                answer = running.http.options(path.replace("{", "").replace("}", ""), headers=origin | asked)
+                assert (answer.status_code, method, path) == (200, method, path)
+                assert answer.headers["Access-Control-Allow-Headers"] == sent
+        submitted = running.http.post("/v1/jobs", json=QUESTION, headers=origin)
+        exposed = submitted.headers["Access-Control-Expose-Headers"].split(", ")
+        assert {"Location", "Retry-After", "Preference-Applied", "X-Should-Retry"} <= set(exposed)
+        json_type = {"Content-Type": "application/json"}
+        refused = httpx.post(f"{running.url}/v1/jobs", content=b" " * 2000, headers=origin | json_type)
+        assert (refused.status_code, refused.headers["Access-Control-Allow-Origin"]) == (413, "https://app.example")
+        assert refused.headers["X-Frame-Options"] == "DENY"
+
+
 def test_answers_carry_security_headers(service: Service) -> None:
     for path in ("/v1/jobs", "/nowhere", "/healthz"):
         headers = service.http.get(path).headers
