@@ -141,14 +141,13 @@ class DecoderProcess:
         """
         self.num_tasks += 1
         self.is_usable = False
+        watch = _Watch(time.monotonic() + task.limit_s, should_stop)
         try:
-            self._tasks.write(packed(task))
-            media = self._take(task, _Watch(time.monotonic() + task.limit_s, should_stop))
+            self._hand_over(task)
+            media = self._take(task, watch)
         except TimeoutError as error:
             logger.warning("a decoder took too long", extra={"action": "decoder_timeout", "limit_s": task.limit_s})
             raise MediaTooLarge(f"decoding takes longer than {task.limit_s:g} s, which is the limit") from error
-        except BrokenPipeError as error:
-            raise self._death() from error
         except RequestError:
             self.is_usable = not self._is_cramped
             raise
@@ -168,6 +167,15 @@ class DecoderProcess:
                 pipe.close()
         self._process.wait(REAP_S)
 
+    def _hand_over(self, task: DecodeTask) -> None:
+        try:
+            self._tasks.write(packed(task))
+        except BrokenPipeError as error:
+            death = self._death()
+            if isinstance(death, TimeoutError):  # it was another file's time
+                death = DecoderCrashed(signal.SIGXCPU.name)
+            raise death from error
+
     def _take(self, task: DecodeTask, watch: _Watch) -> DecodedMedia:
         """Take replies until the task has its ending."""
         pictures: list[Image.Image] = []
@@ -178,6 +186,7 @@ class DecoderProcess:
                     budget.take(header)
                     pictures.append(self._picture(header, watch))
                 case Again():
+                    watch.heed_time()  # there is no end to what may come after
                     pictures.clear()
                     budget = _Budget(task, budget.num_passes + 1)
                 case Decoded() as ending:
@@ -213,8 +222,11 @@ class DecoderProcess:
         poll = select.poll()  # select() knows no descriptors above 1023
         poll.register(self._replies, select.POLLIN)
         while left:
-            watch.look()
-            if not poll.poll(POLL_S * 1000):
+            watch.heed_stop()
+            if not poll.poll(0):
+                # What has come counts, however late we look.
+                watch.heed_time()
+                poll.poll(POLL_S * 1000)
                 continue
             num_read = os.readv(self._replies.fileno(), [left])
             if num_read == 0:
@@ -242,8 +254,10 @@ class _Watch:
     until: float
     should_stop: Callable[[], None]
 
-    def look(self) -> None:
+    def heed_stop(self) -> None:
         self.should_stop()
+
+    def heed_time(self) -> None:
         if time.monotonic() > self.until:
             raise TimeoutError
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +23,9 @@ from tests.servers import eventually
 from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
 from worker.errors import MediaCorrupt, MediaTooLarge, OutOfMemory
 from worker.media import decoder_process
-from worker.media.decoder_process import DecodeLimits, DecoderBroken
+from worker.media.decoder_process import DecodeLimits, DecoderBroken, DecoderProcess
 from worker.media.decoders import Decoders
-from worker.media.decoding import MAX_MESSAGE_BYTES, Picture, packed, read_reply
+from worker.media.decoding import MAX_MESSAGE_BYTES, Decoded, Picture, packed, read_reply
 from worker.media.image import decode_image
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
@@ -213,6 +215,44 @@ def test_a_decoder_that_dies_with_nothing_to_do_is_nobodys_loss(decoders: Decode
     eventually(lambda: not is_alive(pid), 20, "it is dead")
     assert decode_still(decoders, red).size == (30, 20)
     assert pid not in decoders.pids
+
+
+def test_an_answer_that_has_come_counts_however_late_the_worker_looks(red: Path) -> None:
+    limit_s = 0.2
+    decoders = Decoders(1, DecodeLimits(MEMORY, image_s=limit_s, video_s=60.0))
+    answer = len(packed(Picture(width=30, height=20))) + 30 * 20 * 3 + len(packed(Decoded()))
+
+    def num_waiting() -> int:
+        (decoder,) = decoders._busy
+        return int.from_bytes(fcntl.ioctl(decoder._replies, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    is_late = False
+
+    def should_stop() -> None:
+        nonlocal is_late
+        if not is_late:
+            begun_at = time.monotonic()
+            eventually(lambda: num_waiting() == answer and time.monotonic() > begun_at + 2 * limit_s, 60, "it has come")
+            is_late = True
+
+    try:
+        decoders.start()
+        decoders.wait_ready()
+        assert decode_still(decoders, red, should_stop).size == (30, 20)
+        assert is_late
+    finally:
+        decoders.close()
+
+
+def test_a_decoder_that_used_up_its_time_before_it_got_a_file_is_tried_anew(
+    decoders: Decoders, red: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_still(decoders, red)
+    (pid,) = decoders.pids
+    os.kill(pid, signal.SIGXCPU)
+    eventually(lambda: not is_alive(pid), 20, "it is dead")
+    monkeypatch.setattr(DecoderProcess, "is_alive", True)  # it died a moment after it was asked
+    assert decode_still(decoders, red).size == (30, 20)
 
 
 def test_a_cancelled_job_leaves_at_once(decoders: Decoders, slow: Path, red: Path) -> None:
