@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -88,9 +88,9 @@ class Storage:
         source = S3Object.parse(uri)
         try:
             with _translated(source.bucket):
-                answer = self._client.head_object(Bucket=source.bucket, Key=source.key)
+                answer = self._client.head_object(Bucket=source.bucket, Key=source.key, **_version(source))
         except StorageRefused as error:
-            if _is_missing(error.__cause__):
+            if _is_missing(error.__cause__, source):
                 return None
             raise
         return ObjectHead(answer["ContentLength"], answer["ContentType"])
@@ -103,7 +103,7 @@ class Storage:
         source = S3Object.parse(uri)
         span = f"bytes={start}-{start + num_bytes - 1}"
         with _translated(source.bucket):
-            answer = self._client.get_object(Bucket=source.bucket, Key=source.key, Range=span)
+            answer = self._client.get_object(Bucket=source.bucket, Key=source.key, Range=span, **_version(source))
             with closing(answer["Body"]) as body:
                 return body.read()
 
@@ -111,7 +111,7 @@ class Storage:
         """Delete an object; none is no error. Raises ValueError, StoreUnavailable, StorageRefused."""
         target = S3Object.parse(uri)
         with _translated(target.bucket):
-            self._client.delete_object(Bucket=target.bucket, Key=target.key)
+            self._client.delete_object(Bucket=target.bucket, Key=target.key, **_version(target))
 
     def presign_put(self, suffix: str, content_type: str, num_bytes: int, expires_s: int = 900) -> PresignedPut:
         """Sign a PUT of exactly `num_bytes` bytes of `content_type` to a new object whose key ends in `suffix`."""
@@ -130,9 +130,7 @@ class Storage:
     def presign_get(self, uri: str, expires_s: int = 900) -> str:
         """Sign a GET of an object. Raises ValueError when `uri` is no media URI."""
         source = S3Object.parse(uri)
-        parameters = {"Bucket": source.bucket, "Key": source.key}
-        if source.version_id is not None:
-            parameters["VersionId"] = source.version_id
+        parameters = {"Bucket": source.bucket, "Key": source.key, **_version(source)}
         with _translated(source.bucket):
             return self._signer.generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires_s)
 
@@ -147,10 +145,16 @@ def content_type_of(name: str) -> str:
     return mimetypes.guess_type(name)[0] or DEFAULT_CONTENT_TYPE
 
 
-def _is_missing(error: BaseException | None) -> bool:
+def _version(source: S3Object) -> dict[str, Any]:
+    return {} if source.version_id is None else {"VersionId": source.version_id}
+
+
+def _is_missing(error: BaseException | None, source: S3Object) -> bool:
     if not isinstance(error, botocore_errors.ClientError):
         return False
-    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404
+    # To a version that is no version's name S3 says 400, to one that marks the object as deleted 405.
+    answers = {404} if source.version_id is None else {400, 404, 405}
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in answers
 
 
 def _new_key(suffix: str) -> str:

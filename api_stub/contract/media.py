@@ -14,6 +14,8 @@ _URI = re.compile(r"s3://([^/?#]*)(/[^?#]*)?(\?[^#]*)?(#.*)?", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,19}(?=://)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _VERSION_QUERY = re.compile(r"^\?versionId=([^&=]+)$")
+#: Storage that keeps keys as files, and proxies before it, may leave the bucket by these.
+_DOTS = frozenset({".", ".."})
 MAX_KEY_BYTES = 1024  # S3's own limit on object keys
 
 
@@ -42,6 +44,9 @@ class S3Object:
         key = unquote(path[1:], errors="strict")
         if not key or len(key.encode()) > MAX_KEY_BYTES:
             raise ValueError(f"an S3 key has 1 to {MAX_KEY_BYTES} bytes, got {len(key.encode())}")
+        dots = next((segment for segment in key.split("/") if segment in _DOTS), None)
+        if dots is not None:
+            raise ValueError(f"an S3 key must have no segment {dots!r}, got {key[:80]!r}")
         if fragment:
             raise ValueError("a '#' in an S3 key must be percent-encoded")
         version = _VERSION_QUERY.match(query)

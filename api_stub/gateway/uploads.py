@@ -45,10 +45,12 @@ async def check_uploads(gateway: Gateway, caller: Caller, media: Sequence[str]) 
     """
     bucket = gateway.settings.media_bucket
     sources = [(index, S3Object.parse(uri)) for index, uri in enumerate(media)]
-    ours = [(i, source) for i, source in sources if source.bucket == bucket and source.key.startswith(UPLOAD_PREFIX)]
+    ours = [
+        (i, source) for i, source in sources if source.bucket == bucket and _plain(source).startswith(UPLOAD_PREFIX)
+    ]
     if not ours:
         return
-    promises = await gateway.commands.mget([_key(source.key) for _, source in ours])
+    promises = await gateway.commands.mget([_key(_plain(source)) for _, source in ours])
     for (index, source), kept in zip(ours, promises, strict=True):
         if kept is not None:
             await _check(gateway, caller, f"media.{index}", source.uri, _Promise.model_validate_json(kept))
@@ -66,6 +68,11 @@ async def _check(gateway: Gateway, caller: Caller, field: str, uri: str, promise
         raise invalid(field, f"{head.num_bytes} bytes were uploaded, {promise.num_bytes} were announced")
     if head.content_type.partition(";")[0].strip().lower() != promise.content_type.lower():
         raise invalid(field, f"{head.content_type[:80]!r} was uploaded, {promise.content_type!r} was announced")
+
+
+def _plain(source: S3Object) -> str:
+    """Return an object's key without empty segments: storage that keeps keys as files does not see them."""
+    return "/".join(filter(None, source.key.split("/")))
 
 
 def _key(object_key: str) -> str:

@@ -238,6 +238,34 @@ def test_an_upload_that_broke_its_promise_gets_into_no_job(service: Service, con
     assert "announced" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("spelling", ["uploads//{}", "/uploads/{}", "uploads/{}/"])
+def test_an_upload_keeps_its_promise_under_every_spelling(service: Service, s3_client: S3Client, spelling: str) -> None:
+    upload = make_upload(service)
+    key = S3Object.parse(str(upload["uri"])).key.removeprefix("uploads/")
+    # Some storage takes both for one key; that of these tests does not.
+    s3_client.put_object(Bucket="media", Key=spelling.format(key), Body=PNG + b"more", ContentType="image/png")
+    answer = post(service, {"task": "visionq.caption", "media": [f"s3://media/{spelling.format(key)}"]})
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "media.0")
+    assert "announced" in answer.json()["detail"]
+
+
+def test_the_version_that_a_job_names_is_held_against_the_promise(
+    redis_url: str, s3_server: S3Server, s3_client: S3Client
+) -> None:
+    s3_client.create_bucket(Bucket="versions")
+    s3_client.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    with serving(redis_url, s3_server.url, media_bucket="versions") as running:
+        upload = make_upload(running)
+        versions = [put(upload, content).headers["x-amz-version-id"] for content in (PNG + b"more", PNG)]
+        found = {}
+        for version in (*versions, "none"):
+            media = [f"{upload['uri']}?versionId={version}"]
+            found[version] = post(running, {"task": "visionq.caption", "media": media})
+    assert [answer.status_code for answer in found.values()] == [422, 202, 422]
+    assert "announced" in found[versions[0]].json()["detail"]
+    assert found["none"].json()["code"] == "media_not_found"
+
+
 def test_an_upload_that_never_came_gets_into_no_job(service: Service) -> None:
     answer = caption(service, make_upload(service))
     assert (answer.status_code, answer.json()["code"]) == (422, "media_not_found")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from urllib.parse import unquote
 
 import pytest
 
@@ -146,9 +148,25 @@ def test_spelling_of_a_media_uri_does_not_change_the_digest() -> None:
     assert len(jobs) == 1
 
 
-@pytest.mark.parametrize("key", ["a b/ü%?#&=+.png", "..", "a//b", "\u2028", "%41"])
+@pytest.mark.parametrize("key", ["a b/ü%?#&=+.png", "a..b/...", "a//b", "/a", "\u2028", "%41"])
 def test_a_key_survives_the_trip_through_its_uri(key: str) -> None:
     assert S3Object.parse(S3Object("media", key, "v 1").uri) == S3Object("media", key, "v 1")
+
+
+@pytest.mark.parametrize(
+    ("path", "segment"),
+    [("a/../b", ".."), ("..", ".."), ("a/%2E%2e/b", ".."), ("a%2F..%2Fb", ".."), ("./a", "."), ("a/.", ".")],
+)
+def test_a_key_does_not_climb(path: str, segment: str) -> None:
+    uri = f"s3://media/{path}"
+    parts = [{"type": "image", "uri": uri}, {"type": "text", "text": "Why?"}]
+    for fields, field in (
+        ({"task": "visionq.caption", "media": ["s3://media/a.png", uri]}, "media.1"),
+        ({"task": "visionq.vqa", "messages": [{"role": "user", "content": parts}]}, "messages.0.content.0"),
+    ):
+        with pytest.raises(InvalidJob, match=re.escape(f"no segment '{segment}', got '{unquote(path)}'")) as caught:
+            parse_job(fields)
+        assert str(caught.value).startswith(field)
 
 
 @pytest.mark.parametrize("name", EVENTS)
