@@ -189,7 +189,7 @@ def test_a_slow_receiver_stops_nobody_else(redis_url: str, worker: ScriptedWorke
 
 @pytest.fixture
 def own_redis_url(tmp_path: Path) -> Iterator[str]:
-    """A Redis whose deliveries no other test's gateway takes and signs with its own secret."""
+    """A Redis whose deliveries no other test's gateway takes: it has another secret and other certificates."""
     server = RedisServer(tmp_path)
     yield server.url
     server.stop()
@@ -262,7 +262,7 @@ def test_two_gateways_deliver_once(service: Service, redis_url: str, worker: Scr
 
 
 def test_tls_asks_for_the_name_s_certificate(
-    redis_url: str, worker: ScriptedWorker, redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ssl
 
@@ -273,15 +273,18 @@ def test_tls_asks_for_the_name_s_certificate(
     authority.issue_cert("localhost").configure_cert(ours)
     authority.issue_cert("elsewhere.example").configure_cert(theirs)
     with (
-        serving(redis_url, **OPEN | {"webhook_allow_http": False}) as running,
+        serving(own_redis_url, **OPEN | {"webhook_allow_http": False}) as running,
+        closing(Ledger.connect(own_redis_url, LedgerConfig())) as ledger,
+        closing(redis.Redis.from_url(own_redis_url, decode_responses=True)) as client,
         receiving(context=ours) as right,
         receiving(context=theirs) as wrong,
     ):
+        worker = ScriptedWorker(ledger)
         worker.answer(submit(running, right.url("localhost")), "red")
         assert content(received(right)[0])["type"] == "job.completed"
         worker.answer(submit(running, wrong.url("localhost")), "red")
-        eventually(lambda: given_up(redis_client), what="it is given up")
-        assert given_up(redis_client)[0]["reason"] == "ConnectError"
+        eventually(lambda: given_up(client), what="it is given up")
+        assert given_up(client)[0]["reason"] == "ConnectError"
         assert wrong.requests == []
 
 
