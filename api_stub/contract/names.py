@@ -32,6 +32,7 @@ NUM_HELD_KEY: Final = PREFIX + "num_held"  # HASH `<model>:<priority step>` -> n
 LEASES_KEY: Final = (
     PREFIX + "leases"
 )  # ZSET lease in seconds -> Redis time until which a worker that counts it is alive
+SETTINGS_KEY: Final = PREFIX + "settings"  # ZSET `name=value …` -> Redis time until which a reaper with these is alive
 DELIVERIES_KEY: Final = PREFIX + "webhooks"  # ZSET delivery id -> Redis time at which a gateway may try it
 GIVEN_UP_KEY: Final = PREFIX + "webhooks_given_up"  # LIST of JSON: deliveries that are not tried again, newest first
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop

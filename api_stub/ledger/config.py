@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+#: What workers and gateways should agree on: each treats a job by its own values.
+SHARED_SETTINGS: Final = ("max_attempts", "tenant_max_running", "grace_s", "ageing_s", "result_ttl_s", "events_ttl_s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from api_stub.contract.error import RETRYABLE_CODES
 from api_stub.contract.event import VERSION
 from api_stub.contract.result import FAILURE_CLASS, FAILURE_MODULE
 from api_stub.contract.status import CELERY_STATES
-from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.config import SHARED_SETTINGS, LedgerConfig
 from api_stub.ledger.doorbell import FALLBACK_TASK, message_template
 
 
@@ -89,6 +89,7 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "turn": names.TURN_KEY,
         "num_held": names.NUM_HELD_KEY,
         "leases": names.LEASES_KEY,
+        "settings": names.SETTINGS_KEY,
         "queue": names.queue(""),
         "separator": names.PRIORITY_SEPARATOR,
         "due": names.DUE_KEY,
@@ -107,6 +108,7 @@ def _constants(config: LedgerConfig, text: str) -> str:
     tables = {
         "KEY": keys,
         "CONFIG": asdict(config),
+        "SHARED": {"settings": " ".join(f"{name}={getattr(config, name):.9g}" for name in SHARED_SETTINGS)},
         "CELERY_STATE": {status.value: state.value for status, state in CELERY_STATES.items()},
         "RETRYABLE": {code.value: "true" for code in sorted(RETRYABLE_CODES)},
         "EVENT": {"version": VERSION},

@@ -15,7 +15,7 @@ from api_stub.contract import names
 from api_stub.ledger.census import take_census
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
-from tests.servers import free_port
+from tests.servers import eventually, free_port
 from tests.unit.api_stub.ledger_kit import answer, question, started
 
 Run = Callable[..., Result]
@@ -102,6 +102,30 @@ def test_leases_that_differ_are_a_problem(run: Run, redis_url: str, monkeypatch:
     assert "15 and 30 s" in findings(done)["settings", "problem"]
     monkeypatch.setenv("VISIONQ_LEASE_S", "30")
     assert run().exit_code == 0
+
+
+def test_settings_that_differ_between_processes_are_warnings(run: Run, redis_url: str) -> None:
+    for config in (LedgerConfig(), LedgerConfig(), LedgerConfig(max_attempts=10, ageing_s=0.5)):
+        other = Ledger.connect(redis_url, config)
+        other.reap()
+        other.close()
+    done = run("--json")
+    assert done.exit_code == 0
+    rows = [json.loads(row) for row in done.stdout.splitlines()]
+    assert [
+        row["message"].partition(";")[0] for row in rows if (row["check"], row["level"]) == ("settings", "warning")
+    ] == [
+        "VISIONQ_MAX_ATTEMPTS is 3 and 10",
+        "VISIONQ_AGEING_S is 0.5 and 60",
+    ]
+
+
+def test_processes_that_agree_or_are_gone_are_no_warning(run: Run, redis_url: str) -> None:
+    for config in (LedgerConfig(max_attempts=9, lease_s=0.001), LedgerConfig(max_attempts=5)):
+        other = Ledger.connect(redis_url, config)
+        other.reap()
+        other.close()
+    eventually(lambda: ("settings", "warning") not in findings(run("--json")), what="who is silent is forgotten")
 
 
 def test_results_that_expire_before_a_message_comes_back_are_a_problem(
