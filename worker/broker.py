@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from queue import Empty
 from typing import Any, Final
 
@@ -62,9 +62,14 @@ class GuardedQoS(QoS):
 
 
 class GuardedChannel(Channel):
-    """Drops list entries that are no messages, and waits while Redis refuses to hand any out."""
+    """Drops list entries that are no messages, and waits while Redis refuses to hand any out.
+
+    The transport option `on_entry` is called for every entry that came off a list, whatever became of it.
+    """
 
     QoS = GuardedQoS
+    from_transport_options = (*Channel.from_transport_options, "on_entry")
+    on_entry: Callable[[], None] | None = None
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         try:
@@ -74,7 +79,7 @@ class GuardedChannel(Channel):
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
-            return super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
+            is_read = super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
         except redis.ResponseError as error:
             # Celery would connect anew, many times a second, and leave a socket open each time.
             logger.warning("broker refuses", extra={"action": "receive", "error": str(error)})
@@ -82,7 +87,14 @@ class GuardedChannel(Channel):
             raise Empty from error
         except (ValueError, TypeError, AttributeError) as error:
             logger.error("list entry dropped", extra={"action": "receive", "error": type(error).__name__})
+            self._tell()
             raise Empty from error
+        self._tell()
+        return is_read
+
+    def _tell(self) -> None:
+        if self.on_entry is not None:
+            self.on_entry()
 
 
 class GuardedTransport(Transport):

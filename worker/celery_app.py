@@ -8,6 +8,7 @@ message per free thread, results and retries never by Celery (the ledger writes 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 from celery import Celery, bootsteps, signals
@@ -32,8 +33,11 @@ VISIBILITY_TIMEOUT_S: Final = 600
 WITH_BODIES: Final = ("Received unregistered", "Received invalid", "Received and deleted", "Can't decode")
 
 
-def make_app(settings: WorkerSettings) -> Celery:
-    """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks."""
+def make_app(settings: WorkerSettings, on_entry: Callable[[], None] | None = None) -> Celery:
+    """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks.
+
+    `on_entry` is called for everything that comes off the queue.
+    """
     url = settings.redis_url.get_secret_value()
     queue = names.queue(settings.model_name)
     app = Celery("visionq", broker=url, backend=url, amqp="worker.broker:SwiftAMQP", set_as_current=False)
@@ -73,7 +77,7 @@ def make_app(settings: WorkerSettings) -> Celery:
         # A full Redis, or one that is a replica for a moment, refuses the loop's own commands: no reason to end.
         broker_channel_error_retry=True,
         broker_connection_timeout=4,
-        broker_transport_options=_transport_options(),
+        broker_transport_options=_transport_options() | {"on_entry": on_entry},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_retry_on_timeout=True,

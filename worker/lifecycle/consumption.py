@@ -16,11 +16,14 @@ LOOP_SILENCE_S: Final = 15.0
 
 
 class Consumption:
-    """The consumption of one worker with `num_slots` threads for jobs. Any thread."""
+    """The consumption of one worker with `num_slots` threads for jobs. Any thread.
+
+    `num_signs` grows whenever something comes off the queue or is begun.
+    """
 
     def __init__(self, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_slots = num_slots
-        self.num_messages = 0
+        self.num_signs = 0
         self._clock = clock
         self._lock = threading.Lock()
         self._num_taken = 0
@@ -50,11 +53,16 @@ class Consumption:
         """The event loop has come around."""
         self._turned_at = self._clock()
 
+    def met(self) -> None:
+        """Something came off the queue, be it no message at all."""
+        with self._lock:
+            self.num_signs += 1
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """A message occupies a slot."""
         with self._lock:
-            self.num_messages += 1
+            self.num_signs += 1
             self._num_taken += 1
         try:
             yield

@@ -117,12 +117,12 @@ class QueueWatch:
     def __init__(self, consumption: Consumption, queue_length: Callable[[], int], mute_s: float) -> None:
         self._consumption, self._queue_length, self._mute_s = consumption, queue_length, mute_s
         self._silence = Silence(2 * look_s(mute_s))
-        self._num_messages = 0
+        self._num_signs = 0
 
     def look(self, now: float) -> Finding | None:
         consumption = self._consumption
-        num_messages, num_free = consumption.num_messages, consumption.num_free
-        has_taken, self._num_messages = num_messages != self._num_messages, num_messages
+        num_signs, num_free = consumption.num_signs, consumption.num_free
+        has_taken, self._num_signs = num_signs != self._num_signs, num_signs
         try:
             length = self._queue_length()
         except redis.RedisError:

@@ -1,0 +1,65 @@
+"""Whatever comes off a worker's queue is a sign of life, also what is dropped at once."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import redis
+from kombu import Connection, Consumer, Queue
+from pydantic import SecretStr
+
+from api_stub.contract import names
+from worker.celery_app import make_app
+from worker.lifecycle.consumption import Consumption
+from worker.lifecycle.watchdog import QueueWatch
+from worker.settings import WorkerSettings
+
+
+@pytest.fixture
+def consumption() -> Consumption:
+    return Consumption(2)
+
+
+@pytest.fixture
+def connection(redis_url: str, consumption: Consumption) -> Iterator[Connection]:
+    app = make_app(WorkerSettings(redis_url=SecretStr(redis_url)), consumption.met)
+    with app.connection_for_read() as connection:
+        yield connection
+    app.close()
+
+
+def envelope(**properties: object) -> str:
+    tag = {"delivery_tag": str(uuid.uuid4()), "delivery_info": {"exchange": "", "routing_key": "visionq.default"}}
+    return json.dumps(
+        {"body": "[[], {}, {}]", "content-type": "application/json", "content-encoding": "utf-8",
+         "headers": {"task": "no.such", "id": "x"}, "properties": tag | properties}
+    )  # fmt: skip
+
+
+def test_a_flood_of_junk_does_not_make_a_worker_look_mute(
+    redis_client: redis.Redis, connection: Connection, consumption: Consumption
+) -> None:
+    junk = ["no JSON", "{}", "[1, 2]", envelope(), envelope(delivery_info=None)]
+    watch = QueueWatch(consumption, lambda: len(junk), mute_s=3)
+    with Consumer(connection, [Queue(names.queue("default"))], on_message=lambda message: message.reject()):
+        for now, entry in enumerate(junk):
+            redis_client.lpush(names.queue("default"), entry)
+            read(connection, consumption)
+            assert watch.look(float(now)) is None
+    found = [watch.look(float(now)) for now in range(5, 10)][-1]
+    assert found is not None, "without signs of life it is"
+
+
+def read(connection: Connection, consumption: Consumption) -> None:
+    """Turn the broker's loop until something has come."""
+    before = consumption.num_signs
+    for _ in range(100):
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=0.2)
+        if consumption.num_signs > before:
+            return
+    raise AssertionError("nothing was read")
