@@ -15,9 +15,11 @@ HIDDEN: Final = "***"
 #: Shorter values would black out ordinary words.
 MIN_SECRET_CHARS: Final = 6
 
-#: Credentials of a URL; what signs a presigned URL (AWS Signature Version 4 and 2); bearer tokens.
+#: Credentials of a URL, be it a user alone, and a password in its query; what signs a presigned URL (AWS Signature
+#: Version 4 and 2); bearer tokens.
 _PATTERNS: Final = (
-    (re.compile(r"(?<=://)[^/\s@\"']*:[^/\s@\"']*(?=@)"), HIDDEN),
+    (re.compile(r"(?<=://)[^/\s\"']+(?=@)"), HIDDEN),
+    (re.compile(r"([?&]password=)[^&#\s\"'\\]+", re.I), rf"\1{HIDDEN}"),
     (
         re.compile(
             r"((?:X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature)(?:=|%3D))[^&\s\"'\\]+", re.I

@@ -24,6 +24,13 @@ PASSWORD = 'pa/ss"wörd%1'
         json.dumps({"url": PASSWORD}),
         json.dumps({"url": PASSWORD}, ensure_ascii=False),
         "redis://user:another@host/0",
+        "redis://another@host:6379/0",
+        "rediss://:another@host/0",
+        "cannot reach rediss://another@host, giving up",
+        "redis://user:p@another@host/0",
+        'Could not connect to the endpoint URL: "http://user:another@s3.local:8333/media/a.png"',
+        "https://another@s3.local/media",
+        "redis://host:6379/0?db=1&password=another",
         "https://b.s3.amazonaws.com/k?X-Amz-Credential=another%2F2026&X-Amz-Signature=another&x=1",
         "Authorization: Bearer another",
     ],
@@ -35,7 +42,21 @@ def test_what_is_secret_is_hidden(text: str) -> None:
     assert not any(part in hidden for part in ("pa/ss", "pa%2Fss", "rd%1", "rd%251"))
 
 
-@pytest.mark.parametrize("text", ["s3://media/a.png is empty (0 bytes)", "16:02:11 INFO job started", "a@b: c"])
+def test_a_url_keeps_all_but_its_credentials() -> None:
+    hidden = Redactor()("from redis://secret@host:6379/0 and rediss://user:secret@other/1 to http://u:p@s3.local/media")
+    assert hidden == "from redis://***@host:6379/0 and rediss://***@other/1 to http://***@s3.local/media"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://media/a.png is empty (0 bytes)",
+        "s3://media/b@d.png is no image",
+        "https://hub.local/models?who=a@b",
+        "16:02:11 INFO job started",
+        "a@b: c",
+    ],
+)
 def test_what_is_not_secret_stays(text: str) -> None:
     assert Redactor(["", "abc"])(text) == text
 
