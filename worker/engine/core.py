@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
@@ -196,16 +197,53 @@ class EngineCore:
         if logits.logits is None:
             return None
         try:
-            tokens = self._sampler.sample(logits.logits, logits.requests)
-            self._runner.remember(logits.requests, tokens)
-            sampled = _Sampled(logits.requests, HostCopy(tokens))
+            requests, tokens = self._choose(logits.logits, logits.requests, outputs)
+            self._runner.remember(requests, tokens)
+            sampled = _Sampled(requests, HostCopy(tokens))
         except Exception as error:
             logger.exception("sampling failed", extra={"action": "engine.sample"})
-            self._fail_batch(logits.requests, error, outputs)
+            alive = [request for request in logits.requests if request.state is not RequestState.ENDED]
+            self._fail_batch(alive, error, outputs)
             return None
-        for request in logits.requests:
+        for request in requests:
             request.num_pending += 1
         return sampled
+
+    def _choose(
+        self, logits: Tensor, requests: Sequence[Request], outputs: list[RequestOutput]
+    ) -> tuple[Sequence[Request], Tensor]:
+        """Return the requests that get a token, and their tokens [B]; one after the other when memory is short."""
+        try:
+            return requests, self._sampler.sample(logits, requests)
+        except Exception as error:
+            if len(requests) == 1 or not _is_out_of_memory(error):
+                raise
+            logger.warning("sampling one by one", extra={"action": "engine.sample"})
+        self._runner.free_memory()
+        return self._choose_apart(logits, requests, outputs)
+
+    def _choose_apart(
+        self, logits: Tensor, requests: Sequence[Request], outputs: list[RequestOutput]
+    ) -> tuple[Sequence[Request], Tensor]:
+        """Choose for one request after the other; who does not fit even so fails alone. Raises when nobody fits."""
+        chosen: dict[Request, Tensor] = {}
+        failed: dict[Request, Exception] = {}
+        for row, request in enumerate(requests):
+            try:
+                chosen[request] = self._sampler.sample_alone(logits[row : row + 1], request)
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failed[request] = error.with_traceback(None)  # its frames hold tensors
+                self._runner.free_memory()
+        if not chosen:
+            raise failed[requests[0]]
+        outputs += [
+            self.end(request, Ended.FAILED, _error_info(error, "a decode step")) for request, error in failed.items()
+        ]
+        kept, tokens = list(chosen), torch.cat(list(chosen.values()))
+        self._sampler.note(kept, tokens)
+        return kept, tokens
 
     def _wait(self, sampled: _Sampled | None, outputs: list[RequestOutput]) -> Sequence[tuple[Request, int]]:
         """Return the tokens that have come, without those of requests that ended meanwhile."""

@@ -68,15 +68,26 @@ class _MinNewTokens:
     end_ids: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What the rows of a batch ask for, as tensors."""
+
+    requests: list[Request]
+    groups: list[_Group]
+    penalty: _Penalty | None
+    min_new_tokens: _MinNewTokens | None
+
+
 class Sampler:
-    """Holds the batch's parameters as tensors and rebuilds them only when the batch changes. Engine thread only."""
+    """Holds the batch's parameters as tensors and rebuilds them only when the batch changes. Engine thread only.
+
+    A call that raises changes nothing.
+    """
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = list(eos_token_ids)
-        self._requests: list[Request] = []
-        self._groups: list[_Group] = []
-        self._penalty: _Penalty | None = None
-        self._min_new_tokens: _MinNewTokens | None = None
+        self._batch: _Batch | None = None
+        self._last_requests: Sequence[Request] = ()
         self._last_tokens: Tensor | None = None
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -84,61 +95,73 @@ class Sampler:
 
         A token that is pending for a request is one that the last call returned.
         """
-        if self._requests != requests:
-            pending = self._pending(requests, logits.device)
-            self._requests = list(requests)
-            self._rebuild(logits, pending)
-        tokens = self._choose(logits)
-        if self._penalty is not None:
-            self._penalty.see(tokens)
-        self._last_tokens = tokens
+        batch = self._batch
+        if batch is None or batch.requests != requests:
+            batch = self._built(logits, requests)
+        tokens = _choose(logits, batch)
+        if batch.penalty is not None:
+            batch.penalty.see(tokens)
+        self._batch, self._last_requests, self._last_tokens = batch, batch.requests, tokens
         return tokens
+
+    def sample_alone(self, logits: Tensor, request: Request) -> Tensor:
+        """Return the next token [1] of one request of a batch that is too large for memory; `logits` [1, V].
+
+        `note` says when the whole batch has its tokens.
+        """
+        return _choose(logits, self._built(logits, [request]))
+
+    def note(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        """Take the requests' tokens [B] for those of the last call."""
+        self._batch, self._last_requests, self._last_tokens = None, requests, tokens
+
+    def _built(self, logits: Tensor, requests: Sequence[Request]) -> _Batch:
+        num_tokens, device = logits.shape[-1], logits.device
+        groups = [
+            _group(requests, rows, num_candidates, device)
+            for rows, num_candidates in _partition(requests, num_tokens)
+            if rows
+        ]
+        penalty, pending = _penalty(requests, num_tokens, device), self._pending(requests, device)
+        if penalty is not None and pending is not None and self._last_tokens is not None:
+            penalty.see_pending(self._last_tokens, pending)
+        floors = [request.sampling.min_new_tokens for request in requests]
+        # As for transformers, tokens that the model cannot choose are no reason to fail.
+        end_ids = [token for token in self._eos_token_ids if token < num_tokens]
+        return _Batch(list(requests), groups, penalty, _min_new_tokens(floors, end_ids, device))
 
     def _pending(self, requests: Sequence[Request], device: torch.device) -> Tensor | None:
         """Return where the last call's tokens lie that have not come to the host, [B]; −1 for rows without any."""
         if not any(request.num_pending for request in requests):
             return None
-        places = {request: place for place, request in enumerate(self._requests)}
+        places = {request: place for place, request in enumerate(self._last_requests)}
         return to_device(torch.tensor([places[each] if each.num_pending else -1 for each in requests]), device)
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        if self._penalty is None and self._min_new_tokens is None and not self._groups:
-            return logits.argmax(dim=-1)
-        steps = to_device(torch.tensor([request.num_generated for request in self._requests]), logits.device)
-        scores = self._processed(logits.float(), steps)
-        tokens = scores.argmax(dim=-1)
-        for group in self._groups:
-            uniforms = uniform(group.seeds, steps[group.rows])
-            tokens[group.rows] = _draw(*_filtered(scores[group.rows], group), uniforms)
-        return tokens
 
-    def _processed(self, scores: Tensor, steps: Tensor) -> Tensor:
-        """Apply repetition penalty and min_new_tokens, which count for greedy rows too."""
-        if self._penalty is not None:
-            rows, factor, seen = self._penalty.rows, self._penalty.factor, self._penalty.seen
-            old = scores[rows]
-            penalised = torch.where(old < 0, old * factor, old / factor)
-            scores = scores.index_copy(0, rows, torch.where(seen, penalised, old))
-        if self._min_new_tokens is not None:
-            is_too_early = (steps < self._min_new_tokens.floors)[:, None]
-            ends = scores.index_select(1, self._min_new_tokens.end_ids)
-            scores = scores.index_copy(1, self._min_new_tokens.end_ids, ends.masked_fill(is_too_early, -torch.inf))
-        return scores
+def _choose(logits: Tensor, batch: _Batch) -> Tensor:
+    if batch.penalty is None and batch.min_new_tokens is None and not batch.groups:
+        return logits.argmax(dim=-1)
+    steps = to_device(torch.tensor([request.num_generated for request in batch.requests]), logits.device)
+    scores = _processed(logits.float(), steps, batch)
+    tokens = scores.argmax(dim=-1)
+    for group in batch.groups:
+        uniforms = uniform(group.seeds, steps[group.rows])
+        tokens[group.rows] = _draw(*_filtered(scores[group.rows], group), uniforms)
+    return tokens
 
-    def _rebuild(self, logits: Tensor, pending: Tensor | None) -> None:
-        num_tokens, device = logits.shape[-1], logits.device
-        self._groups = [
-            _group(self._requests, rows, num_candidates, device)
-            for rows, num_candidates in _partition(self._requests, num_tokens)
-            if rows
-        ]
-        self._penalty = _penalty(self._requests, num_tokens, device)
-        if self._penalty is not None and pending is not None and self._last_tokens is not None:
-            self._penalty.see_pending(self._last_tokens, pending)
-        floors = [request.sampling.min_new_tokens for request in self._requests]
-        # As for transformers, tokens that the model cannot choose are no reason to fail.
-        end_ids = [token for token in self._eos_token_ids if token < num_tokens]
-        self._min_new_tokens = _min_new_tokens(floors, end_ids, device)
+
+def _processed(scores: Tensor, steps: Tensor, batch: _Batch) -> Tensor:
+    """Apply repetition penalty and min_new_tokens, which count for greedy rows too."""
+    if batch.penalty is not None:
+        rows, factor, seen = batch.penalty.rows, batch.penalty.factor, batch.penalty.seen
+        old = scores[rows]
+        penalised = torch.where(old < 0, old * factor, old / factor)
+        scores = scores.index_copy(0, rows, torch.where(seen, penalised, old))
+    if batch.min_new_tokens is not None:
+        is_too_early = (steps < batch.min_new_tokens.floors)[:, None]
+        ends = scores.index_select(1, batch.min_new_tokens.end_ids)
+        scores = scores.index_copy(1, batch.min_new_tokens.end_ids, ends.masked_fill(is_too_early, -torch.inf))
+    return scores
 
 
 def uniform(seeds: Tensor, steps: Tensor) -> Tensor:

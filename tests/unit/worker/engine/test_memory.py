@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
+from worker.engine import sampler
 from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, Request
@@ -24,9 +25,11 @@ NUM_TOKENS = 20
 LIMITS = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=400)
 
 
-def core_of(tiny: TinyModel, paged: PagedConfig | None) -> tuple[EngineCore, PagedRunner | SlotRunner]:
+def core_of(
+    tiny: TinyModel, paged: PagedConfig | None, *, runs_ahead: bool = False
+) -> tuple[EngineCore, PagedRunner | SlotRunner]:
     runner = build_runner(tiny.model, LIMITS.max_num_seqs, 1024, paged)
-    return EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS), runner
+    return EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS, runs_ahead=runs_ahead), runner
 
 
 def serve(core: EngineCore, requests: list[GenerationRequest]) -> Outbox:
@@ -123,6 +126,49 @@ def test_an_engine_in_which_no_stream_fits_dies(idefics2: TinyModel) -> None:
     assert [output.finish.error.code for output in outputs if output.finish and output.finish.error] == [
         "out_of_memory"
     ] * 3
+
+
+DRAWN: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_k": 20},
+    {"temperature": 0.8, "top_k": 9, "repetition_penalty": 2.0},
+    {"temperature": 1.0, "repetition_penalty": 3.0, "min_new_tokens": 4},
+    {"repetition_penalty": 4.0},
+]
+
+
+@pytest.mark.parametrize("paged", [None, PagedConfig(8)], ids=["slots", "paged"])
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("fits_alone", [True, False])
+def test_rows_that_cannot_be_sampled_together_are_sampled_alone(
+    idefics2: TinyModel,
+    paged: PagedConfig | None,
+    runs_ahead: bool,
+    fits_alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = [request(idefics2.inputs(f"number {n}"), NUM_TOKENS, seed=n, **drawn) for n, drawn in enumerate(DRAWN)]
+    unlucky = request(idefics2.inputs("number 9"), NUM_TOKENS, seed=9, temperature=1.0, top_p=0.9)
+    expected = serve(core_of(idefics2, paged, runs_ahead=runs_ahead)[0], [*requests, unlucky])
+    choose, num_failures = sampler._choose, 0
+
+    def choose_in_little_memory(logits: Tensor, batch: sampler._Batch) -> Tensor:
+        nonlocal num_failures
+        is_unlucky = any(each.request_id == unlucky.request_id for each in batch.requests)
+        if len(batch.requests) > 1 or (is_unlucky and not fits_alone):
+            num_failures += 1
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return choose(logits, batch)
+
+    monkeypatch.setattr(sampler, "_choose", choose_in_little_memory)
+    core, _ = core_of(idefics2, paged, runs_ahead=runs_ahead)
+    outbox = serve(core, [requests[0], unlucky, *requests[1:]])
+    assert num_failures >= 3
+    for each in [*requests, *([unlucky] if fits_alone else [])]:
+        assert outbox.finish(each.request_id).reason in ("length", "stop")
+        assert outbox.text(each.request_id) == expected.text(each.request_id)
+    error = outbox.finish(unlucky.request_id).error
+    assert (error is None) is fits_alone
+    assert error is None or error.code == "out_of_memory"
 
 
 def poison(runner: PagedRunner | SlotRunner, victim: Request) -> None:
