@@ -30,6 +30,9 @@ SECURITY_HEADERS: Final = {
 #: Asked every few seconds by machines: counted, not logged.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _OF_A_BODY: Final = frozenset({b"content-type", b"content-length", b"transfer-encoding"})
+#: Their bodies mean nothing. That much of one is passed over.
+_READING: Final = frozenset({"GET", "HEAD"})
+_MAX_IGNORED_BYTES: Final = 64 * 1024
 #: Where a form goes to disk; the other routes read every body into memory, whatever it calls itself.
 _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
@@ -48,7 +51,7 @@ class Guard:
             return
         if self._is_stranger(Headers(scope=scope)):
             scope, receive = _bodiless(scope, receive)
-        body = self._body(scope["path"], Headers(scope=scope), receive)
+        body = self._body(scope, Headers(scope=scope), receive)
         answer = _Answer(scope, body)
         watched = answer.watched(send)
         try:
@@ -67,17 +70,18 @@ class Guard:
         scheme, key = get_authorization_scheme_param(headers.get("authorization"))
         return len(self._keys) > 0 and (scheme.lower() != "bearer" or self._keys.caller(key) is None)
 
-    def _body(self, path: str, headers: Headers, receive: Receive) -> BoundedBody:
-        announced = headers.get("content-length", "0")
-        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data") and _FORMS.fullmatch(path)
-        settings = self._settings
-        return BoundedBody(
-            receive,
-            announced=int(announced) if announced.isdecimal() else 0,
-            max_bytes=settings.api_max_upload_bytes if is_form else settings.api_max_body_bytes,
-            max_seconds=settings.api_body_s,
-            budget=None if is_form else self._budget,
-        )
+    def _body(self, scope: Scope, headers: Headers, receive: Receive) -> BoundedBody:
+        max_bytes, budget = self._bound(scope, headers)
+        return BoundedBody(receive, _announced(headers), max_bytes, self._settings.api_body_s, budget)
+
+    def _bound(self, scope: Scope, headers: Headers) -> tuple[int, BodyBudget | None]:
+        """Return how long a body may be, and what it counts against."""
+        if scope["method"] in _READING:
+            return _MAX_IGNORED_BYTES, None
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        if is_form and _FORMS.fullmatch(scope["path"]):
+            return self._settings.api_max_upload_bytes, None
+        return self._settings.api_max_body_bytes, self._budget
 
     def _tell(self, answer: _Answer) -> None:
         seconds = time.monotonic() - answer.begun
@@ -91,6 +95,17 @@ class Guard:
             facts = {"action": "answer", "method": method, "route": route, "status": answer.status}
             who = {name: value for name, value in (("tenant", state.get("tenant")), ("code", code)) if value}
             logger.info("request", extra=facts | who | {"duration_s": round(seconds, 4)})
+
+
+def _announced(headers: Headers) -> int:
+    num_bytes = headers.get("content-length", "0")
+    return int(num_bytes) if num_bytes.isdecimal() else 0
+
+
+def _may_send_on(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    is_long = "transfer-encoding" in headers or _announced(headers) > _MAX_IGNORED_BYTES
+    return is_long and scope["method"] in _READING
 
 
 def _bodiless(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
@@ -144,6 +159,8 @@ class _Answer:
                 self.is_stream = headers.get("content-type", "").startswith(EVENT_STREAM)
                 headers.update({name: value for name, value in SECURITY_HEADERS.items() if name not in headers})
                 headers.setdefault("Cache-Control", "no-store")
+                if _may_send_on(self.scope):
+                    headers["Connection"] = "close"  # else the server reads the rest of the body, however long
             await send(message)
 
         return watched_send

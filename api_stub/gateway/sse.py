@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import redis
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from api_stub.contract.event import StreamGap
 from api_stub.errors import VisionqError
 from api_stub.gateway.hub import Frame
+from api_stub.gateway.problems import Problem
 from api_stub.gateway.reader import EventReader
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,9 @@ def _encoded(frame: Frame) -> bytes:
 
 
 async def _until_disconnect(receive: Receive, reader: EventReader) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    with suppress(Problem):  # whoever sends for ever is told to leave, too
+        while (await receive())["type"] != "http.disconnect":
+            pass
     reader.leave()
 
 

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import httpx
 import pytest
@@ -21,6 +21,7 @@ from tests.gateway.test_events import nobody_reads
 from tests.gateway.test_jobs import QUESTION, submit
 from tests.gateway.test_process import ApiProcess, Start, start
 from tests.servers import eventually
+from tests.unit.api_stub.workers import ScriptedWorker
 
 __all__ = ["start"]
 
@@ -86,6 +87,47 @@ def test_bodies_share_a_bound(redis_url: str, path: str) -> None:
             eventually(is_refused, what="no room is left")
         # Whoever leaves gives the room back.
         eventually(lambda: httpx.post(f"{running.url}/v1/jobs", json=json.loads(body)).status_code == 202, what="room")
+
+
+def endless_get(service: Service, path: str) -> tuple[bytes, int]:
+    """Send a GET whose body does not end; return the answer and how many bytes of the body went away."""
+    sent = 0
+    with socket.create_connection(service.address, timeout=30) as connection:
+
+        def send() -> None:
+            nonlocal sent
+            with suppress(OSError):
+                while True:
+                    sent += connection.send(b"1000\r\n" + b"x" * 0x1000 + b"\r\n")
+
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        sending = threading.Thread(target=send)
+        sending.start()
+        answer = b""
+        try:
+            with suppress(ConnectionResetError):
+                while piece := connection.recv(65536):
+                    answer += piece
+        finally:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            sending.join(30)
+    return answer, sent
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/{}/events", "/v1/jobs/{}?wait=20", "/v1/jobs/{}", "/healthz"])
+def test_a_get_whose_body_does_not_end_is_ended(service: Service, redis_client: redis.Redis, path: str) -> None:
+    _, num_bytes = endless_get(service, path.format(submit(service)))
+    assert num_bytes < 32 * 1024 * 1024  # the kernel takes some of it
+    nobody_reads(service, redis_client)
+
+
+def test_a_small_body_of_a_get_is_passed_over(service: Service, worker: ScriptedWorker) -> None:
+    job_id = submit(service)
+    worker.answer(job_id, "red")
+    for path in (f"/v1/jobs/{job_id}", f"/v1/jobs/{job_id}?wait=5", f"/v1/jobs/{job_id}/events"):
+        answer = httpx.request("GET", service.url + path, content=b"{}", timeout=30)
+        assert (answer.status_code, "red" in answer.text) == (200, True)
 
 
 def test_thousands_of_visits_leave_nothing(service: Service, redis_client: redis.Redis) -> None:
