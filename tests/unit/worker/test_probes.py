@@ -45,8 +45,7 @@ def test_silent_connections_do_not_keep_a_probe_waiting(
 def test_a_connection_that_never_ends_its_question_is_ended(
     server: OperationsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "CONNECTION_S", 0.5)
-    with connected(server) as slow:
+    with connected(server) as slow, monkeypatch.context() as patched:
 
         def is_over() -> bool:
             time.sleep(0.05)  # the drip itself: nothing is waited for
@@ -56,6 +55,7 @@ def test_a_connection_that_never_ends_its_question_is_ended(
                 return True
             return False
 
+        patched.setattr(http, "CONNECTION_S", 0.5)
         slow.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
         eventually(is_over, 30, "the server has had enough")
     assert probe(server.port, "/healthz")[0] == 200
