@@ -118,6 +118,13 @@ local function leave_line(id, row)
   end
 end
 
+-- A queued job whose row somebody has taken away: nobody can end it any more. Writing to it would leave a part of a row for ever.
+local function forget(id, model)
+  redis.call('DECR', KEY.depth .. model)
+  redis.call('EXPIRE', KEY.events .. id, CONFIG.events_ttl_s)
+  count('forgotten')
+end
+
 -- More doorbells than workers can take before the next claim makes room would only lengthen everybody's way.
 local function room(list)
   local model = string.match(list, '^(.*):%d+$')
@@ -129,9 +136,13 @@ local function ring_next(list, model, tenant)
   local id = redis.call('ZPOPMIN', line)[1]
   if id then
     forget_held(list, 1)
-    local row = read(id, 'task', 'priority', 'deadline')
+    local row = read(id, 'status', 'task', 'priority', 'deadline')
     row.list, row.model, row.tenant = list, model, tenant
-    redis.call('HSET', KEY.job .. id, 'order', ring_here(id, row))
+    if row.status then
+      redis.call('HSET', KEY.job .. id, 'order', ring_here(id, row))
+    else
+      forget(id, model)
+    end
   end
   if redis.call('EXISTS', line) == 0 then
     redis.call('ZREM', KEY.turns .. list, tenant)

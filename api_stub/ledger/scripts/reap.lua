@@ -84,17 +84,34 @@ for _, id in ipairs(due) do
   end
 end
 
+-- Takes a job without a row out of its list. Whose it was is told by the lists of the tenants' jobs alone.
+local function forget_waiting(id, list)
+  local model = string.match(list, '^(.*):%d+$')
+  redis.call('ZREM', KEY.waiting .. list, id)
+  forget(id, model)
+  local counts = redis.call('HGETALL', KEY.tenants .. model)
+  for i = 1, #counts, 2 do
+    if redis.call('ZREM', KEY.jobs .. counts[i], id) == 1 then
+      add_in_flight({model = model, tenant = counts[i]}, -1)
+    end
+  end
+end
+
 -- A waiting job whose list is empty, or whose list has served later doorbells, has probably lost its own. It may also be between
 -- list and claim just now, so it is looked at once more after a grace. Jobs that merely wait for their turn cost nothing here.
 local function find_suspects(list)
   local limit = list_is_empty(list) and '+inf' or '(' .. watermark(list)
   local suspects = redis.call('ZRANGEBYSCORE', KEY.waiting .. list, '-inf', limit, 'LIMIT', 0, BATCH)
   for _, id in ipairs(suspects) do
-    local row = read(id, 'model', 'tenant', 'deadline')
+    local row = read(id, 'status', 'model', 'tenant', 'deadline')
     row.list = list
-    stop_waiting(id, row)
-    redis.call('HSET', KEY.job .. id, 'alarm', moment(now + CONFIG.grace_s))
-    schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
+    if row.status then
+      stop_waiting(id, row)
+      redis.call('HSET', KEY.job .. id, 'alarm', moment(now + CONFIG.grace_s))
+      schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
+    else
+      forget_waiting(id, list)
+    end
   end
   return #suspects
 end

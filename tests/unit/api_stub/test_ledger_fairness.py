@@ -305,3 +305,32 @@ def test_a_row_that_was_taken_away_stops_no_sweep(broker: Broker, redis_client: 
     redis_client.delete(names.job_key("gone"))
     assert broker.ledger.reap() == ()
     assert broker.work(2)[-1] == "next"
+
+
+def test_what_waits_without_a_row_is_forgotten(connect: Connect, redis_client: redis.Redis) -> None:
+    broker = connect(LedgerConfig(tenant_max_running=2))
+    for job_id, job in (("gone", question(tenant="zoo")), ("mine", question(tenant="zoo")), ("bare", question())):
+        broker.submit(job_id, job)
+    for job_id in ("gone", "bare"):
+        redis_client.delete(names.job_key(job_id))
+    redis_client.delete(*broker.lists)  # their doorbells are lost, so a sweep suspects all of them
+    assert broker.ledger.reap() == ()
+    assert not redis_client.exists(names.job_key("gone"), names.job_key("bare"))
+    assert redis_client.hgetall(names.tenants_key("default")) == {}
+    redis_client.hset(names.job_key("mine"), "alarm", "1")
+    redis_client.zadd(names.DUE_KEY, {"mine": 1})
+    broker.ring_for_reaper()
+    assert broker.work(1) == ["mine"]
+    assert (leftovers(redis_client), redis_client.get(names.depth_key("default"))) == (set(), "0")
+    assert all(redis_client.ttl(names.events_key(job_id)) > 0 for job_id in ("gone", "bare"))
+
+
+def test_what_is_held_without_a_row_is_passed_over(broker: Broker, redis_client: redis.Redis) -> None:
+    for i in range(WINDOW + 3):
+        broker.submit(f"job-{i}", question(tenant="zoo"))
+    gone = [f"job-{WINDOW}", f"job-{WINDOW + 1}"]
+    redis_client.delete(*map(names.job_key, gone))
+    done = broker.work(WINDOW + 3)
+    assert (len(done), done[-1]) == (WINDOW + 1, f"job-{WINDOW + 2}")
+    assert not redis_client.exists(*map(names.job_key, gone))
+    assert (leftovers(redis_client), redis_client.get(names.depth_key("default"))) == (set(), "0")
