@@ -178,9 +178,19 @@ def test_no_secret_is_written_down(services: dict[str, Any]) -> None:
     as_written = compose.load("docker-compose.yml")["services"]
     for name, service in as_written.items():
         for variable, value in service.get("environment", {}).items():
-            if re.search("PASSWORD|SECRET|KEY|AUTH|TOKEN|REDIS_URL", variable):
+            is_switch = value in {"true", "false"}
+            if re.search("PASSWORD|SECRET|KEY|AUTH(?!.*_ROLE)|TOKEN|REDIS_URL", variable) and not is_switch:
                 assert "${" in value, f"{name}: {variable}"
     assert compose.SECRETS["VALKEY_PASSWORD"] not in str(services["valkey"]["command"])
+
+
+def test_grafana_shows_and_lets_nobody_log_in(services: dict[str, Any]) -> None:
+    environment = services["grafana"]["environment"]
+    assert (environment["GF_AUTH_ANONYMOUS_ENABLED"], environment["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"  # its password would be `admin`
+    assert (environment["GF_AUTH_BASIC_ENABLED"], environment["GF_AUTH_DISABLE_LOGIN_FORM"]) == ("false", "true")
+    (port,) = services["grafana"]["ports"]
+    assert port.startswith("127.0.0.1:")
 
 
 def test_gpus_are_reserved_and_supervised_only_by_the_override(services: dict[str, Any]) -> None:
