@@ -119,12 +119,13 @@ class Patience:
         self._failing_since = None
         self._num_failures = 0
 
-    def wait_s(self, at_most: float = RESUBSCRIBE_S) -> float:
-        """Return how long to wait for a message. Raises TimeoutError when the silence was too long."""
+    def wait_s(self, at_most: float | None = None) -> float:
+        """Return how long to wait for a message, at most RESUBSCRIBE_S unless given. Raises TimeoutError when the
+        silence was too long."""
         left = self._left_s()
         if left <= 0:
             raise TimeoutError(f"nothing came within {self._timeout} s")
-        return min(left, at_most)
+        return min(left, RESUBSCRIBE_S if at_most is None else at_most)
 
     def pause_s(self, error: Exception) -> float:
         """Return how long to wait before it is tried again. Raises StoreUnavailable, or `error` itself if it

@@ -212,7 +212,7 @@ def test_a_stalled_worker_and_a_mute_one_are_replaced_and_the_job_is_answered(
     breaks.write_text("stall\nmute\n")
     monkeypatch.setenv("BREAKS", str(breaks))
     supervised = BrokenWorker(
-        tmp_path, redis_url, "http://127.0.0.1:1", model="demo", http_port=port, stall_s=2, mute_s=3, drain_s=20,
+        tmp_path, redis_url, "http://127.0.0.1:1", model="demo", http_port=port, stall_s=2, mute_s=3, drain_s=4,
         lease_s=15, beat_s=0.5, grace_s=1, sweep_s=0.2,
     )  # fmt: skip
     try:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 def would_run(target: str, venv: Path) -> str:
     """Return the commands that `make TARGET` would run on a machine that has nothing yet."""
     command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={venv}", f"PYTHON={sys.executable}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
     return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
 
 
