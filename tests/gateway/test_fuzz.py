@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.cache import LRUCache
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -108,6 +114,35 @@ def with_address(part: dict[str, Any]) -> dict[str, Any]:
 def is_refused(case: schemathesis.Case) -> bool:
     """Say whether a wrong file is wrong for us: OpenAI's clients may send form fields that are not known here."""
     return not isinstance(case.body, dict) or "file" not in case.body or case.body.get("purpose") != "batch"
+
+
+@pytest.fixture(autouse=True)
+def _same_requests_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the constants of our modules, which Hypothesis draws too: of those that were imported by then."""
+    monkeypatch.setattr(providers, "_get_local_constants", Constants)
+    monkeypatch.setattr(providers, "CONSTANTS_CACHE", LRUCache(1024))
+
+
+def wrong_files() -> list[object]:
+    """What the fuzz sends in the place of a file."""
+    made: list[object] = []
+
+    @given(case=OPERATIONS[FILES].as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
+    @bounded
+    def make(case: schemathesis.Case) -> None:
+        made.append(case.body)
+
+    make()
+    return made
+
+
+def test_the_requests_are_the_same_whatever_else_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = wrong_files()
+    words = [f"word-{number}" for number in range(500)]
+    (tmp_path / "more_words.py").write_text(f"WORDS = {words!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "more_words", importlib.import_module("more_words"))
+    assert wrong_files() == before
 
 
 @pytest.mark.usefixtures("worker_of_chats")
