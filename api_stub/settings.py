@@ -123,7 +123,9 @@ class GatewaySettings(ClientSettings):
         default=0, ge=0, description="Unfinished jobs per key, unless its entry says `in_flight=`; 0: no limit"
     )
     api_max_body_bytes: int = Field(
-        default=32 * 1024 * 1024, ge=1024, description="Largest JSON body, media inside it included"
+        default=32 * 1024 * 1024,
+        ge=1024,
+        description="Largest JSON body, media inside it included; largest sum of a request's http(s) media",
     )
     api_max_upload_bytes: int = Field(
         default=256 * 1024 * 1024, ge=1024, description="Largest upload, presigned or as a form"
@@ -141,6 +143,17 @@ class GatewaySettings(ClientSettings):
     )
     api_batch_in_flight: int = Field(
         default=128, ge=1, le=10_000, description="Jobs of one batch that are submitted and not answered"
+    )
+    api_media_hosts: str = Field(
+        default="",
+        description="Hosts that chat completions fetch media from, comma-separated: `host`, `*.host` (all below it),"
+        " `host:port`; https, plain http only for `http://host`; empty: none",
+    )
+    api_media_networks: str = Field(
+        default="", description="Networks that media are fetched from although they are not public, e.g. `10.1.0.0/16`"
+    )
+    api_media_s: float = Field(
+        default=20.0, gt=0, le=600, description="Time in which all http(s) media of a request have to arrive"
     )
     webhook_secret: SecretStr = Field(
         default=SecretStr(""),

@@ -18,6 +18,7 @@ from api_stub.gateway.openai import document
 from api_stub.gateway.openai import routes as openai_routes
 from api_stub.gateway.openai.runner import BatchRunner
 from api_stub.gateway.openapi import describe
+from api_stub.gateway.remote_media import RemoteRules
 from api_stub.gateway.routes import events, jobs, operations, page, uploads
 from api_stub.gateway.webhooks.rules import WebhookRules
 from api_stub.settings import GatewaySettings
@@ -35,7 +36,8 @@ ROUTERS = (
 def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     """Make the application. Its gateway is `app.state.gateway` while it runs."""
     metrics = Metrics()
-    WebhookRules.load(settings)  # a wrong setting is told before anything starts
+    for rules in (WebhookRules, RemoteRules):
+        rules.load(settings)  # a wrong setting is told before anything starts
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None, None]:

@@ -22,6 +22,7 @@ from api_stub.gateway.limits import Limits
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.queues import Queues
 from api_stub.gateway.reader import EventReaders
+from api_stub.gateway.remote_media import MediaFetcher, RemoteRules
 from api_stub.gateway.webhooks.rules import WebhookRules
 from api_stub.gateway.webhooks.sender import WebhookSender
 from api_stub.ledger.aio import AsyncLedger
@@ -58,6 +59,7 @@ class Gateway:
     limits: Limits
     doorbells: Doorbells
     storage: Storage
+    media: MediaFetcher
     webhook_rules: WebhookRules
     _webhooks: WebhookSender
     _reaper: _ReaperThread
@@ -87,6 +89,7 @@ class Gateway:
             limits=Limits(commands),
             doorbells=doorbells,
             storage=await asyncio.to_thread(Storage, settings),
+            media=MediaFetcher(RemoteRules.load(settings)),
             webhook_rules=rules,
             _webhooks=rules.sender(settings, keys, commands, metrics),
             _reaper=_ReaperThread(settings, doorbells),
@@ -102,6 +105,7 @@ class Gateway:
         """Close everything. Readers that are still open end."""
         await self.hub.close()
         await self._webhooks.close()
+        await self.media.close()
         await asyncio.to_thread(self._reaper.stop)
         await asyncio.to_thread(self.doorbells.close)
         await self._subscriptions.aclose()

@@ -42,10 +42,14 @@ _NAMESPACE: Final = uuid.UUID("6d1f5a0e-5a0b-4a52-9f0f-3f6f0b7c9d11")
 
 @dataclass(frozen=True, slots=True)
 class JobForm:
-    """A request to submit: a job's fields as JSON, and the files that came beside them."""
+    """A request to submit: a job's fields as JSON, and the files that came beside them.
+
+    `inline`: media that the fields name already and that are not stored yet.
+    """
 
     fields: dict[str, Any]
     files: Sequence[UploadFile] = field(default=())
+    inline: Sequence[InlineMedia] = field(default=())
 
 
 async def read_job(request: Request) -> JobForm:
@@ -77,7 +81,7 @@ async def accept(
     job_id = checked_id(job_id) if idempotency_key is None else _id_of(idempotency_key, job.tenant)
     await gateway.limits.reserve(caller, job_id)
     try:
-        await _store(gateway, inline)
+        await _store(gateway, [*inline, *form.inline])
         await gateway.submit(job_id, job)
     except InvalidRequest as error:
         if idempotency_key is not None:

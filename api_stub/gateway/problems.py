@@ -97,12 +97,12 @@ class Problem(VisionqError):
 
 def invalid(field: str, message: str) -> Problem:
     """Return the problem of one wrong field."""
-    return Problem(
-        HTTPStatus.UNPROCESSABLE_ENTITY,
-        InvalidRequest.code,
-        f"{field}: {message}",
-        errors=[FieldError(field=field, message=message)],
-    )
+    return wrong_field(HTTPStatus.UNPROCESSABLE_ENTITY, InvalidRequest.code, field, message)
+
+
+def wrong_field(status: HTTPStatus, code: str, field: str, message: str) -> Problem:
+    """Return the problem of one field that a status and a code of its own stand for."""
+    return Problem(status, code, f"{field}: {message}", errors=[FieldError(field=field, message=message)])
 
 
 def too_many(code: str, detail: str, retry_after_s: float) -> Problem:

@@ -6,6 +6,7 @@ What would change the answer and cannot be done is refused by its name; what mak
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -14,7 +15,8 @@ from api_stub.contract.conversation import MAX_FRAMES
 from api_stub.contract.error import explain
 from api_stub.contract.job import MAX_DEADLINE_S, TaskName
 from api_stub.contract.sampling import MAX_STOP_STRINGS, StopString
-from api_stub.gateway.problems import Problem, fields_of, invalid
+from api_stub.gateway.media_hosts import NO_HOSTS, AddressRefused, MediaAddress, MediaHosts
+from api_stub.gateway.problems import Problem, fields_of, invalid, wrong_field
 
 MAX_MESSAGES: Final = 1024
 #: Taken and not looked at.
@@ -51,14 +53,14 @@ class _Part(BaseModel):
 
 
 class ImageAddress(_Part):
-    """Where an image is: a data URL or an s3:// address. `detail` makes no difference."""
+    """Where an image is: a data URL, an s3:// address, or http(s) of a listed host. `detail` makes no difference."""
 
     url: str
     detail: str | None = None
 
 
 class VideoAddress(_Part):
-    """Where a clip is: a data URL or an s3:// address."""
+    """Where a clip is: a data URL, an s3:// address, or http(s) of a listed host."""
 
     url: str
     num_frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = None
@@ -162,12 +164,15 @@ def parse_chat(fields: Mapping[str, Any]) -> ChatRequest:
     return request
 
 
-def job_fields(request: ChatRequest) -> dict[str, Any]:
-    """Return the job of a request as a producer would write it, data URLs still inside. Raises Problem."""
+def job_fields(request: ChatRequest, hosts: MediaHosts = NO_HOSTS) -> dict[str, Any]:
+    """Return the job of a request as a producer would write it, data URLs and those of `hosts` still inside.
+
+    Raises Problem.
+    """
     messages = [
         {
             "role": "system" if message.role == "developer" else message.role,
-            "content": [_part(part, f"messages.{at}.content.{i}") for i, part in enumerate(message.content)],
+            "content": [_part(part, f"messages.{at}.content.{i}", hosts) for i, part in enumerate(message.content)],
         }
         for at, message in enumerate(request.messages)
     ]
@@ -196,22 +201,32 @@ def _sampling(request: ChatRequest) -> dict[str, object]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _part(part: ChatTextPart | ChatImagePart | ChatVideoPart, place: str) -> dict[str, object]:
+def _part(part: ChatTextPart | ChatImagePart | ChatVideoPart, place: str, hosts: MediaHosts) -> dict[str, object]:
     if isinstance(part, ChatTextPart):
         return {"type": "text", "text": part.text}
     if isinstance(part, ChatImagePart):
-        return {"type": "image", "uri": _address(part.image_url.url, "image", f"{place}.image_url.url")}
+        return {"type": "image", "uri": _address(part.image_url.url, "image", f"{place}.image_url.url", hosts)}
     video: dict[str, object] = {"type": "video"}
-    video["uri"] = _address(part.video_url.url, "video", f"{place}.video_url.url")
+    video["uri"] = _address(part.video_url.url, "video", f"{place}.video_url.url", hosts)
     if part.video_url.num_frames is not None:
         video["num_frames"] = part.video_url.num_frames
     return video
 
 
-def _address(url: str, kind: str, place: str) -> str:
+def listed_address(hosts: MediaHosts, url: str, place: str) -> MediaAddress | None:
+    """Return the address of http(s) media that may be fetched; None: it is no http(s) address. Raises Problem (400)."""
+    if not url[:8].lower().startswith(("http://", "https://")):
+        return None
+    try:
+        return hosts.address(url)
+    except AddressRefused as error:
+        raise wrong_field(HTTPStatus.BAD_REQUEST, error.code, place, str(error)) from error
+
+
+def _address(url: str, kind: str, place: str, hosts: MediaHosts) -> str:
+    if listed_address(hosts, url, place) is not None:
+        return url
     head = url[:12].lower()
-    if head.startswith(("http://", "https://")):
-        raise invalid(place, "http(s) addresses are not fetched; send a data URL or an s3:// address")
     if head.startswith("data:") and not head.startswith(f"data:{kind}/"):
         raise invalid(place, f"a data URL of {kind}/… is required")
     if not head.startswith(("data:", "s3://")):

@@ -10,12 +10,13 @@ from starlette.responses import StreamingResponse
 
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.intake import JobForm, accept, read_job
+from api_stub.gateway.intake import accept, read_job
 from api_stub.gateway.openai import files
 from api_stub.gateway.openai.batches import BatchRequest, BatchStore
 from api_stub.gateway.openai.chat import job_fields, parse_chat
 from api_stub.gateway.openai.completions import ChatStream, whole_answer
 from api_stub.gateway.openai.lines import is_text
+from api_stub.gateway.openai.media import fetched_media
 from api_stub.gateway.openai.models import check_model, known_models
 from api_stub.gateway.openai.shapes import (
     BatchList,
@@ -44,7 +45,9 @@ async def complete_chat(request: Request, gateway: GatewayHere, caller: CallerHe
         raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", "send application/json")
     chat = parse_chat((await read_job(request)).fields)
     await check_model(gateway, caller, chat.model)
-    job_id = await accept(gateway, caller, JobForm(job_fields(chat)))
+    fields = job_fields(chat, gateway.media.rules.hosts)
+    async with fetched_media(gateway, caller, fields, request.receive) as form:
+        job_id = await accept(gateway, caller, form)
     if chat.stream:
         return ChatStream(gateway, job_id, chat.model, chat.wants_usage)
     return await whole_answer(request, gateway, job_id)
