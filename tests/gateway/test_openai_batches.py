@@ -193,8 +193,10 @@ def test_the_queues_limit_and_the_keys_cap_hold_a_batch_back(tmp_path: Path, s3_
     with (
         _ending(redis_server),
         serving(redis_url, s3_server.url, api_keys=ENTRIES, max_queued=4, api_models="default") as running,
+        openai_client(running.url, KEYS["alice"]) as alice,
+        openai_client(running.url, KEYS["small"]) as small,
     ):
-        clients = [openai_client(running.url, KEYS[name]) for name in ("alice", "small")]
+        clients = [alice, small]
         batches = [start(client, b"".join(line(str(n), "x") for n in range(12))) for client in clients]
         depths = [0]
         with redis.Redis.from_url(redis_url, decode_responses=True) as observer, eager_worker(redis_url) as worker:
@@ -271,8 +273,11 @@ def test_mistakes_count_until_the_batch_comes_further(own_redis: str) -> None:
 
 def test_files_and_batches_belong_to_their_tenant(redis_url: str, s3_server: S3Server) -> None:
     s3_server.client()
-    with serving(redis_url, s3_server.url, api_keys=ENTRIES) as running:
-        alice, bob = (openai_client(running.url, KEYS[name]) for name in ("alice", "bob"))
+    with (
+        serving(redis_url, s3_server.url, api_keys=ENTRIES) as running,
+        openai_client(running.url, KEYS["alice"]) as alice,
+        openai_client(running.url, KEYS["bob"]) as bob,
+    ):
         batch = start(alice, b"\n")
         calls: list[Callable[[], object]] = [
             lambda: bob.files.retrieve(batch.input_file_id),
@@ -330,8 +335,7 @@ def test_a_gateway_killed_in_the_middle_leaves_every_line_answered_once(
 ) -> None:
     port = free_port()
     first = process(port)
-    client = openai_client(first.url, max_retries=5)
-    with eager_worker(redis_url) as worker:
+    with eager_worker(redis_url) as worker, openai_client(first.url, max_retries=5) as client:
         batch = start(client, b"".join(line(f"q-{n}", f"number {n}") for n in range(NUM_LINES)))
         eventually(lambda: len(worker.num_claims) > segments.MAX_LINES * 2, 120, "a checkpoint was written")
         first.process.kill()
@@ -339,8 +343,8 @@ def test_a_gateway_killed_in_the_middle_leaves_every_line_answered_once(
         assert len(worker.num_claims) < NUM_LINES
         process(port)
         batch = finished(client, batch)
+        rows = read(client, batch.output_file_id)
     assert batch.status == "completed"
-    rows = read(client, batch.output_file_id)
     assert [row["custom_id"] for row in rows] == [f"q-{n}" for n in range(NUM_LINES)]
     for row in rows:
         said = row["response"]["body"]["choices"][0]["message"]["content"]

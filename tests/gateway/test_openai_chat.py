@@ -183,11 +183,14 @@ def test_models_are_those_with_a_worker_and_others_do_not_exist(
 
 
 def test_keys_models_and_rates_hold_here_too(redis_server: RedisServer, redis_url: str) -> None:
-    with serving(redis_url, api_keys=ENTRIES) as running:
+    with (
+        serving(redis_url, api_keys=ENTRIES) as running,
+        openai_client(running.url, "wrong") as stranger,
+        openai_client(running.url, KEYS["narrow"]) as narrow,
+    ):
         with pytest.raises(openai.AuthenticationError) as refused:
-            openai_client(running.url, "wrong").models.list()
+            stranger.models.list()
         assert refused.value.code == "unauthorized"
-        narrow = openai_client(running.url, KEYS["narrow"])
         assert [model.id for model in narrow.models.list()] == ["mine"]
         with pytest.raises(openai.NotFoundError):
             narrow.chat.completions.create(model="default", messages=HELLO)
@@ -198,10 +201,10 @@ def test_keys_models_and_rates_hold_here_too(redis_server: RedisServer, redis_ur
 
 
 def test_a_full_queue_says_when_to_come_back(redis_url: str, worker: ScriptedWorker) -> None:
-    with serving(redis_url, max_queued=1, api_models="default") as running:
+    with serving(redis_url, max_queued=1, api_models="default") as running, openai_client(running.url) as client:
         running.http.post("/v1/jobs", json={"task": "visionq.vqa", "question": "What?"})
         with pytest.raises(openai.RateLimitError) as full:
-            openai_client(running.url).chat.completions.create(model="default", messages=HELLO)
+            client.chat.completions.create(model="default", messages=HELLO)
     assert full.value.code == "queue_full"
     assert int(full.value.response.headers["Retry-After"]) >= 1
 
