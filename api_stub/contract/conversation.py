@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from api_stub.contract.media import MediaUri
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import WholeNumber, WireModel
 
 MAX_FRAMES = 512
 
-NumFrames = Annotated[int, Field(ge=1, le=MAX_FRAMES)]
+NumFrames = Annotated[WholeNumber, Field(ge=1, le=MAX_FRAMES)]
 
 
 class TextPart(WireModel):

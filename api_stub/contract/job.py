@@ -28,7 +28,7 @@ from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.media import MediaUri
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
 from api_stub.contract.sampling import SamplingParams
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import WholeNumber, WireModel
 
 MAX_JOB_BYTES = 256 * 1024
 MAX_METADATA_BYTES = 4 * 1024
@@ -83,7 +83,7 @@ class _JobFields(WireModel):
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     deadline_s: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_S)
-    priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=9)
+    priority: WholeNumber = Field(default=DEFAULT_PRIORITY, ge=0, le=9)
     tenant: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9._-]*$")
     webhook: Webhook | None = None
     metadata: dict[str, Any] | None = None
@@ -211,7 +211,7 @@ def parse_job(fields: Mapping[str, object] | str | bytes, task: TaskName | None 
     if len(raw) > MAX_JOB_BYTES:
         raise InvalidJob(f"job: {len(raw)} bytes of JSON, the limit is {MAX_JOB_BYTES}")
     try:
-        return _JOB.validate_json(raw)
+        return _JOB.validate_json(raw, strict=True)
     except ValidationError as error:
         raise InvalidJob(explain(error, tags=_TAGS)) from error
 

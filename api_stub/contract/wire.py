@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def _without_point(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+#: An integer as JSON knows it: 5.0 is one, even where types are read strictly.
+WholeNumber = Annotated[int, BeforeValidator(_without_point)]
 
 
 class WireModel(BaseModel):

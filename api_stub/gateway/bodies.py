@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from api_stub.contract.job import MAX_MEDIA
 from api_stub.contract.view import JobView
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import WholeNumber, WireModel
 
 ContentType = Annotated[str, Field(pattern=r"^(image|video)/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
 MAX_FILES = MAX_MEDIA
@@ -55,7 +55,7 @@ class UploadRequest(WireModel):
     """A file that is going to be uploaded: exactly so many bytes of exactly this type."""
 
     content_type: ContentType
-    num_bytes: int = Field(ge=1)
+    num_bytes: WholeNumber = Field(ge=1, strict=True)
 
 
 class UploadReply(WireModel):

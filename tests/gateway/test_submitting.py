@@ -221,6 +221,12 @@ def test_an_upload_goes_straight_to_storage_and_into_a_job(service: Service, s3_
     assert caption(service, upload).status_code == 202
 
 
+@pytest.mark.parametrize("num_bytes", [True, "5", 5.5, 0])
+def test_a_size_that_is_none_is_refused(service: Service, num_bytes: object) -> None:
+    answer = service.http.post("/v1/uploads", json={"content_type": "image/png", "num_bytes": num_bytes})
+    assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, "num_bytes")
+
+
 def test_size_and_type_of_an_upload_are_signed(service: Service) -> None:
     upload = make_upload(service)
     signed = httpx.URL(str(upload["url"])).params["X-Amz-SignedHeaders"].split(";")

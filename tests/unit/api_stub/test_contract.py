@@ -115,6 +115,26 @@ def test_a_number_that_json_does_not_know_is_refused_in_raw_text_too(field: str,
 
 
 @pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("priority", "true"), ("priority", '"5"'), ("priority", "5.5"), ("deadline_s", "true"), ("deadline_s", '"5"'),
+        ("sampling.seed", "true"), ("sampling.top_k", '"1"'), ("sampling.temperature", '"0.5"'), ("question", "5"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused(place: str, value: str) -> None:
+    outer, _, inner = place.partition(".")
+    fields = f'"{outer}": {{"{inner}": {value}}}' if inner else f'"{outer}": {value}'
+    question = "" if place == "question" else '"question": "Why?", '
+    with pytest.raises(InvalidJob, match=f"^{place}: "):
+        parse_job(f'{{"task": "visionq.vqa", {question}{fields}}}')
+
+
+def test_an_integer_may_be_written_with_a_point() -> None:
+    job = parse_job('{"task": "visionq.vqa", "question": "Why?", "priority": 5.0, "sampling": {"top_k": 1e3}}')
+    assert (job.priority, job.sampling.top_k) == (5, 1000)
+
+
+@pytest.mark.parametrize(
     "raw", [b"\xff", "{", "[]", "null", '"text"', "\ud83d", '{"task":"visionq.vqa","question":"\\ud83d"}']
 )
 def test_what_is_no_json_object_is_no_job(raw: str | bytes) -> None:
