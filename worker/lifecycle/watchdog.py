@@ -210,6 +210,7 @@ class Watchdog:
             if finding is not None:
                 facts = {"action": "watch", "trouble": finding.trouble.value, "facts": finding.facts}
                 logger.critical("worker is stuck", extra=facts | {"stacks": stacks()})
+                faulthandler.cancel_dump_traceback_later()  # who is told says how long the end may take
                 self._on_finding(finding)
                 return
         faulthandler.cancel_dump_traceback_later()

@@ -190,6 +190,22 @@ def test_the_first_finding_is_told_once_with_all_stacks_in_the_log(caplog: pytes
     dog.stop(1)
 
 
+FOUND = """
+import threading, time
+from worker.lifecycle.watchdog import ThreadWatch, Trouble, Watchdog
+told = threading.Event()
+dog = Watchdog([ThreadWatch(Trouble.PUBLISHER_DEAD, lambda: False)], lambda _: told.set(), interval_s=0.05, frozen_s=1)
+dog.start()
+print(told.wait(20))
+time.sleep(2)
+"""
+
+
+def test_after_a_finding_the_end_is_left_to_who_was_told() -> None:
+    done = subprocess.run([sys.executable, "-c", FOUND], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
 def test_a_watch_that_breaks_does_not_end_the_watchdog() -> None:
     looks: list[float] = []
 
