@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,12 +14,18 @@ from typer.testing import CliRunner
 from api_stub.cli import app
 from api_stub.client import Client
 from api_stub.contract.event import JobCompleted
+from api_stub.contract.job import TaskName
+from api_stub.contract.status import JobStatus
 from api_stub.errors import JobFailed, StoreUnavailable
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.lua import Transition, script
+from api_stub.ledger.rows import Claim
 from api_stub.submit import Doorbells
+from tests.gateway.conftest import CREDENTIALS
+from tests.gateway.service import serving
 from tests.processes import WorkerProcess
-from tests.servers import RedisServer
+from tests.servers import RedisServer, S3Server, eventually
 from tests.unit.api_stub.ledger_kit import answer, lease_ends, started
 
 USERS = Path(__file__).parents[2] / "api_stub" / "deploy" / "redis-users.conf"
@@ -102,6 +109,75 @@ def test_the_gateways_user_submits_follows_and_sweeps(guarded: GuardedRedis, log
         worker.finish(job.id, claim.fence, answer(claim))  # type: ignore[union-attr, arg-type]
         assert job.result(timeout=10).text == "red"
         assert [view.job_id for view in ledger.list_jobs().jobs] == [job.id, "lost"]
+    assert log() == []
+
+
+PRODUCERS = (Transition.SUBMIT, Transition.CANCEL, Transition.RETRY, Transition.REPLAY, Transition.VIEW)
+CALLS = {
+    "producer": PRODUCERS,
+    "gateway": (
+        *PRODUCERS,
+        Transition.LIST_JOBS,
+        Transition.REAP,
+        Transition.TAKE_DELIVERIES,
+        Transition.SETTLE_DELIVERY,
+    ),
+    "worker": (
+        *(Transition.SUBMIT, Transition.CLAIM, Transition.BEAT, Transition.LEAVE, Transition.PUBLISH),
+        *(Transition.FINISH, Transition.GIVE_BACK, Transition.REAP),
+    ),
+}
+
+
+@pytest.mark.parametrize("role", CALLS)
+def test_every_role_may_do_all_that_its_scripts_do(role: str) -> None:
+    (line,) = (line for line in USERS.read_text().splitlines() if line.startswith(f"user visionq-{role} "))
+    allowed = {word[1:] for word in line.split() if word.startswith("+")}
+    for transition in CALLS[role]:
+        used = {name.lower() for name in re.findall(r"redis\.call\('([A-Z]+)'", script(transition, LedgerConfig()))}
+        assert used <= allowed, transition
+
+
+def test_a_producer_may_cancel_a_job_with_a_webhook(guarded: GuardedRedis, log: Callable[[], list[str]]) -> None:
+    with Client(guarded.url_of("producer")) as producer:
+        job = producer.submit(
+            {
+                "task": "visionq.vqa",
+                "question": "hello",
+                "webhook": {"url": "https://example.org/", "events": ["job.cancelled"]},
+            }
+        )
+        job.cancel()
+        assert job.status().status is JobStatus.CANCELLED
+    assert log() == []
+
+
+def test_a_worker_may_adopt_a_plain_message(guarded: GuardedRedis, log: Callable[[], list[str]]) -> None:
+    with closing(Ledger.connect(guarded.url_of("worker"), LedgerConfig())) as ledger:
+        ledger.adopt("plain", task=TaskName.VQA, model="default", job=None, priority=6)
+        assert isinstance(ledger.claim("plain", "worker-1"), Claim)
+    assert log() == []
+
+
+def test_the_gateways_user_keeps_files_and_batches(
+    guarded: GuardedRedis, log: Callable[[], list[str]], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_server.client()
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with serving(guarded.url_of("gateway"), s3_server.url, api_models="default") as gateway:
+        made = [gateway.http.post("/v1/files", files={"file": b"{}\n"}, data={"purpose": "batch"}) for _ in range(2)]
+        file_id = made[0].json()["id"]
+        order = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "1h"}
+        batch_id = gateway.http.post("/v1/batches", json=order).json()["id"]
+
+        def has_ended() -> bool:
+            return bool(gateway.http.get(f"/v1/batches/{batch_id}").json()["status"] == "completed")
+
+        eventually(has_ended, 60, "the batch ends")
+        for path in (f"/v1/files?after={file_id}", "/v1/batches", "/v1/jobs", "/v1/queues", "/v1/models", "/metrics"):
+            assert gateway.http.get(path).status_code == 200, path
+        assert gateway.http.delete(f"/v1/files/{file_id}").status_code == 200
     assert log() == []
 
 
