@@ -6,6 +6,7 @@ VENV ?= .venv
 VISION ?= .venv-vision
 TRITON ?= .venv-triton
 ARGS ?=
+PARTS := tests/property tests/unit
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -25,8 +26,14 @@ help: ## list the targets
 demo: $(RUN_STAMP) ## set up, then caption a picture and answer questions about it and a clip
 	$(BIN)/visionq demo $(ARGS)
 
-test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go to pytest)
+# Tests of single parts share the cores; the others start servers and workers of their own and run one by one.
+test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go to pytest, then in one process)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest $(PARTS) --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARTS:%=--ignore=%)
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
 	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)

@@ -147,7 +147,7 @@ def test_hundreds_of_submits_and_readers_at_once_in_one_event_loop(
         async with AsyncClient(redis_url) as client:
             jobs = await asyncio.gather(*(client.vqa(question=f"{n}?") for n in range(num_jobs)))
             readers = [asyncio.create_task(_read_all(job)) for job in jobs]
-            await asyncio.to_thread(eventually, everyone_reads, what="every reader has its connection")
+            await asyncio.to_thread(eventually, everyone_reads, 60, "every reader has its connection")
             for number, job in enumerate(jobs):
                 await asyncio.to_thread(worker.answer, job.id, "number ", str(number))
             return await asyncio.gather(*readers)
