@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from itertools import compress
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import FinishReason
 from worker.engine.batch import Chunk, NoRoom, Runner, StepLogits
+from worker.engine.chooser import Chooser
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
+from worker.engine.faults import error_info, is_out_of_memory
 from worker.engine.pictures import Picture
 from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput, RequestState
 from worker.engine.sampler import Sampler
@@ -28,7 +29,6 @@ from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.engine.transfer import HostCopy
-from worker.errors import WorkerError
 from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class EngineCore:
         self._eos_token_ids = frozenset(eos_token_ids(model, tokenizer))
         self._runner = runner
         self._clock = clock or StepClock()
-        self._sampler = Sampler(sorted(self._eos_token_ids))
+        self._chooser = Chooser(Sampler(sorted(self._eos_token_ids)), runner.free_memory)
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._texts: dict[str, Detokenizer] = {}
         self._num_failed_steps = 0
@@ -163,7 +163,7 @@ class EngineCore:
                     self._fail_prompt(request, reason, outputs)
                 return logits
             was_counted = num_cached != [chunk.request.num_cached_tokens for chunk in chunks]
-            if was_counted or not _is_out_of_memory(error):
+            if was_counted or not is_out_of_memory(error):
                 self._fail_batch([chunk.request for chunk in chunks], error, outputs)
                 break
             self._runner.free_memory()
@@ -187,7 +187,7 @@ class EngineCore:
         elif len(streams) > 1 and self._runner.can_resume:
             self.scheduler.send_back(streams[-1].request)
         elif len(streams) > 1:
-            outputs.append(self.end(streams[-1].request, Ended.FAILED, _error_info(error, "a decode step")))
+            outputs.append(self.end(streams[-1].request, Ended.FAILED, error_info(error, "a decode step")))
         else:
             self._fail_batch([chunk.request for chunk in streams or chunks], error, outputs)
         return [chunk for chunk in chunks if chunk.request.state is RequestState.RUNNING]
@@ -197,53 +197,20 @@ class EngineCore:
         if logits.logits is None:
             return None
         try:
-            requests, tokens = self._choose(logits.logits, logits.requests, outputs)
-            self._runner.remember(requests, tokens)
-            sampled = _Sampled(requests, HostCopy(tokens))
+            chosen = self._chooser.choose(logits.logits, logits.requests)
+            self._runner.remember(chosen.requests, chosen.tokens)
+            sampled = _Sampled(chosen.requests, HostCopy(chosen.tokens))
         except Exception as error:
             logger.exception("sampling failed", extra={"action": "engine.sample"})
-            alive = [request for request in logits.requests if request.state is not RequestState.ENDED]
-            self._fail_batch(alive, error, outputs)
+            self._fail_batch(logits.requests, error, outputs)
             return None
-        for request in requests:
+        for request in chosen.requests:
             request.num_pending += 1
-        return sampled
-
-    def _choose(
-        self, logits: Tensor, requests: Sequence[Request], outputs: list[RequestOutput]
-    ) -> tuple[Sequence[Request], Tensor]:
-        """Return the requests that get a token, and their tokens [B]; one after the other when memory is short."""
-        try:
-            return requests, self._sampler.sample(logits, requests)
-        except Exception as error:
-            if len(requests) == 1 or not _is_out_of_memory(error):
-                raise
-            logger.warning("sampling one by one", extra={"action": "engine.sample"})
-        self._runner.free_memory()
-        return self._choose_apart(logits, requests, outputs)
-
-    def _choose_apart(
-        self, logits: Tensor, requests: Sequence[Request], outputs: list[RequestOutput]
-    ) -> tuple[Sequence[Request], Tensor]:
-        """Choose for one request after the other; who does not fit even so fails alone. Raises when nobody fits."""
-        chosen: dict[Request, Tensor] = {}
-        failed: dict[Request, Exception] = {}
-        for row, request in enumerate(requests):
-            try:
-                chosen[request] = self._sampler.sample_alone(logits[row : row + 1], request)
-            except Exception as error:
-                if not _is_out_of_memory(error):
-                    raise
-                failed[request] = error.with_traceback(None)  # its frames hold tensors
-                self._runner.free_memory()
-        if not chosen:
-            raise failed[requests[0]]
         outputs += [
-            self.end(request, Ended.FAILED, _error_info(error, "a decode step")) for request, error in failed.items()
+            self.end(request, Ended.FAILED, error_info(error, "a decode step"))
+            for request, error in chosen.failed.items()
         ]
-        kept, tokens = list(chosen), torch.cat(list(chosen.values()))
-        self._sampler.note(kept, tokens)
-        return kept, tokens
+        return sampled
 
     def _wait(self, sampled: _Sampled | None, outputs: list[RequestOutput]) -> Sequence[tuple[Request, int]]:
         """Return the tokens that have come, without those of requests that ended meanwhile."""
@@ -298,14 +265,14 @@ class EngineCore:
 
     def _fail_prompt(self, request: Request, error: Exception, outputs: list[RequestOutput]) -> None:
         self._note_death(error)
-        outputs.append(self.end(request, Ended.FAILED, _error_info(error, "prefill")))
-        if _is_out_of_memory(error):
+        outputs.append(self.end(request, Ended.FAILED, error_info(error, "prefill")))
+        if is_out_of_memory(error):
             self._runner.free_memory()
 
     def _fail_batch(self, requests: Sequence[Request], error: Exception, outputs: list[RequestOutput]) -> None:
         self._num_failed_steps += 1
         self._note_death(error)
-        info = _error_info(error, "a decode step")
+        info = error_info(error, "a decode step")
         outputs += [self.end(request, Ended.FAILED, info) for request in requests]
         if not self.is_dead:
             self._runner.reset()
@@ -339,20 +306,4 @@ def _finish(request: Request, reason: FinishReason | Ended, error: ErrorInfo | N
         first_token_s=0.0 if first_token_at is None else first_token_at - request.submitted_at,
         generate_s=0.0 if first_token_at is None else now - first_token_at,
         error=error,
-    )
-
-
-def _error_info(error: Exception, where: str) -> ErrorInfo:
-    """Say what went wrong without the exception's own words, which may quote data."""
-    if isinstance(error, WorkerError):
-        return error.info()
-    if _is_out_of_memory(error):
-        return ErrorInfo.of(ErrorCode.OUT_OF_MEMORY, f"{where} did not fit into the device's memory")
-    return ErrorInfo.of(ErrorCode.INTERNAL, f"{where} failed: {type(error).__name__}")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's CPU allocator and cuBLAS' workspaces raise a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
