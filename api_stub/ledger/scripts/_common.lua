@@ -62,7 +62,7 @@ local function write_event(id, seq, attempt, fragment)
   local event = '{"v":' .. EVENT.version .. ',"job_id":' .. quote(id) .. ',"seq":' .. seq .. ',"attempt":' .. attempt
     .. ',"ts":' .. stamp .. ',' .. fragment .. '}'
   redis.call('XADD', KEY.events .. id, seq .. '-0', 'event', event)
-  redis.call('PUBLISH', KEY.events .. id, event)
+  redis.pcall('PUBLISH', KEY.events .. id, event) -- refused: readers find it in the stream, when the channel falls silent
   return event
 end
 

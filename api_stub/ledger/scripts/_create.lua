@@ -10,7 +10,8 @@ local function list_under(tenant, id)
   redis.call('ZADD', key, stamp, id)
   redis.call('EXPIRE', key, CONFIG.result_ttl_s + MAX_WAIT_S)
   redis.call('ZREMRANGEBYRANK', key, 0, -MAX_LISTED - 1)
-  for _, oldest in ipairs(redis.call('ZRANGE', key, 0, 1)) do
+  local expired = moment(now - CONFIG.result_ttl_s) -- a younger one without a row is one that a sweep has to forget
+  for _, oldest in ipairs(redis.call('ZRANGE', key, '-inf', expired, 'BYSCORE', 'LIMIT', 0, 2)) do
     if redis.call('EXISTS', KEY.job .. oldest) == 0 then
       redis.call('ZREM', key, oldest)
     end

@@ -12,7 +12,7 @@ for i = 1, #ARGV, 4 do
       redis.call('HSET', KEY.job .. id, 'seq', seq, 'number', number)
       local is_written, problem = pcall(write_event, id, seq, attempt, fragment)
       if not is_written then
-        redis.call('HSET', KEY.job .. id, 'number', last_number) -- sent again it fails again, and does not pass for written
+        redis.call('HSET', KEY.job .. id, 'seq', last_seq, 'number', last_number) -- sent again it fails again, and does not pass for written
         error(problem, 0)
       end
     end

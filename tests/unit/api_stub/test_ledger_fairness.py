@@ -325,6 +325,21 @@ def test_what_waits_without_a_row_is_forgotten(connect: Connect, redis_client: r
     assert all(redis_client.ttl(names.events_key(job_id)) > 0 for job_id in ("gone", "bare"))
 
 
+def test_a_job_without_a_row_costs_its_tenant_no_place_although_others_come(
+    connect: Connect, redis_client: redis.Redis
+) -> None:
+    broker = connect(LedgerConfig(tenant_max_running=2))
+    for job_id in ("gone", "lost"):
+        broker.submit(job_id, question(tenant="zoo"))
+    redis_client.delete(*map(names.job_key, ("gone", "lost")), *broker.lists)
+    broker.submit("mine", question(tenant="zoo"))
+    broker.ring_for_reaper()
+    broker.ledger.cancel("mine")
+    broker.ring_for_reaper()
+    assert redis_client.hgetall(names.tenants_key("default")) == {}
+    assert redis_client.get(names.depth_key("default")) == "0"
+
+
 def test_what_is_held_without_a_row_is_passed_over(broker: Broker, redis_client: redis.Redis) -> None:
     for i in range(WINDOW + 3):
         broker.submit(f"job-{i}", question(tenant="zoo"))

@@ -168,8 +168,29 @@ def test_a_key_of_the_wrong_type_costs_its_own_job_its_events_and_no_other(
         flush(publisher, broken)
         last = events(client, broken)[-1]
         assert (last["text"], last["offset"]) == ("mended", 3)
+        seqs = [event["seq"] for event in events(client, broken)]
+        assert seqs == list(range(1, len(seqs) + 1))
     refused = [record for record in caplog.records if record.message == "events of a job are refused"]
     assert [(vars(record)["action"], vars(record)["job_id"]) for record in refused] == [("publish", broken.job_id)]
+
+
+def test_an_event_that_may_not_be_called_out_stands_in_the_stream_once(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    with server.client() as client:
+        try:
+            client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+            publisher.put_step([delta(stream, "one", 0)])
+            flush(publisher, stream)
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "allchannels")
+        publisher.put(delta(stream, " two", 3))
+        flush(publisher, stream)
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+        assert [event["text"] for event in written] == ["one", " two"]
+        seqs = [event["seq"] for event in events(client, stream)]
+        assert seqs == list(range(1, len(seqs) + 1))
 
 
 def test_a_publisher_with_work_that_it_does_not_do_can_be_seen(ledger: Ledger, server: RedisServer) -> None:
