@@ -130,13 +130,13 @@ class Runtime:
 
         Only a worker that is mute can still finish what it runs. Any thread, more than once.
         """
+        may_finish = finding.trouble is Trouble.MUTE
+        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))  # of old news, too: one timer for all
         if not self.health.fail(finding):
             return
         facts = {"action": "fail", "trouble": finding.trouble.value, "facts": finding.facts}
         logger.critical("worker gives up", extra=facts)
         self.exit_status = 1
-        may_finish = finding.trouble is Trouble.MUTE
-        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))
         was_draining = self.drain.is_draining
         self.drain.begin()
         if not may_finish:
@@ -179,6 +179,8 @@ class Runtime:
         """Stop everything, in the order in which work flows."""
         self._stopping.set()
         self.watchdog.stop(STOP_TIMEOUT_S)
+        if self.exit_status:
+            end_within(LAST_RESORT_S)  # the watchdog has taken the timer along
         self.intake.close()
         self.decoders.close()
         self.engine.stop(STOP_TIMEOUT_S)

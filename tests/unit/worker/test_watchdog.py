@@ -206,6 +206,31 @@ def test_after_a_finding_the_end_is_left_to_who_was_told() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
+OLD_NEWS = """
+import signal, threading, time
+import worker.runtime
+from worker.lifecycle.attempt import Attempts
+from worker.lifecycle.drain import Drain
+from worker.lifecycle.health import Health
+from worker.lifecycle.watchdog import Finding, ThreadWatch, Trouble, Watchdog
+worker.runtime.LAST_RESORT_S = 1
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a shutdown that hangs
+runtime = worker.runtime.Runtime.__new__(worker.runtime.Runtime)
+runtime.health, runtime.drain, runtime.exit_status = Health(redis_patience_s=5), Drain(Attempts(), drain_s=60), 0
+runtime.fail(Finding(Trouble.ENGINE_DEAD, "a job has met it"))
+looked = threading.Event()
+Watchdog([ThreadWatch(Trouble.ENGINE_DEAD, lambda: looked.set())], runtime.fail, interval_s=0.1, frozen_s=60).start()
+looked.wait(20)
+time.sleep(20)
+"""
+
+
+def test_news_that_the_watchdog_brings_late_leave_the_last_resort_in_place() -> None:
+    done = subprocess.run([sys.executable, "-c", OLD_NEWS], capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Timeout (0:00:01)!" in done.stderr
+
+
 def test_a_watch_that_breaks_does_not_end_the_watchdog() -> None:
     looks: list[float] = []
 
