@@ -131,7 +131,7 @@ class Runtime:
         Only a worker that is mute can still finish what it runs. Any thread, more than once.
         """
         may_finish = finding.trouble is Trouble.MUTE
-        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))  # of old news, too: one timer for all
+        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))  # old news, too
         if not self.health.fail(finding):
             return
         facts = {"action": "fail", "trouble": finding.trouble.value, "facts": finding.facts}
