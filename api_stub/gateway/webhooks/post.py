@@ -43,14 +43,10 @@ class WebhookPost:
 
     def __init__(self, policy: TargetPolicy, timeout_s: float, ask: Resolve = resolve) -> None:
         self._policy, self._timeout_s = policy, timeout_s
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            max_keepalive_connections=0,  # a kept connection would outlive the look at its address
-            network_backend=PinnedNetwork(policy, ask),
-        )
+        self._context, self._network = ssl.create_default_context(), PinnedNetwork(policy, ask)
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
-        """POST once. Raises TargetRefused (never try again), PostFailed."""
+        """POST once; the caller bounds how many at a time. Raises TargetRefused (never try again), PostFailed."""
         self._policy.check_url(url)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -62,14 +58,14 @@ class WebhookPost:
         except (ValueError, httpcore.UnsupportedProtocol) as error:
             raise PostFailed("the address cannot be used") from error
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._pool.aclose()
-
     async def _exchanged(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
         limits = {"connect": min(MAX_CONNECT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}
         sent = [(name.encode(), value.encode()) for name, value in headers.items()]
-        async with self._pool.stream("POST", url, headers=sent, content=body, extensions={"timeout": limits}) as answer:
+        # A pool of its own: httpcore loses a pool's place when asyncio cancels whoever was just given one.
+        async with (
+            httpcore.AsyncConnectionPool(ssl_context=self._context, network_backend=self._network) as pool,
+            pool.stream("POST", url, headers=sent, content=body, extensions={"timeout": limits}) as answer,
+        ):
             await _read_some(answer)
             said = {name.lower(): value for name, value in answer.headers}
             return PostAnswer(answer.status, _seconds(said.get(b"retry-after", b"").decode("latin-1")))

@@ -75,7 +75,6 @@ class WebhookSender:
         for task in tuple(self._sending):
             task.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
-        await self._post.close()
 
     async def _run(self) -> None:
         while True:

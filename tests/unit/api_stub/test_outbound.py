@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 
 import pytest
 
@@ -49,11 +50,7 @@ def send(policy: TargetPolicy, url: str, *answers: tuple[str, ...]) -> tuple[int
         return answers[min(len(asked), len(answers)) - 1]
 
     async def use() -> int:
-        post = WebhookPost(policy, 5.0, ask)
-        try:
-            return (await post.send(url, {}, b"{}")).status
-        finally:
-            await post.close()
+        return (await WebhookPost(policy, 5.0, ask).send(url, {}, b"{}")).status
 
     return asyncio.run(use()), asked
 
@@ -80,6 +77,26 @@ def test_the_next_address_is_tried_when_the_first_does_not_answer() -> None:
     policy = TargetPolicy(allow_http=True, networks=parse_networks("127.0.0.0/8"))
     with receiving() as receiver:
         assert send(policy, receiver.url("hook.example"), ("127.0.0.2", "127.0.0.1"))[0] == 204
+
+
+async def at_this_machine(host: str, port: int) -> tuple[str, ...]:
+    """Resolve every name without delay."""
+    return ("127.0.0.1",)
+
+
+def test_posts_that_were_cancelled_leave_room_for_the_next() -> None:
+    async def use(post: WebhookPost, silent: str, good: str) -> int:
+        for num_turns in range(300):
+            task = asyncio.create_task(post.send(silent, {}, b"{}"))
+            for _ in range(num_turns % 15):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        return (await post.send(good, {}, b"{}")).status
+
+    post = WebhookPost(TargetPolicy(allow_http=True, networks=parse_networks("127.0.0.1")), 20.0, at_this_machine)
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as silent, receiving() as receiver:
+        assert asyncio.run(use(post, f"http://hook.example:{silent.getsockname()[1]}/", receiver.url())) == 204
 
 
 def test_a_name_without_an_address_is_a_failure_like_any_other() -> None:
