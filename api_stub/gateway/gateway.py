@@ -105,7 +105,6 @@ class Gateway:
         """Close everything. Readers that are still open end."""
         await self.hub.close()
         await self._webhooks.close()
-        await self.media.close()
         await asyncio.to_thread(self._reaper.stop)
         await asyncio.to_thread(self.doorbells.close)
         await self._subscriptions.aclose()

@@ -25,7 +25,7 @@ from api_stub.settings import GatewaySettings, parsed
 
 Kind = Literal["image", "video"]
 
-#: Connections of one process, all requests together.
+#: Fetches of one process at a time, all requests together; the others wait.
 MAX_FETCHING: Final = 32
 MAX_CONNECT_S: Final = 5.0
 MAX_SILENCE_S: Final = 10.0
@@ -92,12 +92,8 @@ class MediaFetcher:
 
     def __init__(self, rules: RemoteRules, ask: Resolve = resolve) -> None:
         self.rules = rules
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            max_connections=MAX_FETCHING,
-            max_keepalive_connections=0,  # a kept connection would outlive the look at its address
-            network_backend=PinnedNetwork(rules.policy, ask),
-        )
+        self._context, self._network = ssl.create_default_context(), PinnedNetwork(rules.policy, ask)
+        self._room = asyncio.Semaphore(MAX_FETCHING)
 
     async def fetch(self, address: MediaAddress, kind: Kind, sink: BinaryIO, allowance: Allowance) -> str:
         """GET an address into a file and return the media's type. Raises FetchRefused, StoreUnavailable (no disk)."""
@@ -119,10 +115,6 @@ class MediaFetcher:
         except (httpcore.ProtocolError, ValueError) as error:
             raise FetchRefused(code, "its answer is no whole HTTP answer") from error
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._pool.aclose()
-
     async def _received(self, address: MediaAddress, kind: Kind, sink: BinaryIO, allowance: Allowance) -> str:
         # In parts: nobody reads the address a second time, and perhaps otherwise.
         url = httpcore.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
@@ -135,7 +127,12 @@ class MediaFetcher:
         ]
         limits = {"connect": MAX_CONNECT_S, "read": MAX_SILENCE_S, "write": MAX_SILENCE_S}
         before = allowance.num_bytes
-        async with self._pool.stream("GET", url, headers=headers, extensions={"timeout": limits}) as answer:
+        # A pool of its own: httpcore loses a pool's place when asyncio cancels whoever was just given one.
+        async with (
+            self._room,
+            httpcore.AsyncConnectionPool(ssl_context=self._context, network_backend=self._network) as pool,
+            pool.stream("GET", url, headers=headers, extensions={"timeout": limits}) as answer,
+        ):
             content_type = _checked_head(answer, kind, allowance)
             async with aclosing(answer.aiter_stream()) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import ssl
@@ -233,14 +234,14 @@ def fetch(url: str, ask: Resolve, **settings: str) -> None:
 
     async def use() -> None:
         fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), ask)
-        try:
-            with tempfile.TemporaryFile() as sink:
-                address = fetcher.rules.hosts.address(url)
-                await fetcher.fetch(address, "image", cast("BinaryIO", sink), Allowance(fetcher.rules))
-        finally:
-            await fetcher.close()
+        with tempfile.TemporaryFile() as sink:
+            await fetch_into(fetcher, url, cast("BinaryIO", sink))
 
     asyncio.run(use())
+
+
+async def fetch_into(fetcher: MediaFetcher, url: str, sink: BinaryIO) -> str:
+    return await fetcher.fetch(fetcher.rules.hosts.address(url), "image", sink, Allowance(fetcher.rules))
 
 
 class Resolver:
@@ -269,6 +270,26 @@ def test_a_name_is_resolved_once_and_every_address_of_it_is_judged(host: MediaSe
     fetch(url, rebinding, api_media_hosts=hosts, api_media_networks="127.0.0.1")
     assert rebinding.asked == ["a.cdn.example"]
     assert host.asked[0][1]["host"] == f"a.cdn.example:{host.port}"
+
+
+def test_fetches_that_were_cancelled_leave_room_for_the_next(host: MediaServer) -> None:
+    async def use(fetcher: MediaFetcher, silent: str, good: str) -> bytes:
+        for num_turns in range(750):
+            task = asyncio.create_task(fetch_into(fetcher, silent, io.BytesIO()))
+            for _ in range(num_turns % 15):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        sink = io.BytesIO()
+        await fetch_into(fetcher, good, sink)
+        return sink.getvalue()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as silent:
+        port, good = silent.getsockname()[1], host.url("/scene.png", "a.cdn.example")
+        hosts = f"http://a.cdn.example:{port}, http://a.cdn.example:{host.port}"
+        settings = {"api_media_hosts": hosts, "api_media_networks": "127.0.0.1", "api_media_s": 20}
+        fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), Resolver(("127.0.0.1",)))
+        assert asyncio.run(use(fetcher, f"http://a.cdn.example:{port}/", good)) == PNG
 
 
 def test_a_name_that_does_not_exist_is_told() -> None:
