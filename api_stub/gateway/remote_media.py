@@ -1,6 +1,7 @@
 """GETs media from listed hosts into files: checked addresses, no redirects, no proxy, bounded in bytes and in time.
 
-Memory stays at one piece per fetch. Knows no jobs; the content itself is judged by the worker, as for all media.
+Memory stays below MAX_GATHERED_BYTES and a piece per fetch. Knows no jobs; the content itself is judged by the worker,
+as for all media.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Kind = Literal["image", "video"]
 
 #: Fetches of one process at a time, all requests together; the others wait.
 MAX_FETCHING: Final = 32
+#: Written at once: a host chooses the size of its pieces, and every write is a thread's turn.
+MAX_GATHERED_BYTES: Final = 64 * 1024
 MAX_CONNECT_S: Final = 5.0
 MAX_SILENCE_S: Final = 10.0
 UNTOLD_TYPE: Final = "application/octet-stream"
@@ -134,10 +137,7 @@ class MediaFetcher:
             pool.stream("GET", url, headers=headers, extensions={"timeout": limits}) as answer,
         ):
             content_type = _checked_head(answer, kind, allowance)
-            async with aclosing(answer.aiter_stream()) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    allowance.take(len(piece))
-                    await to_thread.run_sync(_write, sink, piece)
+            await _keep(answer, sink, allowance)
         if allowance.num_bytes == before:
             raise FetchRefused(f"invalid_{kind}_url", "it sent nothing")
         return content_type
@@ -161,6 +161,20 @@ def _checked_head(answer: httpcore.Response, kind: Kind, allowance: Allowance) -
     return content_type
 
 
+async def _keep(answer: httpcore.Response, sink: BinaryIO, allowance: Allowance) -> None:
+    """Write a body into a file. Raises FetchRefused, StoreUnavailable."""
+    gathered = bytearray()
+    async with aclosing(answer.aiter_stream()) as pieces:  # type: ignore[type-var]
+        async for piece in pieces:
+            allowance.take(len(piece))
+            gathered += piece
+            if len(gathered) >= MAX_GATHERED_BYTES:
+                await to_thread.run_sync(_write, sink, gathered)
+                gathered = bytearray()  # a thread that was left behind may still write the other
+            await asyncio.sleep(0)  # many small pieces come with one read, and reading alone lets nobody else run
+    await to_thread.run_sync(_write, sink, gathered)
+
+
 def _header(answer: httpcore.Response, name: bytes) -> str:
     values = [value.decode("latin-1").strip() for found, value in answer.headers if found.lower() == name]
     return ", ".join(values).lower()
@@ -170,9 +184,9 @@ def _refuse_type(message: str) -> NoReturn:
     raise FetchRefused(ErrorCode.MEDIA_UNSUPPORTED, message)
 
 
-def _write(sink: BinaryIO, piece: bytes) -> None:
+def _write(sink: BinaryIO, gathered: bytearray) -> None:
     try:
-        sink.write(piece)
+        sink.write(gathered)
         sink.flush()
     except OSError as error:
         raise StoreUnavailable("the gateway has no room on its disk") from error

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 PNG = b"\x89PNG\r\n\x1a\n not really"
 MP4 = b"\x00\x00\x00\x18ftypmp42 not really"
 PIECE = b"x" * 65_536
+CRUMBS = bytes(range(250)) * 20
 LIMIT_BYTES = 256 * 1024
 Page = Callable[[BaseHTTPRequestHandler], None]
 
@@ -47,6 +48,14 @@ def dripping(request: BaseHTTPRequestHandler) -> None:
                 return
 
 
+def crumbling(request: BaseHTTPRequestHandler) -> None:
+    """CRUMBS in chunks of one byte, then a PIECE in one."""
+    chunks = [b"1\r\n%c\r\n" % byte for byte in CRUMBS]
+    chunks += [b"%x\r\n%b\r\n" % (len(PIECE), PIECE), b"0\r\n\r\n"]
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    request.wfile.write(head + b"".join(chunks))
+
+
 def silent(request: BaseHTTPRequestHandler) -> None:
     """No answer, until the client hangs up."""
     request.rfile.read(1)
@@ -81,6 +90,7 @@ PAGES: dict[str, Page] = {
     "/half": page(b"x" * (LIMIT_BYTES // 2 + 1)),
     "/endless": endless,
     "/dripping": dripping,
+    "/crumbling": crumbling,
     "/silent": silent,
     "/not-http": not_http,
 }

@@ -24,7 +24,7 @@ from api_stub.gateway.outbound import Resolve
 from api_stub.gateway.remote_media import Allowance, FetchRefused, MediaFetcher, RemoteRules
 from api_stub.settings import GatewaySettings
 from tests.gateway.conftest import CREDENTIALS
-from tests.gateway.media_server import LIMIT_BYTES, MP4, PNG, MediaServer, media_server
+from tests.gateway.media_server import CRUMBS, LIMIT_BYTES, MP4, PIECE, PNG, MediaServer, media_server
 from tests.gateway.openai_stack import eager_worker, openai_client
 from tests.gateway.service import Service, serving
 from tests.gateway.test_submitting import job_of
@@ -290,6 +290,25 @@ def test_fetches_that_were_cancelled_leave_room_for_the_next(host: MediaServer) 
         settings = {"api_media_hosts": hosts, "api_media_networks": "127.0.0.1", "api_media_s": 20}
         fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), Resolver(("127.0.0.1",)))
         assert asyncio.run(use(fetcher, f"http://a.cdn.example:{port}/", good)) == PNG
+
+
+class CountedFile(io.BytesIO):
+    """Counts how often it is written to."""
+
+    num_writes = 0
+
+    def write(self, piece: Any) -> int:
+        self.num_writes += 1
+        return super().write(piece)
+
+
+def test_a_host_that_sends_single_bytes_costs_no_write_for_each(host: MediaServer) -> None:
+    url, sink = host.url("/crumbling"), CountedFile()
+    settings = {"api_media_hosts": f"http://127.0.0.1:{host.port}", "api_media_networks": "127.0.0.1"}
+    fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)))
+    asyncio.run(fetch_into(fetcher, url, sink))
+    assert sink.getvalue() == CRUMBS + PIECE
+    assert sink.num_writes <= 3
 
 
 def test_a_name_that_does_not_exist_is_told() -> None:
