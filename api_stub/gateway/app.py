@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from api_stub.gateway import problems
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.guard import Guard
+from api_stub.gateway.guard import CrossOrigin, Guard
 from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.openai import document
@@ -60,9 +59,8 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     document.describe(app)
     app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)
     if settings.cors_origins:
-        # Around the guard: a page must be able to read its refusals, too.
         app.add_middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],  # those asked for are named: OpenAI's client sends a dozen of its own

@@ -39,7 +39,8 @@ class BoundedBody:
     """An ASGI `receive` that raises Problem where the body would be read: 408, 413, 503. `close()` it.
 
     `announced` is the Content-Length, 0 when there is none. `budget` is None for bodies that go to disk. `problem` is
-    what was raised: a framework between here and the route may have made something else of it.
+    what was raised: a framework between here and the route may have made something else of it. `is_whole` says that
+    the body was read to its end.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class BoundedBody:
         self._deadline = asyncio.get_running_loop().time() + max_seconds
         self._budget = budget
         self._num_bytes = 0
-        self._is_whole = False
+        self.is_whole = False
         self.problem: Problem | None = None
 
     async def __call__(self) -> Message:
         """Return the next message."""
-        if self._is_whole:
+        if self.is_whole:
             return await self._receive()
         try:
             return await self._next()
@@ -87,5 +88,5 @@ class BoundedBody:
         if self._budget is not None:
             self._budget.take(num_bytes)
         self._num_bytes += num_bytes
-        self._is_whole = not message.get("more_body", False)
+        self.is_whole = not message.get("more_body", False)
         return message

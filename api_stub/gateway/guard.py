@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from typing import Final
 
 from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_stub.gateway.body import BodyBudget, BoundedBody
@@ -30,9 +33,12 @@ SECURITY_HEADERS: Final = {
 #: Asked every few seconds by machines: counted, not logged.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 _OF_A_BODY: Final = frozenset({b"content-type", b"content-length", b"transfer-encoding"})
-#: Their bodies mean nothing. That much of one is passed over.
+#: Their bodies mean nothing.
 _READING: Final = frozenset({"GET", "HEAD"})
+#: That much of a body that nobody wants is passed over.
 _MAX_IGNORED_BYTES: Final = 64 * 1024
+#: Without it the server reads the rest of an unread body, however long, before it takes the next request.
+_CLOSE: Final = {"Connection": "close"}
 #: Where a form goes to disk; the other routes read every body into memory, whatever it calls itself.
 _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
@@ -49,10 +55,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._is_stranger(Headers(scope=scope)):
+        headers = Headers(scope=scope)
+        is_stranger, is_long = self._is_stranger(headers), _is_long(headers)
+        if is_stranger:
             scope, receive = _bodiless(scope, receive)
         body = self._body(scope, Headers(scope=scope), receive)
-        answer = _Answer(scope, body)
+        answer = _Answer(scope, body, may_send_on=lambda: is_long and (is_stranger or not body.is_whole))
         watched = answer.watched(send)
         try:
             await self._app(scope, body, watched)
@@ -97,15 +105,24 @@ class Guard:
             logger.info("request", extra=facts | who | {"duration_s": round(seconds, 4)})
 
 
+class CrossOrigin(CORSMiddleware):
+    """CORS, around the guard: a page must be able to read its refusals, too. Answers preflights by itself."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Return the answer to a preflight, whose body nobody reads."""
+        response = super().preflight_response(request_headers)
+        if _is_long(request_headers):
+            response.headers.update(_CLOSE)
+        return response
+
+
 def _announced(headers: Headers) -> int:
     num_bytes = headers.get("content-length", "0")
     return int(num_bytes) if num_bytes.isdecimal() else 0
 
 
-def _may_send_on(scope: Scope) -> bool:
-    headers = Headers(scope=scope)
-    is_long = "transfer-encoding" in headers or _announced(headers) > _MAX_IGNORED_BYTES
-    return is_long and scope["method"] in _READING
+def _is_long(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or _announced(headers) > _MAX_IGNORED_BYTES
 
 
 def _bodiless(scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
@@ -132,9 +149,10 @@ async def _disconnect(receive: Receive) -> Message:
 class _Answer:
     """One answer on its way: its status, and what is added to its head."""
 
-    def __init__(self, scope: Scope, body: BoundedBody) -> None:
+    def __init__(self, scope: Scope, body: BoundedBody, may_send_on: Callable[[], bool]) -> None:
         self.scope = scope
         self._body = body
+        self._may_send_on = may_send_on
         self.is_begun = False
         self._is_replaced = False
         self.begun = time.monotonic()
@@ -159,8 +177,8 @@ class _Answer:
                 self.is_stream = headers.get("content-type", "").startswith(EVENT_STREAM)
                 headers.update({name: value for name, value in SECURITY_HEADERS.items() if name not in headers})
                 headers.setdefault("Cache-Control", "no-store")
-                if _may_send_on(self.scope):
-                    headers["Connection"] = "close"  # else the server reads the rest of the body, however long
+                if self._may_send_on():
+                    headers.update(_CLOSE)
             await send(message)
 
         return watched_send

@@ -15,17 +15,26 @@ import pytest
 import redis
 
 from api_stub.gateway.guard import SECURITY_HEADERS
+from api_stub.gateway.keys import digest_of, new_key
 from api_stub.ledger.aio import AsyncLedger
 from tests.gateway.service import Service, serving
 from tests.gateway.test_events import nobody_reads
 from tests.gateway.test_jobs import QUESTION, submit
 from tests.gateway.test_process import ApiProcess, Start, start
-from tests.servers import eventually
+from tests.servers import RedisServer, eventually
 from tests.unit.api_stub.workers import ScriptedWorker
 
 __all__ = ["start"]
 
 NUM_VISITS = 1000
+#: The kernel takes some of a body that nobody reads.
+MAX_TAKEN_BYTES = 32 * 1024 * 1024
+#: More than is passed over.
+MAX_BODY_BYTES = 256 * 1024
+ORIGIN = "https://app.example"
+KEY = new_key()
+ALICE = {"Authorization": f"Bearer {KEY}"}
+JSON = {"Content-Type": "application/json"}
 
 
 def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
@@ -89,18 +98,21 @@ def test_bodies_share_a_bound(redis_url: str, path: str) -> None:
         eventually(lambda: httpx.post(f"{running.url}/v1/jobs", json=json.loads(body)).status_code == 202, what="room")
 
 
-def endless_get(service: Service, path: str) -> tuple[bytes, int]:
-    """Send a GET whose body does not end; return the answer and how many bytes of the body went away."""
+def endless(service: Service, request: str, headers: dict[str, str]) -> tuple[int, int]:
+    """Send a request whose body does not end; return the answer's status and how many bytes of the body went away."""
     sent = 0
     with socket.create_connection(service.address, timeout=30) as connection:
 
         def send() -> None:
             nonlocal sent
             with suppress(OSError):
-                while True:
+                while sent < 2 * MAX_TAKEN_BYTES:
                     sent += connection.send(b"1000\r\n" + b"x" * 0x1000 + b"\r\n")
+                connection.shutdown(socket.SHUT_WR)  # it was read all along
 
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        head = [f"{request} HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked", *lines, "", ""]
+        connection.sendall("\r\n".join(head).encode())
         sending = threading.Thread(target=send)
         sending.start()
         answer = b""
@@ -112,14 +124,74 @@ def endless_get(service: Service, path: str) -> tuple[bytes, int]:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             sending.join(30)
-    return answer, sent
+    return int(answer.split()[1]), sent
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs/{}/events", "/v1/jobs/{}?wait=20", "/v1/jobs/{}", "/healthz"])
 def test_a_get_whose_body_does_not_end_is_ended(service: Service, redis_client: redis.Redis, path: str) -> None:
-    _, num_bytes = endless_get(service, path.format(submit(service)))
-    assert num_bytes < 32 * 1024 * 1024  # the kernel takes some of it
+    _, num_bytes = endless(service, f"GET {path.format(submit(service))}", {})
+    assert num_bytes < MAX_TAKEN_BYTES
     nobody_reads(service, redis_client)
+
+
+@pytest.fixture(scope="module")
+def closed_gateway(redis_server: RedisServer) -> Iterator[Service]:
+    """It has keys, serves a page's origin, and takes small bodies only."""
+    bounds = {"api_max_body_bytes": MAX_BODY_BYTES, "api_max_bodies_bytes": 10 * MAX_BODY_BYTES}
+    with serving(redis_server.url, api_keys=f"alice:{digest_of(KEY)}", api_cors_origins=ORIGIN, **bounds) as running:
+        yield running
+
+
+@pytest.fixture
+def guarded(closed_gateway: Service, redis_url: str) -> Service:
+    """A gateway with keys."""
+    return closed_gateway
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "status"),
+    [
+        ("GET /v1/jobs", {}, 401),
+        ("GET /healthz", {}, 200),
+        ("POST /v1/jobs", JSON, 401),
+        ("POST /v1/jobs", JSON | ALICE, 413),
+        ("POST /v1/jobs/x/cancel", ALICE, 404),
+        ("POST /nowhere", ALICE, 404),
+        ("DELETE /v1/files/file-x", ALICE, 404),
+        ("OPTIONS /v1/jobs", {"Origin": ORIGIN, "Access-Control-Request-Method": "PUT"}, 200),
+        ("OPTIONS /v1/jobs", {"Origin": "https://evil.example", "Access-Control-Request-Method": "PUT"}, 400),
+    ],
+)
+def test_a_body_that_does_not_end_is_not_read_on_after_the_answer(
+    guarded: Service, request_line: str, headers: dict[str, str], status: int
+) -> None:
+    answered, num_bytes = endless(guarded, request_line, headers)
+    assert answered == status
+    assert num_bytes < MAX_TAKEN_BYTES
+
+
+def test_a_long_body_that_is_refused_unread_costs_the_connection(guarded: Service) -> None:
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "PUT"}
+    for method, headers, status in (("POST", JSON | ALICE, 413), ("POST", JSON, 401), ("OPTIONS", preflight, 200)):
+        answer = httpx.request(
+            method, f"{guarded.url}/v1/jobs", content=b" " * 8 * MAX_BODY_BYTES, headers=headers, timeout=30
+        )
+        assert (answer.status_code, answer.headers.get("Connection")) == (status, "close")
+
+
+def test_a_body_that_was_read_or_is_short_leaves_the_connection_open(guarded: Service) -> None:
+    long = json.dumps(QUESTION).encode() + b" " * (MAX_BODY_BYTES // 2)
+
+    def status(method: str, path: str, headers: dict[str, str], content: bytes | Iterator[bytes]) -> int:
+        answer = guarded.http.request(method, path, headers=headers, content=content)
+        assert "Connection" not in answer.headers
+        return answer.status_code
+
+    assert status("POST", "/v1/jobs", JSON | ALICE, long) == 202
+    assert status("POST", "/v1/jobs", JSON | ALICE, iter([long])) == 202
+    assert status("POST", "/v1/jobs", JSON, b"{}") == 401
+    assert status("POST", "/v1/jobs/x/cancel", JSON | ALICE, b"{}") == 404
+    assert status("OPTIONS", "/v1/jobs", {"Origin": ORIGIN, "Access-Control-Request-Method": "PUT"}, b"{}") == 200
 
 
 def test_a_small_body_of_a_get_is_passed_over(service: Service, worker: ScriptedWorker) -> None:
