@@ -10,7 +10,9 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -20,6 +22,8 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str, int], Awaitable[tuple[str, ...]]]
 
+#: Look-ups of one SystemResolver at a time.
+MAX_ASKING: Final = 16
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 #: An IPv6-only host reaches IPv4 through these addresses, which carry the IPv4 address (RFC 6052).
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
@@ -139,10 +143,17 @@ def parse_ports(text: str) -> frozenset[int] | None:
     return ports
 
 
-async def resolve(host: str, port: int) -> tuple[str, ...]:
-    """Ask the system's resolver. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
+class SystemResolver:
+    """Asks the system's resolver, in threads of its own: for seconds, while others need asyncio's few."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(MAX_ASKING, thread_name_prefix="resolver")  # begins none before it is asked
+
+    async def __call__(self, host: str, port: int) -> tuple[str, ...]:
+        """Return a name's addresses. Raises OSError."""
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 async def checked_addresses(policy: TargetPolicy, host: str, port: int, ask: Resolve) -> tuple[str, ...]:

@@ -21,7 +21,14 @@ from anyio import to_thread
 from api_stub.contract.error import ErrorCode
 from api_stub.errors import StoreUnavailable
 from api_stub.gateway.media_hosts import MediaAddress, MediaHosts
-from api_stub.gateway.outbound import PinnedNetwork, Resolve, TargetPolicy, TargetRefused, parse_networks, resolve
+from api_stub.gateway.outbound import (
+    PinnedNetwork,
+    Resolve,
+    SystemResolver,
+    TargetPolicy,
+    TargetRefused,
+    parse_networks,
+)
 from api_stub.settings import GatewaySettings, parsed
 
 Kind = Literal["image", "video"]
@@ -93,9 +100,10 @@ class Allowance:
 class MediaFetcher:
     """One event loop per instance. `ask` resolves names."""
 
-    def __init__(self, rules: RemoteRules, ask: Resolve = resolve) -> None:
+    def __init__(self, rules: RemoteRules, ask: Resolve | None = None) -> None:
         self.rules = rules
-        self._context, self._network = ssl.create_default_context(), PinnedNetwork(rules.policy, ask)
+        self._context = ssl.create_default_context()
+        self._network = PinnedNetwork(rules.policy, ask or SystemResolver())
         self._room = asyncio.Semaphore(MAX_FETCHING)
 
     async def fetch(self, address: MediaAddress, kind: Kind, sink: BinaryIO, allowance: Allowance) -> str:

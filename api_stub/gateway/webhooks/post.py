@@ -14,7 +14,7 @@ from typing import Final
 
 import httpcore
 
-from api_stub.gateway.outbound import PinnedNetwork, Resolve, TargetPolicy, resolve
+from api_stub.gateway.outbound import PinnedNetwork, Resolve, SystemResolver, TargetPolicy
 
 MAX_CONNECT_S: Final = 5.0
 #: Read of an answer's body before the connection is closed: a polite receiver has finished writing by then.
@@ -39,11 +39,12 @@ class PostAnswer:
 
 
 class WebhookPost:
-    """Sends. One event loop per instance."""
+    """Sends. One event loop per instance. `ask` resolves names."""
 
-    def __init__(self, policy: TargetPolicy, timeout_s: float, ask: Resolve = resolve) -> None:
+    def __init__(self, policy: TargetPolicy, timeout_s: float, ask: Resolve | None = None) -> None:
         self._policy, self._timeout_s = policy, timeout_s
-        self._context, self._network = ssl.create_default_context(), PinnedNetwork(policy, ask)
+        self._context = ssl.create_default_context()
+        self._network = PinnedNetwork(policy, ask or SystemResolver())
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
         """POST once; the caller bounds how many at a time. Raises TargetRefused (never try again), PostFailed."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import threading
+from typing import Any
 
 import pytest
 
-from api_stub.gateway.outbound import TargetPolicy, TargetRefused, is_public, parse_networks
+from api_stub.gateway.outbound import SystemResolver, TargetPolicy, TargetRefused, is_public, parse_networks
 from api_stub.gateway.webhooks.post import PostFailed, WebhookPost
 from tests.gateway.receiver import receiving
 
@@ -77,6 +79,27 @@ def test_the_next_address_is_tried_when_the_first_does_not_answer() -> None:
     policy = TargetPolicy(allow_http=True, networks=parse_networks("127.0.0.0/8"))
     with receiving() as receiver:
         assert send(policy, receiver.url("hook.example"), ("127.0.0.2", "127.0.0.1"))[0] == 204
+
+
+def test_names_that_take_long_to_look_up_delay_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up, is_over = socket.getaddrinfo, threading.Event()
+
+    def slow_look_up(host: str, *details: Any, **options: Any) -> Any:
+        is_over.wait(60)
+        return look_up("127.0.0.1", *details, **options)
+
+    async def use() -> None:
+        resolver = SystemResolver()
+        asking = [asyncio.create_task(resolver(f"{n}.slow.example", 80)) for n in range(40)]
+        try:
+            await asyncio.sleep(0)
+            await asyncio.wait_for(asyncio.to_thread(is_over.is_set), 20)
+        finally:
+            is_over.set()
+        assert set(await asyncio.gather(*asking)) == {("127.0.0.1",)}
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
+    asyncio.run(use())
 
 
 async def at_this_machine(host: str, port: int) -> tuple[str, ...]:
