@@ -33,6 +33,8 @@ _TUNNELS: Final = (
     ipaddress.IPv6Network("2001::/32"),
     ipaddress.IPv4Network("192.88.99.0/24"),
 )
+#: Addresses for documentation (RFC 9637) that `ipaddress` does not know as such.
+_DOCUMENTATION: Final = ipaddress.IPv6Network("3fff::/20")
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80}
 
 
@@ -112,7 +114,7 @@ def is_public(address: IpAddress) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address in _NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        return address in _GLOBAL_UNICAST and address.is_global
+        return address in _GLOBAL_UNICAST and address not in _DOCUMENTATION and address.is_global
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
