@@ -110,9 +110,11 @@ NO_HOSTS: Final = MediaHosts()
 def _entry(word: str) -> _Entry:
     scheme, _, rest = word.rpartition("://")
     scheme, is_suffix = scheme.lower() or "https", rest.startswith("*.")
+    if scheme not in _DEFAULT_PORTS:
+        raise ValueError(f"{word!r}: only `http://` or `https://` may precede a host")
     try:
         host, port = _host_and_port(rest.removeprefix("*."), scheme)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{word!r} is not `host`, `*.host`, `host:port` or one of these after `http://`") from error
     if is_suffix and literal_address(host) is not None:
         raise ValueError(f"{word!r}: an address of numbers has no names below it")

@@ -128,6 +128,14 @@ def test_a_list_that_cannot_be_read_is_refused(text: str) -> None:
         MediaHosts.parse(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["ftp://a.example", "ftp://a.example:1", "s3://a:1", "http://ftp://a:1", "https:://a:1"]
+)
+def test_a_list_with_another_scheme_says_which_there_are(text: str) -> None:
+    with pytest.raises(ValueError, match="only `http://` or `https://` may precede a host"):
+        MediaHosts.parse(text)
+
+
 def test_an_ipv6_address_has_brackets_wherever_it_is_told() -> None:
     address = MediaAddress.parse("http://[::1]:8080/x")
     assert (address.host, address.authority, address.origin) == ("::1", "[::1]:8080", "http://[::1]:8080")
