@@ -134,7 +134,7 @@ def test_a_reader_whose_connection_is_killed_misses_and_repeats_nothing(
 
 @pytest.mark.parametrize("what", ["stream", "result"])
 def test_a_reader_outlives_a_restart_of_redis(kind: str, what: str, tmp_path: Path) -> None:
-    server = RedisServer(tmp_path)
+    server = RedisServer(tmp_path, "--appendfsync", "always")
     ledger = Ledger.connect(server.url, LedgerConfig())
     try:
         ledger.submit(JOB, question())

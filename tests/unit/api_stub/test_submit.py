@@ -197,7 +197,7 @@ def test_a_silent_broker_costs_a_doorbell_at_most_five_seconds(silent_url: str) 
 
 
 def test_doorbells_outlive_a_restart_of_redis(tmp_path: Path) -> None:
-    server = RedisServer(tmp_path)
+    server = RedisServer(tmp_path, "--appendfsync", "always")
     doorbells = Doorbells(server.url)
     try:
         doorbells.ring(Bell("job-1", TaskName.VQA, "default", 6))

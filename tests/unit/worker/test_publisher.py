@@ -26,7 +26,7 @@ from worker.streaming.publisher import Publisher
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of this test's own: it is stopped and killed here."""
-    server = RedisServer(tmp_path)
+    server = RedisServer(tmp_path, "--appendfsync", "always")
     yield server
     server.stop()
 
