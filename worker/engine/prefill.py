@@ -1,7 +1,8 @@
 """Prefill: how a prompt, images and all, becomes something the engine can feed to a text model.
 
-Nothing here knows a model family. Where the first generated token stands is read at the decoder's door, from the
-position ids that the model hands to its own text decoder; that covers multi-axis rotary positions too.
+Nothing here knows a model family. Where the first generated token stands is read from the position ids that the model
+hands to its own text decoder: one behind the prompt's last token, as `generate` counts. The largest position of the
+prompt is something else: the time axis of a clip runs ahead of the text after it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from worker.engine.attention import PROMPT, PromptStep
 from worker.engine.entrances import Entrances
+from worker.errors import InvalidRequest
 
 #: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
 _ORDINARY: Final = frozenset({"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"})
@@ -65,7 +67,7 @@ def prefill(entrances: Entrances, arguments: Mapping[str, Any]) -> Prefilled:
         output = entrances.model(**arguments, past_key_values=cache, use_cache=True, **entrances.last_logits_only)
     positions = seen.get("position_ids")
     # Models that hand no positions down count the tokens of the text, as `generate` does for them.
-    first_position = arguments["input_ids"].shape[1] if positions is None else int(positions.max()) + 1
+    first_position = arguments["input_ids"].shape[1] if positions is None else position_after(_of_one_prompt(positions))
     return Prefilled(output.logits[:, -1], cache, first_position)
 
 
@@ -80,7 +82,7 @@ def capture(entrances: Entrances, arguments: Mapping[str, Any]) -> Prompt:
         embeds=embeds,
         positions=positions,
         is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask")),
-        first_position=int(positions.max()) + 1,
+        first_position=position_after(positions),
     )
 
 
@@ -92,9 +94,26 @@ def read_whole(entrances: Entrances, arguments: Mapping[str, Any], step: PromptS
     return logits
 
 
+def position_after(positions: Tensor) -> int:
+    """Return the position id of the token behind `positions`, [T] or [axes, T].
+
+    Raises InvalidRequest when the axes of the last token differ: it belongs to a picture, and the engine gives each
+    generated token one position for all axes.
+    """
+    last = positions[..., -1].flatten().tolist()
+    if len(set(last)) > 1:
+        raise InvalidRequest("messages: the prompt ends inside a picture or clip; put text behind it")
+    return int(last[0]) + 1
+
+
 def _positions(given: Tensor | None, embeds: Tensor) -> Tensor:
-    if given is None:
-        return torch.arange(embeds.shape[0], device=embeds.device)
+    return torch.arange(embeds.shape[0], device=embeds.device) if given is None else _of_one_prompt(given)
+
+
+def _of_one_prompt(given: Tensor) -> Tensor:
+    """Return positions [T] or [axes, T] of what a decoder is handed for a batch of one prompt."""
+    if given.ndim == 1:
+        return given
     if given.ndim == 2:
         return given[0]
     # Four axes are three rotary ones behind the plain count that masks are made of.
