@@ -76,6 +76,13 @@ def test_a_checkpoint_is_loaded_from_a_bucket_that_jobs_may_not_read(uri: str, s
     assert load(chosen).model.config.model_type == "llava"
 
 
+def test_an_adapter_in_storage_is_refused_by_name(stored: S3Client, settings: Settings) -> None:
+    put(stored, "adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "some/base"}')
+    assert refusal(settings()).startswith(f"VISIONQ_MODEL={URI}: a LoRA adapter of some/base; ")
+    stored.delete_object(Bucket="models", Key="vlm/one/config.json")
+    assert refusal(settings()).startswith(f"VISIONQ_MODEL={URI}: a LoRA adapter of some/base; ")
+
+
 def test_a_second_start_downloads_nothing(stored: S3Client, settings: Settings) -> None:
     folder = download(settings())
     written = {path: path.stat().st_ctime_ns for path in folder.iterdir()}

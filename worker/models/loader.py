@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from worker.errors import CannotStart
 from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
+from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import expected_bytes, quantization_config
 from worker.models.remote import download
@@ -70,6 +71,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     disable_progress_bar()
     source = download(settings) if settings.model.startswith("s3://") else _source(settings.model)
     config = _read_config(settings, source)
+    refuse_unknown_quantization(settings.model, config, settings.quantization)
     architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     free_bytes = free_gpu_bytes()
     dtype = _dtype(settings, is_on_gpu=bool(free_bytes))
@@ -98,6 +100,7 @@ def _source(value: str) -> str | Path:
         if is_folder_name:
             raise CannotStart(f"VISIONQ_MODEL={value}: there is no folder {folder}")
         return value
+    refuse_adapters(value, folder)
     if not (folder / "config.json").is_file():
         raise CannotStart(f"VISIONQ_MODEL={value}: no config.json in {folder}, so it is not a checkpoint")
     return folder
@@ -123,6 +126,8 @@ def _read_config(settings: WorkerSettings, source: str | Path) -> PreTrainedConf
         else "no such folder, nor a readable hub checkpoint (gated ones need HF_TOKEN)"
     )
     with _refusing(settings, problem):
+        if not isinstance(source, Path):
+            refuse_adapters(settings.model, source)
         config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: {config.model_type} is not a vision-language architecture")
@@ -177,7 +182,7 @@ def _load_model(
         "local_files_only": isinstance(source, Path),
         "use_safetensors": True,  # a pickle may hold code
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # _check_weights refuses them, naming one
+        "ignore_mismatched_sizes": True,  # check_weights refuses them, naming one
         # Quantisers want to be told, also about a CPU.
         **({"device_map": {"": placement.device}, "quantization_config": quantization} if quantization else {}),
         **placement.options,
@@ -185,34 +190,37 @@ def _load_model(
     }
     with _refusing(settings, "its weights cannot be loaded"):
         model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
-    _check_weights(settings, model, report)
+    check_weights(settings.model, model, report)
     require_on_gpus(settings.device, model)
     model.eval()
     return model
 
 
-def _check_weights(settings: WorkerSettings, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Refuse a file that is not this model's; transformers itself would go on with random weights."""
-    missing = sorted(report["missing_keys"])
-    misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
-    num_weights = len(model.state_dict())
-    if misshapen or len(missing) * 2 > num_weights:
-        raise CannotStart(
-            f"VISIONQ_MODEL={settings.model}: the weights do not belong to the config: "
-            f"{len(missing)} of {num_weights} are missing, {len(misshapen)} have another shape "
-            f"(first: {(misshapen or missing)[0]})"
-        )
-    if missing:
-        logger.warning("Weights missing, initialised at random", extra={"action": "load", "weights": missing})
-
-
 def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:
-    max_context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Return the positions of the text model, as far as they do not depend on how long a sequence is.
+
+    Beyond the length it was first trained on, `longrope` turns all keys of a batch by other frequencies (Ding et al.:
+    LongRoPE, 2024): one long request would change the answers of the others.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    max_context = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(max_context, int):
         raise CannotStart(
             f"VISIONQ_MODEL={settings.model}: the text config of {type(model).__name__} has no max_position_embeddings"
         )
-    return max_context
+    first_trained: list[int] = [
+        rope["original_max_position_embeddings"] for rope in _ropes(text_config) if rope["rope_type"] == "longrope"
+    ]
+    if first_trained and min(first_trained) < max_context:
+        facts = {"action": "load", "max_context": min(first_trained), "max_position_embeddings": max_context}
+        logger.warning("context bounded: longer sequences would change the positions of others", extra=facts)
+    return min([max_context, *first_trained])
+
+
+def _ropes(text_config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """Return the parameters of the rotary positions, of each layer type where they differ."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    return [each for each in (parameters, *parameters.values()) if isinstance(each, Mapping) and "rope_type" in each]
 
 
 @contextmanager
@@ -220,6 +228,8 @@ def _refusing(settings: WorkerSettings, problem: str) -> Iterator[None]:
     """Turn whatever transformers raises for an unusable checkpoint into CannotStart with its first line."""
     try:
         yield
+    except CannotStart:
+        raise
     except Exception as error:  # transformers and tokenizers document no closed set; tokenizers raises bare Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         # Without torchvision some processors are empty names, others say so when they are made.

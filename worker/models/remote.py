@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from urllib3.exceptions import HTTPError
 
 from worker.errors import CannotStart
+from worker.models.checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, adapter_refused
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ def _look(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
         if Path(name).suffix in KINDS and _NAME.fullmatch(name):
             files.append(_File(name, entry["Size"], entry["ETag"].strip('"')))
     names = {file.name for file in files}
+    if ADAPTER_CONFIG in names:
+        raise adapter_refused(uri, client.get_object(Bucket=bucket, Key=prefix + ADAPTER_CONFIG)["Body"].read())
+    if names & set(ADAPTER_FILES):
+        raise adapter_refused(uri)
     if "config.json" not in names:
         raise CannotStart(f"VISIONQ_MODEL={uri}: no config.json under this prefix, so it is not a checkpoint")
     if not any(name.endswith(".safetensors") for name in names):

@@ -1,0 +1,148 @@
+"""Whether a checkpoint is a whole model: adapters, unknown quantisation, missing and surplus weights are refused.
+
+In: where the checkpoint is, its config, what was loaded of it. Out: nothing, or CannotStart naming what is wrong.
+transformers itself warns in these cases and goes on: with random weights, or as another model than the folder's name
+says.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import cached_file
+
+from worker.errors import CannotStart
+from worker.settings import Quantization
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+#: Files of an adapter, as PEFT names them.
+ADAPTER_FILES: Final = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+#: Buffers that older files hold and current models compute; nothing is lost with them.
+_COMPUTED_BUFFERS: Final = re.compile(
+    r"(^|\.)(inv_freq|position_ids|num_batches_tracked|masked_bias|relative_position_index)$"
+)
+#: Parameters that adapters add, by the names that PEFT gives them.
+_ADAPTER_WEIGHTS: Final = re.compile(r"(^|\.)(lora_|ia3_|base_layer\.|modules_to_save\.)")
+
+
+def refuse_adapters(name: str, source: str | Path, revision: str | None = None) -> None:
+    """Raise CannotStart for a folder or hub checkpoint that is an adapter, or also holds one.
+
+    With peft installed transformers would serve the adapter, without it the bare base model.
+    """
+    for file in ADAPTER_FILES:
+        path = _file(source, file, revision)
+        if path is not None:
+            raise adapter_refused(name, path.read_bytes() if file == ADAPTER_CONFIG else b"")
+
+
+def adapter_refused(name: str, adapter_config: bytes = b"") -> CannotStart:
+    """Return the refusal of an adapter; `adapter_config` is what its file of that name holds, the base's name too."""
+    try:
+        fields = json.loads(adapter_config or b"{}")
+    except ValueError:
+        fields = {}
+    kind, base = "LoRA", "a model that its adapter_config.json does not name"
+    if isinstance(fields, Mapping):
+        base = str(fields.get("base_model_name_or_path") or base)
+        kind = {"LORA": "LoRA"}.get(str(fields.get("peft_type", "LORA")), str(fields.get("peft_type")))
+    return CannotStart(
+        f"VISIONQ_MODEL={name}: a {kind} adapter of {base}; adapters are not served, merge it into its base model and "
+        "name the folder of the merged checkpoint"
+    )
+
+
+def refuse_unknown_quantization(name: str, config: PreTrainedConfig, wanted: Quantization) -> None:
+    """Raise CannotStart for weights stored in a way that nobody here can read, or that are to be quantised twice."""
+    for part in _configs(config):
+        stored: Any = getattr(part, "quantization_config", None)
+        if stored is None:
+            continue
+        fields = stored if isinstance(stored, Mapping) else stored.to_dict()
+        method = _quant_method(fields)
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise CannotStart(
+                f"VISIONQ_MODEL={name}: its weights are quantised by {method or 'an unnamed method'} (quant_method of "
+                "config.json), which transformers does not know"
+            )
+        if wanted is not Quantization.NONE:
+            raise CannotStart(f"VISIONQ_QUANTIZATION={wanted}: the checkpoint is already quantised, by {method}")
+
+
+def check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raise CannotStart unless the file held every weight of the model, and all of its weights belong to the model.
+
+    report: the loading report of `from_pretrained`. Tied weights are not missing. Weights that are left over are
+    refused when they belong to a part of this model (a bias that the config says is not there, a layer more than the
+    config counts); others, such as heads for training, are named once in the log.
+    """
+    missing = sorted(report["missing_keys"])
+    misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
+    left_over = sorted(key for key in report["unexpected_keys"] if not _COMPUTED_BUFFERS.search(key))
+    adapter = [key for key in left_over if _ADAPTER_WEIGHTS.search(key)]
+    if adapter:
+        raise CannotStart(
+            f"VISIONQ_MODEL={name}: the file holds weights of an adapter that are not merged (first: {adapter[0]})"
+        )
+    dropped = list(_dropped(model, left_over))
+    if missing or misshapen or dropped:
+        raise CannotStart(
+            f"VISIONQ_MODEL={name}: the weights do not belong to the config: {len(missing)} of "
+            f"{len(model.state_dict())} are missing, {len(misshapen)} have another shape, {len(dropped)} have no place "
+            f"(first: {(misshapen or missing or dropped)[0]})"
+        )
+    if left_over:
+        facts = {"action": "load", "count": len(left_over), "weights": left_over[:8]}
+        logger.warning("weights of the file that the model has no place for", extra=facts)
+
+
+def _dropped(model: PreTrainedModel, keys: list[str]) -> Iterator[str]:
+    """Yield the keys that belong to a module which the model has, or to a further one of a list that it has."""
+    owners = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
+    places = {_any_number(key) for key, _ in model.named_parameters()}
+    for key in keys:
+        if key.rpartition(".")[0] in owners or _any_number(key) in places:
+            yield key
+
+
+def _any_number(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", key)
+
+
+def _quant_method(fields: Mapping[str, Any]) -> str:
+    """Return the method as transformers looks it up; a bitsandbytes config of old does not name it."""
+    if fields.get("load_in_8bit") or fields.get("load_in_4bit"):
+        return "bitsandbytes_4bit" if fields.get("load_in_4bit") else "bitsandbytes_8bit"
+    method = fields.get("quant_method")
+    return str(getattr(method, "value", method) or "")
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _configs(part)
+
+
+def _file(source: str | Path, file: str, revision: str | None) -> Path | None:
+    if isinstance(source, Path):
+        return source / file if (source / file).is_file() else None
+    found = cached_file(
+        source,
+        file,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
