@@ -37,6 +37,7 @@ from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
+from worker.prompting.trials import trial_prompts
 from worker.runtime import Runtime
 from worker.settings import Attention, KVBackend, Switch, WorkerSettings
 from worker.streaming.publisher import Publisher
@@ -61,7 +62,14 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
     def outbox(outputs: list[RequestOutput]) -> None:
         publisher.put_step(TimedStep(outputs, time.monotonic()))
 
-    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), outbox, step_meter)
+    engine = Engine(
+        loaded.model,
+        loaded.tokenizer,
+        engine_config(settings, loaded),
+        outbox,
+        step_meter,
+        trial_prompts(prompts, loaded.capabilities),
+    )
     policy = media_policy(settings)
     media_cache, room = MediaCache(settings.media_cache_bytes), Room(settings.decoded_bytes)
     decoders = Decoders(

@@ -15,6 +15,7 @@ from worker.errors import CannotStart, WorkerError
 from worker.models.loader import LoadedModel, load
 from worker.models.quantization import weight_bytes
 from worker.prompting.prepare import PromptBuilder
+from worker.prompting.trials import trial_prompts
 from worker.settings import WorkerSettings
 from worker.tryout import TriedOut, try_out
 
@@ -32,10 +33,12 @@ def check(settings: WorkerSettings) -> str:
             if outgoing.on_sent is not None:
                 outgoing.on_sent()
 
-    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), deliver)
+    prompts = PromptBuilder(loaded)
+    trials = trial_prompts(prompts, loaded.capabilities)
+    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), deliver, trials=trials)
     engine.start()
     try:
-        tried = try_out(engine, PromptBuilder(loaded), answers)
+        tried = try_out(engine, prompts, answers)
     except WorkerError as error:
         raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
     finally:

@@ -11,6 +11,7 @@ import pytest
 from tests.tiny.families import CORPUS, picture
 from tests.tiny.torchvision_families import VIDEO_FAMILIES
 from tests.unit.worker.engine.harness import request
+from tests.unit.worker.engine.test_handed import check_handed
 from tests.unit.worker.engine.test_parity import BACKENDS, Job, check_answers
 from tests.unit.worker.engine.test_parity import run_with_random_arrivals as run
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, image, user
@@ -117,3 +118,16 @@ def test_the_time_axis_of_these_clips_runs_ahead_of_the_text(
     arguments = {key: tensor for key, tensor in inputs.tensors.items() if not key.startswith("pixel_values")}
     positions, _ = model.model.get_rope_index(**arguments)
     assert positions.max() > positions[:, 0, -1].max() + 5
+
+
+@pytest.mark.parametrize("backend", ["slots", "paged"])
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_the_engine_hands_a_model_what_generate_hands_it_for_clips(
+    name: str, backend: str, loaded_family: Loaded, builder_of: Builders
+) -> None:
+    prompts = [
+        builder_of(name).prepare((user(*parts),), media)
+        for num_frames, duration_s in ((8, 2.0), (16, 120.0))
+        for parts, media in prompts_of(num_frames, duration_s)
+    ]
+    check_handed(loaded_family(name).model, prompts, BACKENDS[backend], MAX_MODEL_LEN)

@@ -26,6 +26,8 @@ from worker.engine.transfer import to_device
 
 FLAT: Final = "visionq_flat"
 PROMPT: Final = "visionq_prompt"
+#: Keyword arguments by which transformers' layers ask for other scores: capped, with sinks or biases, of some blocks.
+_SCORE_CHANGES: Final = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mask", "block_indices")
 
 
 class KVStep(Protocol):
@@ -56,17 +58,32 @@ def paged_attention(
     sliding_window: int | None = None,
     *,
     kv_step: KVStep,
-    **_kwargs: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as `kv_step` says; the signature is transformers' `AttentionInterface`."""
+    """Attend as `kv_step` says; the signature is transformers' `AttentionInterface`.
+
+    Raises NotImplementedError for a layer that wants its scores changed in a way that is not done here.
+    """
+    wanted = [name for name in _SCORE_CHANGES if kwargs.get(name) is not None]
+    if wanted:
+        raise NotImplementedError(f"attention with {', '.join(wanted)}")
     return kv_step.attend(
         module.layer_idx, query, key, value, Call(module, attention_mask, scaling, sliding_window)
     ), None
 
 
+def prompt_mask(*args: Any, allow_is_bidirectional_skip: bool = False, **kwargs: Any) -> Tensor | None:
+    """Build a whole prompt's mask; the signature is transformers' `AttentionMaskInterface`. None means causal.
+
+    transformers also leaves the mask out where every token sees every other, which would look the same.
+    """
+    mask: Tensor | None = sdpa_mask(*args, allow_is_bidirectional_skip=False, **kwargs)
+    return mask
+
+
 AttentionInterface.register(FLAT, paged_attention)
 AttentionInterface.register(PROMPT, paged_attention)
-AttentionMaskInterface.register(PROMPT, sdpa_mask)
+AttentionMaskInterface.register(PROMPT, prompt_mask)
 
 
 @dataclass(frozen=True, slots=True)

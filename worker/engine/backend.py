@@ -1,40 +1,40 @@
-"""Chooses and builds the KV back end of a model, by trying it at load time.
+"""Chooses and builds the KV back end of a model, and lets it prove itself before anything is served from it.
 
-Paged blocks need a text model that calls the registered attention function in every layer and attends as it does;
-whether that holds is found out by feeding a few tokens both ways. Rows serve every model.
+Paged blocks need a text model that calls the registered attention function in every layer. Rows need one that keeps
+all its state in the keys and values of its own layers. Whether a back end answers as the model does is found out by
+trying, see `proof`; a model that none of them answers for is refused.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from worker.engine.attention import FLAT, LayoutStep
 from worker.engine.cuda_graphs import CudaGraphRecorder, DecodeGraphs, graph_sizes
 from worker.engine.entrances import Entrances
-from worker.engine.flat import DecodeInputs, FlatForward, PromptPiece
+from worker.engine.faults import Unsuited
+from worker.engine.flat import FlatForward
 from worker.engine.kernel_choice import choose_kernels
-from worker.engine.kernels import SDPA
+from worker.engine.kernels import SDPA, Kernels
 from worker.engine.kv_paged import LayerShape, PagedKV
 from worker.engine.kv_slots import FULL, SLIDING
+from worker.engine.proof import Reference, first_line, prove, references, trial_length
 from worker.engine.runner_paged import PagedRunner
 from worker.engine.runner_slots import SlotRunner
-from worker.engine.tolerance import TOLERANCE
 from worker.engine.vision import VisionConfig, VisionStage
 from worker.errors import CannotStart
+from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
-#: Tokens of the load-time probe and where it cuts them: a piece, a piece that continues it, one decode step.
+#: Tokens of the forward that tells the shapes of the layers.
 PROBE_TOKENS: Final = 12
-PROBE_CUT: Final = 5
-PROBE_BLOCK_SIZE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,6 @@ class PagedConfig:
     compiles: bool = False
 
 
-class Unsuited(Exception):
-    """Raised when a model cannot be served from paged blocks."""
-
-
 @torch.inference_mode()
 def build_runner(
     model: PreTrainedModel,
@@ -69,37 +65,72 @@ def build_runner(
     max_model_len: int,
     paged: PagedConfig | None,
     vision: VisionConfig | None = None,
+    trials: Sequence[ModelInputs] = (),
 ) -> PagedRunner | SlotRunner:
     """Return a paged runner if it is asked for and the model is suited, else rows.
 
-    Raises CannotStart when memory does not hold one full request, or when neither back end can serve the model.
+    trials: prompts about which a back end must answer as the model's own `generate` does, see `proof`. Raises
+    CannotStart when memory does not hold one full request, or when neither back end can serve the model, with the
+    reasons.
     """
-    why_not_paged: str | None = None
-    entrances = Entrances(model)
-    stage = VisionStage(entrances, vision or VisionConfig())
+    reasons: dict[str, str] = {}
+    try:
+        entrances = Entrances(model)
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise _cannot_serve(model, {"its text decoder": first_line(error)}) from error
+    vision = vision or VisionConfig()
+    try:
+        expected = references(entrances, trials, max_model_len)
+    except Unsuited as reason:
+        raise _cannot_serve(model, {"its text decoder": str(reason)}) from reason
     if paged is not None:
         try:
-            layout = probe(entrances)
+            return _paged_runner(entrances, vision, expected, paged, max_num_seqs, max_model_len)
         except Unsuited as reason:
-            why_not_paged = str(reason)
-            facts = {"action": "engine.probe", "kv_backend": "slots", "reason": why_not_paged}
+            reasons["paged blocks"] = str(reason)
+            facts = {"action": "engine.prove", "kv_backend": "slots", "reason": str(reason)}
             logger.warning("model cannot be served from paged blocks", extra=facts)
-        else:
-            return _paged_runner(entrances, stage, layout, paged, max_num_seqs, max_model_len)
-    return SlotRunner(entrances, stage, max_num_seqs, max_model_len, why_not_paged)
+    try:
+        return _slot_runner(entrances, vision, expected, max_num_seqs, max_model_len, reasons.get("paged blocks"))
+    except Unsuited as reason:
+        reasons["rows"] = str(reason)
+        raise _cannot_serve(model, reasons) from reason
+
+
+def _cannot_serve(model: PreTrainedModel, reasons: Mapping[str, str]) -> CannotStart:
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return CannotStart(f"VISIONQ_MODEL: {type(model).__name__} cannot be served here ({why})")
+
+
+def _slot_runner(
+    entrances: Entrances,
+    vision: VisionConfig,
+    expected: Sequence[Reference],
+    max_num_seqs: int,
+    max_model_len: int,
+    why_not_paged: str | None,
+) -> SlotRunner:
+    """Prove rows on a few short ones. Raises Unsuited."""
+    num_rows = min(max_num_seqs, len(expected) + 1)
+    trial = SlotRunner(entrances, VisionStage(entrances, vision), num_rows, trial_length(expected))
+    prove(trial, expected, num_rows, entrances.model.dtype)
+    return SlotRunner(entrances, VisionStage(entrances, vision), max_num_seqs, max_model_len, why_not_paged)
 
 
 def _paged_runner(
     entrances: Entrances,
-    stage: VisionStage,
-    layout: Mapping[int, LayerShape],
+    vision: VisionConfig,
+    expected: Sequence[Reference],
     config: PagedConfig,
     max_num_seqs: int,
     max_model_len: int,
 ) -> PagedRunner:
-    """Choose the attention code, take the memory, record decode steps: in this order."""
+    """Choose the attention code, prove it, take the memory, record decode steps: in this order. Raises Unsuited."""
+    layout = probe(entrances)
     num_heads = entrances.text_config.num_attention_heads
     kernels = choose_kernels(layout, num_heads, config.block_size) if config.tries_kernels else SDPA
+    _prove_paged(entrances, vision, layout, kernels, expected, config, max_num_seqs)
+    stage = VisionStage(entrances, vision)
     free_bytes = _free_bytes(layout, entrances.model.device, stage.cache_bytes)
     num_blocks = count_blocks(config, layout, max_num_seqs, max_model_len, free_bytes)
     kv = PagedKV(layout, num_blocks, config.block_size)
@@ -117,6 +148,31 @@ def _paged_runner(
         forward=forward,
         graphs=_graphs(config, forward, layout, max_num_seqs, max_model_len),
     )
+
+
+def _prove_paged(
+    entrances: Entrances,
+    vision: VisionConfig,
+    layout: Mapping[int, LayerShape],
+    kernels: Kernels,
+    expected: Sequence[Reference],
+    config: PagedConfig,
+    max_num_seqs: int,
+) -> None:
+    """Prove paged blocks on as few as hold the trial prompts. Raises Unsuited."""
+    length, num_rows = trial_length(expected), min(max_num_seqs, len(expected) + 1)
+    kv = PagedKV(layout, num_rows * -(-length // config.block_size) + 1, config.block_size)
+    trial = PagedRunner(
+        entrances,
+        kv,
+        VisionStage(entrances, vision),
+        num_rows,
+        length,
+        reads_whole=config.reads_whole,
+        reuses_prefixes=config.reuses_prefixes,
+        forward=FlatForward(entrances, kv, kernels, compiles=config.compiles),
+    )
+    prove(trial, expected, num_rows, entrances.model.dtype)
 
 
 def _graphs(
@@ -152,63 +208,20 @@ def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
         raise Unsuited(f"layers of type {', '.join(sorted(unknown))}")
     try:
         layout = _layout(entrances)
-        if len(layout) != config.num_hidden_layers:
-            raise Unsuited(f"{len(layout)} of {config.num_hidden_layers} layers call the attention function")
-        _compare(entrances, layout)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
-        raise Unsuited(f"{type(error).__name__} in the trial") from error
+        raise Unsuited(f"{type(error).__name__} in the trial: {first_line(error)}") from error
+    if len(layout) != config.num_hidden_layers:
+        raise Unsuited(f"{len(layout)} of {config.num_hidden_layers} layers call the attention function")
     return layout
 
 
-def _probe_embeds(entrances: Entrances) -> Tensor:
-    device = entrances.model.device
-    return entrances.embed(torch.arange(1, PROBE_TOKENS + 1, device=device) % entrances.text_config.vocab_size)
-
-
 def _layout(entrances: Entrances) -> Mapping[int, LayerShape]:
-    embeds, step = _probe_embeds(entrances), LayoutStep()
-    positions = torch.arange(PROBE_TOKENS, device=embeds.device)[None]
+    device, step = entrances.model.device, LayoutStep()
+    positions = torch.arange(PROBE_TOKENS, device=device)
+    embeds = entrances.embed((positions + 1) % entrances.text_config.vocab_size)
     with entrances.attending(FLAT):
-        entrances.text_forward(inputs_embeds=embeds[None], position_ids=positions, use_cache=False, kv_step=step)
+        entrances.text_forward(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, kv_step=step)
     return step.layout
-
-
-def _compare(entrances: Entrances, layout: Mapping[int, LayerShape]) -> None:
-    """Feed tokens in two pieces and a decode step; the decoder must end each as when it gets them one by one."""
-    embeds = _probe_embeds(entrances)
-    positions = torch.arange(PROBE_TOKENS, device=embeds.device)
-    expected = _one_by_one(entrances, embeds)
-    num_blocks = PROBE_TOKENS // PROBE_BLOCK_SIZE
-    # Backwards, so that a back end which ignored the table would be found out.
-    blocks = torch.arange(num_blocks, 0, -1, device=embeds.device)
-    forward = FlatForward(entrances, PagedKV(layout, num_blocks + 1, PROBE_BLOCK_SIZE))
-    last = PROBE_TOKENS - 1
-    with entrances.listening() as said:
-        for start, end in ((0, PROBE_CUT), (PROBE_CUT, last)):
-            entries = positions[start:end]
-            slots = blocks[entries // PROBE_BLOCK_SIZE] * PROBE_BLOCK_SIZE + entries % PROBE_BLOCK_SIZE
-            used = blocks[: -(-end // PROBE_BLOCK_SIZE)]
-            forward.mixed(None, [PromptPiece(embeds[start:end], entries, slots, used, end, is_last=True)])
-        newest = positions[last:]
-        ids = (newest + 1) % entrances.text_config.vocab_size
-        forward.decode(DecodeInputs(ids, newest, newest, blocks[None]))
-    expected = expected[[PROBE_CUT - 1, last - 1, last]]
-    got = torch.cat([each[0, -1:].to(expected.device) for each in said]).float()
-    error = (got - expected).abs().max() / expected.abs().max()
-    if not error <= TOLERANCE.get(entrances.model.dtype, 0.0):
-        raise Unsuited(f"the decoder's output differs by {float(error):.1e} of its largest value")
-
-
-def _one_by_one(entrances: Entrances, embeds: Tensor) -> Tensor:
-    """Return what the decoder itself says of each token, [n, dim]. More at a time might see what comes after them."""
-    cache = DynamicCache()
-    said = []
-    for place in range(embeds.shape[0]):
-        positions = torch.tensor([[place]], device=embeds.device)
-        newest = embeds[None, place : place + 1]
-        output = entrances.decoder(inputs_embeds=newest, position_ids=positions, past_key_values=cache, use_cache=True)
-        said.append(output[0][0, -1])
-    return torch.stack(said).float()
 
 
 def count_blocks(

@@ -26,6 +26,7 @@ from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.engine.vision import VisionConfig
 from worker.errors import EngineDead, PromptTooLong
+from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class Engine:
 
     `outbox` is called on the engine thread with all outputs of one step and must return at once: decoding waits for
     it. Every submitted request gets exactly one output with `finish`, also when it is cancelled, when the engine
-    stops and when it dies. `clock` is told where the time of the steps goes.
+    stops and when it dies. `clock` is told where the time of the steps goes. About `trials` the engine must answer as
+    the model's own `generate` does. Raises CannotStart, see `build_runner`.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class Engine:
         config: EngineConfig,
         outbox: Callable[[list[RequestOutput]], None],
         clock: StepClock | None = None,
+        trials: Sequence[ModelInputs] = (),
     ) -> None:
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         self._claim = ModelClaim(model)
         try:
-            runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged, config.vision)
+            runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged, config.vision, trials)
         except BaseException:
             self._claim.give_up()
             raise

@@ -26,6 +26,7 @@ class Entrances:
 
     decoder: the text model whose forward gets embeddings and positions.
     text_config: what the text model's layers read.
+    is_causal: its attention hides what comes later also where it is handed no mask; PaliGemma's does not.
     text_forward: takes embeddings of text and returns logits; the model itself, unless its forward insists on an image
         (BLIP-2): then the decoder, which has the head.
     """
@@ -33,6 +34,7 @@ class Entrances:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.decoder: nn.Module = model.get_decoder()
+        self.is_causal = all(getattr(module, "is_causal", True) for module in self.decoder.modules())
         self.text_config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         parameters = inspect.signature(model.forward).parameters
         pixel_values = parameters.get("pixel_values")
@@ -68,6 +70,20 @@ class Entrances:
             self.text_config._attn_implementation_internal = before
 
     @contextmanager
+    def recording(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield a list that gets the decoder's keyword arguments of each call."""
+        calls: list[dict[str, Any]] = []
+
+        def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(kwargs)
+
+        hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            hook.remove()
+
+    @contextmanager
     def watching(self) -> Iterator[dict[str, Any]]:
         """Yield a dict that gets the decoder's keyword arguments when it is called."""
         seen: dict[str, Any] = {}
@@ -78,16 +94,6 @@ class Entrances:
         hook = self.decoder.register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield seen
-        finally:
-            hook.remove()
-
-    @contextmanager
-    def listening(self) -> Iterator[list[Tensor]]:
-        """Yield a list that gets what the decoder returns: hidden states, or logits where it has the head."""
-        said: list[Tensor] = []
-        hook = self.decoder.register_forward_hook(lambda _module, _args, output: said.append(output[0]))
-        try:
-            yield said
         finally:
             hook.remove()
 

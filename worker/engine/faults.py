@@ -8,6 +8,10 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from worker.errors import WorkerError
 
 
+class Unsuited(Exception):
+    """Raised when a KV back end cannot serve a model, with the reason."""
+
+
 def error_info(error: Exception, where: str) -> ErrorInfo:
     """Say what went wrong without the exception's own words, which may quote data."""
     if isinstance(error, WorkerError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from worker.errors import CannotStart
+from worker.engine.faults import Unsuited
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -40,7 +40,13 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._kv_length = 0
 
     def load(self, row: int, prompt: DynamicCache) -> int:
-        """Copy the KV of a prefilled prompt (batch 1) into `row`; return how many tokens it holds."""
+        """Copy the KV of a prefilled prompt (batch 1) into `row`; return how many tokens it holds.
+
+        Raises Unsuited when not every layer attends to the prompt, but some to something else (cross attention).
+        """
+        lengths = {int(layer.keys.shape[2]) for layer in prompt.layers}
+        if len(lengths) > 1:
+            raise Unsuited(f"layers that hold {' and '.join(map(str, sorted(lengths)))} entries of one prompt")
         if not self._keys:
             self._allocate(prompt)
         for keys, values, layer in zip(self._keys, self._values, prompt.layers, strict=True):
@@ -107,7 +113,7 @@ class SlotMasks:
         layer_types = set(getattr(text_config, "layer_types", None) or ())
         unknown = layer_types - {FULL, SLIDING}
         if unknown:
-            raise CannotStart(f"the engine cannot decode layers of type {', '.join(sorted(unknown))}")
+            raise Unsuited(f"layers of type {', '.join(sorted(unknown))}")
         if layer_types == {FULL}:
             self._window = None
         self._is_mixed = len(layer_types) == 2

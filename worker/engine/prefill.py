@@ -81,7 +81,7 @@ def capture(entrances: Entrances, arguments: Mapping[str, Any]) -> Prompt:
     return Prompt(
         embeds=embeds,
         positions=positions,
-        is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask")),
+        is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask"), entrances),
         first_position=position_after(positions),
     )
 
@@ -128,11 +128,11 @@ def _has_more_than_embeddings(seen: Mapping[str, Any]) -> bool:
     )
 
 
-def _looks_ahead(mask: object) -> bool:
-    """Whether a mask of the model's own lets any token see a later one; 2-dimensional ones only mark padding."""
+def _looks_ahead(mask: object, entrances: Entrances) -> bool:
+    """Whether any token sees a later one; without a mask, or with a 2-dimensional one, the attention itself decides."""
     if isinstance(mask, Mapping):
-        return any(_looks_ahead(each) for each in mask.values())
+        return any(_looks_ahead(each, entrances) for each in mask.values())
     if not isinstance(mask, Tensor) or mask.ndim != 4:
-        return False
+        return not entrances.is_causal
     may_look = mask if mask.dtype == torch.bool else mask == 0
     return bool(may_look.triu(diagonal=1).any())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worker.engine.batch import Chunk, StepLogits
 from worker.engine.entrances import Entrances
+from worker.engine.faults import Unsuited
 from worker.engine.kv_slots import SlotCache, SlotMasks
 from worker.engine.pictures import Picture
 from worker.engine.prefill import prefill
@@ -49,8 +50,10 @@ class SlotRunner:
         self._vision = vision
         text_config = self._entrances.text_config
         if text_config._attn_implementation not in ("sdpa", "eager"):
-            # Flash attention takes no 4-dimensional mask; only the text decoder needs one.
-            model.set_attn_implementation({"text_config": "sdpa"})
+            # Flash attention takes no 4-dimensional mask; only the text decoder needs one. SDPA caps no scores.
+            caps_scores = getattr(text_config, "attn_logit_softcapping", None) is not None
+            can_sdpa = getattr(self._entrances.decoder, "_supports_sdpa", True) and not caps_scores
+            model.set_attn_implementation({"text_config": "sdpa" if can_sdpa else "eager"})
         self._cache = SlotCache(num_rows, row_length)
         self._masks = SlotMasks(text_config, model.dtype)
         self._rows: list[Request] = []
@@ -96,6 +99,8 @@ class SlotRunner:
         for request in [chunk.request for chunk in chunks if chunk.request.row < 0]:
             try:
                 logits.append(self._prefill(request))
+            except Unsuited:
+                raise
             except Exception as error:
                 facts = {"action": "engine.prefill", "job_id": request.job_id}
                 logger.warning("prefill failed", extra=facts, exc_info=True)

@@ -346,7 +346,7 @@ def test_a_decode_step_that_fails_ends_the_running_and_serves_the_next(
 ) -> None:
     first = [request(idefics2.inputs(text), max_new_tokens=9) for text in ("one", "two")]
     later = request(idefics2.inputs("three", [picture(3)]), max_new_tokens=9)
-    with failing(idefics2, error, num_failures=1), running_engine(idefics2, max_num_seqs=2) as (engine, outbox):
+    with running_engine(idefics2, max_num_seqs=2) as (engine, outbox), failing(idefics2, error, num_failures=1):
         for each in first:
             engine.submit(each)
         finishes = [outbox.finish(each.request_id) for each in first]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
+from worker.engine.faults import Unsuited
 from worker.engine.kv_slots import SlotCache, SlotMasks
-from worker.errors import CannotStart
 
 
 def prompt(num_tokens: int, fill: float) -> DynamicCache:
@@ -56,5 +56,5 @@ def test_masks_show_what_was_written_and_is_in_the_window(attention: str) -> Non
 def test_layers_that_rows_cannot_serve_are_refused() -> None:
     config = LlamaConfig(attn_implementation="sdpa")
     config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(CannotStart, match="chunked_attention"):
+    with pytest.raises(Unsuited, match="chunked_attention"):
         SlotMasks(config, torch.float32)
