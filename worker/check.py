@@ -13,10 +13,10 @@ from worker.engine.engine import Engine
 from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
 from worker.models.loader import LoadedModel, load
-from worker.models.quantization import weight_bytes
+from worker.models.quantization import describe_layers, weight_bytes
 from worker.prompting.prepare import PromptBuilder
 from worker.prompting.trials import trial_prompts
-from worker.settings import WorkerSettings
+from worker.settings import Quantization, WorkerSettings
 from worker.tryout import TriedOut, try_out
 
 MEBIBYTE = 1024 * 1024
@@ -53,6 +53,8 @@ def _facts(
     yield "model", f"{settings.model} ({type(loaded.model).__name__})"
     yield "device", f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, attention {loaded.attention}"
     yield "weights", f"{weight_bytes(loaded.model) / MEBIBYTE:.1f} MiB"
+    if settings.quantization is not Quantization.NONE:
+        yield "quantised", describe_layers(loaded.model, settings.quantization)
     yield "context", f"{loaded.max_context} tokens, {config.max_model_len} per job, {config.max_num_seqs} jobs at once"
     fallback = "" if engine.why_not_paged is None else f", not paged: {engine.why_not_paged}"
     yield "keys and values", engine.kv_backend + fallback

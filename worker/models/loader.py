@@ -7,9 +7,11 @@ checkpoint ends as CannotStart with the variable's name. A folder is loaded with
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
 from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
-from worker.models.quantization import expected_bytes, quantization_config
+from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
 from worker.models.remote import download
 from worker.settings import Dtype, Quantization, Switch, WorkerSettings, export
 
@@ -75,11 +77,14 @@ def load(settings: WorkerSettings) -> LoadedModel:
     architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     free_bytes = free_gpu_bytes()
     dtype = _dtype(settings, is_on_gpu=bool(free_bytes))
+    empty = cache(partial(_empty_model, architecture, config))
     placement = place(
-        settings.device, free_bytes, lambda: _expected_bytes(settings.quantization, architecture, config, dtype)
+        settings.device,
+        free_bytes,
+        lambda: expected_bytes(empty(), settings.quantization, dtype, torch.device("cuda")),
     )
     processor = _load_processor(settings, source)
-    model = _load_model(settings, source, architecture, placement, dtype)
+    model = _load_model(settings, source, architecture, empty, placement, dtype)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -134,13 +139,12 @@ def _read_config(settings: WorkerSettings, source: str | Path) -> PreTrainedConf
     return config
 
 
-def _expected_bytes(
-    kind: Quantization, architecture: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
-) -> int:
+def _empty_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model without its weights; what it does to the config stays with it."""
     with init_empty_weights():
-        empty = architecture(config)
+        empty = architecture(deepcopy(config))
     empty.tie_weights()
-    return expected_bytes(empty, kind, dtype)
+    return empty
 
 
 def _load_processor(settings: WorkerSettings, source: str | Path) -> ProcessorMixin:
@@ -172,19 +176,18 @@ def _load_model(
     settings: WorkerSettings,
     source: str | Path,
     architecture: type[PreTrainedModel],
+    empty: Callable[[], PreTrainedModel],
     placement: Placement,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     attention = attention_name(settings.attention, architecture, placement.device, dtype)
-    quantization = quantization_config(settings.quantization, dtype)
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": isinstance(source, Path),
         "use_safetensors": True,  # a pickle may hold code
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # check_weights refuses them, naming one
-        # Quantisers want to be told, also about a CPU.
-        **({"device_map": {"": placement.device}, "quantization_config": quantization} if quantization else {}),
+        **_quantization_options(settings, empty, placement, dtype),
         **placement.options,
         **({"attn_implementation": attention} if attention else {}),
     }
@@ -193,7 +196,25 @@ def _load_model(
     check_weights(settings.model, model, report)
     require_on_gpus(settings.device, model)
     model.eval()
+    if settings.quantization is not Quantization.NONE:
+        guard_inputs(model)
     return model
+
+
+def _quantization_options(
+    settings: WorkerSettings, empty: Callable[[], PreTrainedModel], placement: Placement, dtype: torch.dtype
+) -> dict[str, Any]:
+    if settings.quantization is Quantization.NONE:
+        return {}
+    choice = choose_layers(empty(), settings.quantization, dtype, placement.device)
+    if choice.unserved:
+        logger.warning(
+            "Layers left unquantised: the library cannot compute their sizes here",
+            extra={"action": "load", "quantization": str(settings.quantization), "layers": list(choice.unserved)},
+        )
+    # Quantisers want to be told, also about a CPU.
+    config = quantization_config(settings.quantization, dtype, choice)
+    return {"device_map": {"": placement.device}, "quantization_config": config}
 
 
 def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:

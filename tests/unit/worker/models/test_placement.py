@@ -78,7 +78,7 @@ def test_accelerate_parts_a_model_between_layers_and_leaves_nothing_over(
     with init_empty_weights():
         model = AutoModelForImageTextToText.from_config(config)
     model.tie_weights()
-    half = expected_bytes(model, Quantization.NONE, torch.float32) * 3 // 5
+    half = expected_bytes(model, Quantization.NONE, torch.float32, torch.device("cuda")) * 3 // 5
     devices = infer_auto_device_map(
         model, max_memory={0: half, 1: half * 2}, no_split_module_classes=model._no_split_modules
     )
