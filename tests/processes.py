@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -15,6 +16,20 @@ from api_stub.contract import names
 from tests.servers import RedisServer, S3Server, eventually
 
 READY_S = 120.0
+
+
+@contextmanager
+def ctrl_c_is_heard() -> Iterator[None]:
+    """While entered, SIGINT raises KeyboardInterrupt here, and children that are started have its default. Main thread.
+
+    A shell's background job and some CI runners have their programs ignore SIGINT, and children inherit that. A signal
+    with a handler is set back to its default when a program is executed; Popen's `restore_signals` leaves SIGINT out.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class WorkerProcess:

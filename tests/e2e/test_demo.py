@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from api_stub.demo.tasks import LABELS
+from tests.processes import ctrl_c_is_heard
 from tests.servers import eventually
 from tests.survivors import processes_of
 
@@ -28,13 +29,14 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     running = []
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from api_stub.cli import main; main()", "demo", *arguments],
-            env=dict(os.environ) | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with ctrl_c_is_heard():
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from api_stub.cli import main; main()", "demo", *arguments],
+                env=dict(os.environ) | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"} | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         running.append(process)
         return process
 

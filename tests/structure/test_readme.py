@@ -16,6 +16,7 @@ import pytest
 
 from api_stub.contract.error import ErrorCode
 from tests.e2e.scenes import draw
+from tests.processes import ctrl_c_is_heard
 from tests.servers import eventually
 from tests.structure.settings_table import README, with_table
 
@@ -46,9 +47,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
         path.rename(directory / {".png": "scene.png", ".mp4": "clip.mp4"}[path.suffix])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("VISIONQ_", "AWS_"))}
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    up = subprocess.Popen(
-        ["visionq", "up", "--env-file", "stack.env"], cwd=directory, env=environment, start_new_session=True
-    )
+    with ctrl_c_is_heard():
+        up = subprocess.Popen(
+            ["visionq", "up", "--env-file", "stack.env"], cwd=directory, env=environment, start_new_session=True
+        )
     try:
         eventually(lambda: (directory / "stack.env").exists() or up.poll() is not None, 120, "the stack is up")
         assert up.poll() is None

@@ -25,6 +25,7 @@ from api_stub.flags import JobFlags
 from api_stub.ledger.ledger import Ledger
 from api_stub.report import visible
 from api_stub.submit import JobOptions
+from tests.processes import ctrl_c_is_heard
 from tests.servers import S3Server, eventually, free_port
 from tests.unit.api_stub.ledger_kit import question
 from tests.unit.api_stub.workers import ScriptedWorker
@@ -204,8 +205,9 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(run: Run, ledger: L
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    done = run("watch", JOB)
-    thread.join()
+    with ctrl_c_is_heard():
+        done = run("watch", JOB)
+        thread.join()
     assert done.exit_code == 130
     assert f"job {JOB} goes on: `visionq watch {JOB}` or `visionq cancel {JOB}`" in done.stderr
     view = ledger.view(JOB)

@@ -18,6 +18,7 @@ import redis
 from api_stub.contract import names
 from api_stub.contract.event import Stage
 from api_stub.ledger.ledger import Ledger
+from tests.processes import ctrl_c_is_heard
 from tests.servers import eventually
 from tests.unit.api_stub.ledger_kit import question
 from tests.unit.api_stub.workers import ScriptedWorker
@@ -44,9 +45,15 @@ class Terminal:
 
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self._screen, inside = pty.openpty()
-        self.process = subprocess.Popen(
-            [VISIONQ, *arguments], env=environment, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
-        )
+        with ctrl_c_is_heard():
+            self.process = subprocess.Popen(
+                [VISIONQ, *arguments],
+                env=environment,
+                stdin=inside,
+                stdout=inside,
+                stderr=inside,
+                start_new_session=True,
+            )
         os.close(inside)
         self._seen = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
