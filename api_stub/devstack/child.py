@@ -49,6 +49,17 @@ class Watchdog:
             self._process.stdin.write(json.dumps([verb, value]).encode() + b"\n")
             self._process.stdin.flush()
 
+    def watch_me(self) -> None:
+        """Have this process's group watched. Runs in a new process, before its program.
+
+        A parent that told of it once it knows the id could be killed in between and leave the child behind.
+        """
+        assert self._process.stdin is not None
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Popen has just set it to its default
+        with suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), f'["watch", {os.getpid()}]\n'.encode())
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
     def close(self) -> None:
         """Close the pipe: what is still watched is killed, what is to be removed is removed."""
         assert self._process.stdin is not None
@@ -85,10 +96,10 @@ class Child:
                     stdout=output,
                     stderr=log,
                     start_new_session=True,
+                    preexec_fn=watchdog.watch_me,
                 )
         except OSError as error:
             raise StackFailed(f"{name} cannot be started: {error}") from error
-        watchdog.tell("watch", self.pid)
 
     @property
     def pid(self) -> int:

@@ -13,6 +13,7 @@ import pytest
 
 from api_stub.devstack.child import Child, StackFailed, Watchdog
 from tests.servers import eventually
+from tests.survivors import processes_of
 
 ENVIRONMENT = dict(os.environ)
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -21,6 +22,24 @@ import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
 time.sleep(600)
+"""
+
+
+KILLED_AT_ONCE = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from api_stub.devstack.child import Child, Watchdog
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if "time.sleep" in str(args):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+watchdog = Watchdog()
+subprocess.Popen = Popen
+command = [sys.executable, "-c", "import time; time.sleep(600)", sys.argv[1]]
+Child("child", command, os.environ, Path(sys.argv[1]), watchdog)
 """
 
 
@@ -95,6 +114,24 @@ def test_a_watchdog_leaves_forgotten_groups_alone(tmp_path: Path) -> None:
     assert child.exit_status() is None
     child.ask_to_stop()
     eventually(lambda: child.exit_status() is not None, what="the child ended")
+
+
+def test_a_child_goes_when_the_parent_is_killed_before_it_knows_the_id(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", KILLED_AT_ONCE, str(tmp_path)])
+    assert parent.wait(20) == -signal.SIGKILL
+    eventually(lambda: not processes_of(tmp_path), what="the child is gone")
+
+
+def test_a_child_starts_without_its_watchdog(tmp_path: Path) -> None:
+    watchdog = Watchdog()
+    watchdog.close()
+    broken = os.pipe()
+    os.close(broken[0])
+    watchdog._process.stdin = os.fdopen(broken[1], "wb")  # whoever killed the watchdog left a pipe without a reader
+    child = start(SLEEP, tmp_path, watchdog)
+    assert child.exit_status() is None
+    child.stop(5)
+    watchdog.close()
 
 
 def test_children_and_files_go_when_the_parent_is_killed(tmp_path: Path) -> None:
