@@ -19,6 +19,13 @@ PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test vision kernels check audit bench chaos soak
+.PHONY: test-parts test-rest test-chosen lint format types floors
+
+# Runs every target of $(1), though others before it fail, and says at the end which did. The plus: `--dry-run`, too.
+define each
++@failed=; for part in $(1); do $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+if [ -n "$$failed" ]; then echo "make $@: failed:$$failed" >&2; exit 1; fi
+endef
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -29,11 +36,19 @@ demo: $(RUN_STAMP) ## set up, then caption a picture and answer questions about 
 # Tests of single parts share the cores; the others start servers and workers of their own and run one by one.
 test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go to pytest, then in one process)
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest $(PARTS) --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest $(PARTS:%=--ignore=%)
+	$(call each,test-parts test-rest)
 else
-	$(BIN)/python -m pytest $(ARGS)
+	$(call each,test-chosen)
 endif
+
+test-parts: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(PARTS) --numprocesses 2 --dist loadfile
+
+test-rest: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(PARTS:%=--ignore=%)
+
+test-chosen: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(ARGS)
 
 vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
 	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)
@@ -45,13 +60,19 @@ kernels: $(TRITON_STAMP) ## set up (1 GB), then test the GPU's attention kernel 
 	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, tests
+	$(call each,lint format types floors audit test vision)
+
+lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
+
+format: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP)
 	$(BIN)/mypy
+
+floors: $(DEV_STAMP)
 	$(BIN)/lint-imports
-	$(MAKE) audit
-	$(MAKE) test
-	$(MAKE) vision
 
 bench: $(DEV_STAMP) ## measure the engine beside plain generate (ARGS go there), then the queue beside bare Celery
 	$(BIN)/visionq-worker bench engine $(ARGS)

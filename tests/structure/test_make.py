@@ -61,6 +61,63 @@ def test_a_second_run_installs_nothing(tmp_path: Path) -> None:
     assert would_run("demo", tmp_path).splitlines() == [f"{tmp_path}/bin/visionq demo "]
 
 
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """An environment that looks installed. Its programs note how they are called; FAIL names those that fail."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "ruff", "mypy", "lint-imports"):
+        program = tmp_path / "bin" / name
+        program.write_text(
+            f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/calls"\n'
+            f'for words in $FAIL; do case "{name} $*" in *"$words"*) exit 3;; esac; done\n'
+        )
+        program.chmod(0o755)
+    for name in (".installed-run", ".installed-dev", ".installed"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+PARTS = ["python -m pytest tests/property tests/unit", "python -m pytest --ignore=tests/property --ignore=tests/unit"]
+CHECKS = ["ruff check", "ruff format", "mypy", "lint-imports", "python -m tests.structure.audit"]
+VISION = "python -m pytest tests/vision"
+
+
+@pytest.mark.parametrize(
+    ("command", "failing", "calls", "last_line"),
+    [
+        (["test"], "", PARTS, None),
+        (["test"], "--numprocesses", PARTS, "make test: failed: test-parts"),
+        (["test"], "--ignore", PARTS, "make test: failed: test-rest"),
+        (["test"], "pytest", PARTS, "make test: failed: test-parts test-rest"),
+        (["test", "ARGS=-k name"], "", ["python -m pytest -k name"], None),
+        (["test", "ARGS=-k name"], "name", ["python -m pytest -k name"], "make test: failed: test-chosen"),
+        (["check"], "", [*CHECKS, *PARTS, VISION], None),
+        (["check"], "ruff mypy", [*CHECKS, *PARTS, VISION], "make check: failed: lint format types"),
+        (["check"], "audit --numprocesses", [*CHECKS, *PARTS, VISION], "make check: failed: audit test"),
+        (["check"], "tests/vision", [*CHECKS, *PARTS, VISION], "make check: failed: vision"),
+        (
+            ["check", "ARGS=-k name"],
+            "name",
+            [*CHECKS, "python -m pytest -k name", f"{VISION} -k name"],
+            "make check: failed: test vision",
+        ),
+    ],
+)
+def test_a_part_that_fails_hides_no_other(
+    command: list[str], failing: str, calls: list[str], last_line: str | None, installed: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
+    made = subprocess.run(
+        ["make", *command, f"VENV={installed}", f"VISION={installed}"],
+        cwd=ROOT, env=environment | {"FAIL": failing}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    called = (installed / "calls").read_text().splitlines()
+    assert [line.startswith(call) for line, call in zip(called, calls, strict=True)] == [True] * len(calls)
+    assert (made.returncode != 0) == (last_line is not None)
+    said = [line for line in made.stderr.splitlines() if not line.startswith("make: ***")]
+    assert (last_line is None) if not said else (said[-1] == last_line)
+
+
 def test_an_old_python_is_refused_by_name(tmp_path: Path) -> None:
     old = tmp_path / "python"
     old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); $2"\n')
