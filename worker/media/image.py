@@ -6,6 +6,7 @@ counts. Colour profiles are not applied.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
-from PIL.ExifTags import Base
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -22,6 +22,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
+from worker.media.bare import BARE, Bare
+from worker.media.jpeg import Jpeg, read_jpeg
+from worker.media.orientation import upright
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import HEAD_BYTES, MediaFormat, sniff
 from worker.media.types import DecodedImage
@@ -53,16 +56,6 @@ _READERS: Final[dict[MediaFormat, type[ImageFile.ImageFile]]] = {
     MediaFormat.TIFF: TiffImageFile,
 }
 
-# EXIF 2.32, tag 0x0112: what was done to the scene, undone.
-_UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _DEEP_GREY_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _WEBP_HEADER_BYTES: Final = 30
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
@@ -72,31 +65,50 @@ _WHITE: Final = (255, 255, 255, 255)
 def decode_image(path: Path, policy: MediaPolicy) -> DecodedImage:
     """Decode the image at `path`: RGB, upright, transparent parts over white, 16 bits scaled to 8.
 
-    The picture is independent of the file, which may be removed afterwards. Touches nothing but the file; any thread.
+    The picture is independent of the file, which may be removed afterwards. Metadata tell which side is up and are
+    otherwise left alone: broken or huge ones cost no picture. Touches nothing but the file; any thread.
 
-    Raises MediaUnsupported (not an image, or pixels of a kind that has no defined range), MediaTooLarge (pixels or
-    aspect, before decoding), MediaCorrupt.
+    Raises MediaUnsupported (not an image, or pixels of a kind that is not decoded or has no defined range),
+    MediaTooLarge (pixels or aspect, before decoding), MediaCorrupt (also where pixels are missing).
     """
-    with path.open("rb") as file:
-        found = sniff(file.read(HEAD_BYTES))
-        reader = _READERS.get(found)
-        if reader is None:
-            raise MediaUnsupported(f"an image is due here, the object is a {found.value} video")
-        file.seek(0)
-        if found is MediaFormat.WEBP:  # its decoder sets a canvas aside as soon as the file is opened
-            check_size(_webp_canvas(file.read(_WEBP_HEADER_BYTES)), policy, policy.max_image_pixels)
-            file.seek(0)
-        try:
-            with reader(file) as image:
-                check_size(image.size, policy, policy.max_image_pixels)
-                if isinstance(image, TiffImageFile):
-                    _check_tile(image, policy)
-                image.load()
-                return DecodedImage(_rgb(_upright(image)))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise MediaTooLarge(f"the {found.value} image is too large: {error}") from error
-        except DECODE_ERRORS as error:
-            raise MediaCorrupt(f"the {found.value} image cannot be decoded: {_reason(error)}") from error
+    content = path.read_bytes()
+    found = sniff(content[:HEAD_BYTES])
+    reader = _READERS.get(found)
+    if reader is None:
+        raise MediaUnsupported(f"an image is due here, the object is a {found.value} video")
+    if found is MediaFormat.WEBP:  # its decoder sets a canvas aside as soon as the file is opened
+        check_size(_webp_canvas(content[:_WEBP_HEADER_BYTES]), policy, policy.max_image_pixels)
+    still: Jpeg | Bare = read_jpeg(content) if found is MediaFormat.JPEG else BARE[found](content)
+    del content
+    try:
+        image = _pixels(reader, still.content, policy)
+        if isinstance(still, Jpeg) and not _is_whole(still, image, policy):
+            raise MediaCorrupt(f"the {found.value} image cannot be decoded: image file is truncated")
+        return DecodedImage(_rgb(upright(image, still.orientation)))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaTooLarge(f"the {found.value} image is too large: {error}") from error
+    except DECODE_ERRORS as error:
+        if still.coding:
+            raise MediaUnsupported(f"a {found.value} image of a coding that is not decoded: {still.coding}") from error
+        raise MediaCorrupt(f"the {found.value} image cannot be decoded: {_reason(error)}") from error
+
+
+def _pixels(reader: type[ImageFile.ImageFile], content: bytes, policy: MediaPolicy) -> Image.Image:
+    with reader(io.BytesIO(content)) as image:
+        check_size(image.size, policy, policy.max_image_pixels)
+        if isinstance(image, TiffImageFile):
+            _check_tile(image, policy)
+        image.load()
+        return image
+
+
+def _is_whole(jpeg: Jpeg, image: Image.Image, policy: MediaPolicy) -> bool:
+    """Whether no pixel is missing; decoded again only where that is in doubt."""
+    last = image.getpixel((image.width - 1, image.height - 1))
+    bands = last if isinstance(last, tuple) else (int(last or 0),)
+    return not jpeg.is_doubtful(bands) or jpeg.is_whole(
+        lambda content: _pixels(JpegImageFile, content, policy).tobytes()
+    )
 
 
 def check_size(size: tuple[int, int], policy: MediaPolicy, max_pixels: int) -> None:
@@ -128,16 +140,6 @@ def _webp_canvas(header: bytes) -> tuple[int, int]:
     if kind == b"VP8 ":
         return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
     raise MediaCorrupt("the webp image cannot be decoded: its first chunk is no picture")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Undo the camera's rotation. A broken EXIF block is no reason to refuse a good picture."""
-    try:
-        orientation = image.getexif().get(Base.Orientation)
-    except DECODE_ERRORS:
-        return image
-    transpose = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if transpose is None else image.transpose(transpose)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
