@@ -15,30 +15,75 @@ HEAD_BYTES = 256
 
 _BMP_HEADER_BYTES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 _QUICKTIME_ATOMS = frozenset({b"moov", b"mdat", b"wide", b"free", b"skip"})
-_STILL_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"})
 _AUDIO_BRANDS = frozenset({b"M4A ", b"M4B ", b"M4P "})
+#: Stills in boxes (ISO 23008-12 and others), by brand; the general brands say nothing of the codec.
+_STILL_BRANDS = {
+    b"heic": "HEIF (HEIC)", b"heix": "HEIF (HEIC)", b"heim": "HEIF (HEIC)", b"heis": "HEIF (HEIC)",
+    b"hevc": "HEIF (HEIC)", b"hevx": "HEIF (HEIC)", b"avif": "AVIF", b"avis": "AVIF", b"mif1": "HEIF", b"msf1": "HEIF",
+    b"mif2": "HEIF", b"jpeg": "HEIF", b"jpgs": "HEIF", b"j2ki": "HEIF", b"vvic": "HEIF",
+    b"crx ": "a camera's raw file (CR3)",
+    b"jp2 ": "JPEG 2000", b"jpx ": "JPEG 2000", b"jph ": "JPEG 2000", b"jxl ": "JPEG XL",
+}  # fmt: skip
+_GENERAL_BRANDS = frozenset({b"mif1", b"msf1", b"mif2"})
 _REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"#EXTM3U", "an M3U playlist"),
     (b"ffconcat", "an FFmpeg concat list"),
     (b"%PDF-", "a PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"PK\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"8BPS", "a Photoshop document"),
+    (b"gimp xcf", "a GIMP document"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"II\xbc\x01", "JPEG XR"),
+    (b"\x8aMNG\r\n", "MNG"),
+    (b"\x8bJNG\r\n", "JNG"),
+    (b"BPG\xfb", "BPG"),
+    (b"FLIF", "FLIF"),
+    (b"qoif", "QOI"),
+    (b"DDS ", "a DirectDraw surface (DDS)"),
+    (b"\x76\x2f\x31\x01", "OpenEXR"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"#?RGBE", "Radiance HDR"),
+    (b"SIMPLE  =", "FITS"),
+    (b"icns", "an Apple icon"),
     (b"\x00\x00\x01\x00", "a Windows icon"),
-    (b"ID3", "MP3 audio"),
+    (b"\x00\x00\x02\x00", "a Windows cursor"),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
+    (b"II+\x00", "BigTIFF"),
+    (b"MM\x00+", "BigTIFF"),
+    (b"FUJIFILMCCD-RAW", "a camera's raw file (RAF)"),
+    (b"IIU\x00", "a camera's raw file (RW2)"),
+    (b"IIRO", "a camera's raw file (ORF)"),
+    (b"IIRS", "a camera's raw file (ORF)"),
+    (b"MMOR", "a camera's raw file (ORF)"),
+    (b"FOVb", "a camera's raw file (X3F)"),
+    (b"\x00MRM", "a camera's raw file (MRW)"),
+    (b"ID3", "MP3 audio, which has no picture stream"),
     (b"OggS", "an Ogg stream"),
-    (b"fLaC", "FLAC audio"),
+    (b"fLaC", "FLAC audio, which has no picture stream"),
     (b"FLV", "Flash video"),
+    (b"DKIF", "an IVF stream"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media (ASF)"),
+    (b".RMF", "RealMedia"),
+    (b"\x00\x00\x01\xba", "an MPEG program stream"),
+    (b"\x00\x00\x01\xb3", "an MPEG video stream"),
+    (b"\x00\x00\x00\x01", "a video stream without a container"),
 )
+#: Text formats that are told by what stands behind their first letters.
+_NETPBM = b"123456"
 _MARKUP: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype html", "HTML"),
     (b"<html", "HTML"),
     (b"<svg", "SVG"),
     (b"<mpd", "a DASH playlist"),
     (b"<?xml", "XML"),
+    (b"<!--", "XML"),
+    (b"<!doctype svg", "SVG"),
 )
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -136,14 +181,27 @@ def _seen(head: bytes) -> str:
         if head.startswith(magic):
             return name
     if head[4:8] == b"ftyp":
-        return "MPEG-4 audio" if head[8:12] in _AUDIO_BRANDS else "HEIF or AVIF"
+        return "MPEG-4 audio, which has no picture stream" if head[8:12] in _AUDIO_BRANDS else _still(head)
     if head.startswith(b"RIFF"):
         return f"a RIFF file of type {head[8:12].decode('ascii', 'replace')!r}"
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    if head[:1] == b"P" and head[1:2] in _NETPBM and head[2:3].isspace():
+        return "a Netpbm image (PBM, PGM, PPM)"
+    if head[:1] == b"G" and head[188:189] == b"G":
+        return "an MPEG transport stream"
     text = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     for tag, name in _MARKUP:
         if text[: len(tag)].lower() == tag:
-            return name
+            return "SVG" if b"<svg" in text.lower() else name
     return "text" if _is_text(text) else f"an unknown format (first bytes {head[:8].hex(' ')})"
+
+
+def _still(head: bytes) -> str:
+    """Name a still in boxes; a general brand leaves the codec to the compatible ones."""
+    brands = [head[8:12], *(head[at : at + 4] for at in range(16, min(len(head), int.from_bytes(head[:4], "big")), 4))]
+    special = [brand for brand in brands if brand in _STILL_BRANDS and brand not in _GENERAL_BRANDS]
+    return _STILL_BRANDS[special[0] if head[8:12] in _GENERAL_BRANDS and special else head[8:12]]
 
 
 def _is_text(head: bytes) -> bool:
