@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import cv2
 
 from worker.errors import MediaTooLarge
+from worker.media.clip_file import ClipFile
 from worker.media.policy import MediaPolicy
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 #: Frames between two looks at `should_stop`.
 STOP_CHECK_FRAMES: Final = 32
@@ -76,21 +73,47 @@ def calm_opencv() -> None:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def open_capture(path: Path, *, is_raw: bool = False) -> cv2.VideoCapture:
+class HidingCapture:
+    """A capture that reads from an open file, and keeps it: OpenCV lets go of the file without holding the
+    interpreter's lock, so it must not be the last to do so. (Its classes do not bear being derived from.)"""
+
+    def __init__(self, source: Any, properties: Sequence[int]) -> None:
+        """OpenCV's stubs name a class of C++ for `source`; the binding takes any io.BufferedIOBase."""
+        self._source = source
+        self._capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, properties)
+        self.get, self.set = self._capture.get, self._capture.set
+        self.grab, self.retrieve = self._capture.grab, self._capture.retrieve
+        self.isOpened = self._capture.isOpened
+
+    def release(self) -> None:
+        """Close the clip, then the file."""
+        self._capture.release()
+        self._source.close()
+
+
+def open_capture(file: ClipFile, *, is_raw: bool = False) -> cv2.VideoCapture | HidingCapture:
     """Open a clip with FFmpeg only; `is_raw` hands out packets instead of pictures. The caller releases it.
 
-    OpenCV's other back ends are never tried: one of them reads numbered picture files by a pattern in the name.
+    Pictures come as they are coded: whoever reads them turns them. OpenCV's other back ends are never tried: one of
+    them reads numbered picture files by a pattern in the name.
     """
-    return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [*_THREADS, *(_RAW if is_raw else ())])
+    properties = [*_THREADS, *(_RAW if is_raw else ())]
+    capture: cv2.VideoCapture | HidingCapture
+    if file.hidden:
+        capture = HidingCapture(file.open_hiding(), properties)
+    else:
+        capture = cv2.VideoCapture(str(file.path), cv2.CAP_FFMPEG, properties)
+    capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # it takes a mirrored picture for a rotated one
+    return capture
 
 
-def read_index(path: Path, policy: MediaPolicy, *, should_stop: Callable[[], None]) -> ClipIndex:
-    """Index the clip at `path` in one pass over its packets, which costs its reading and no decoding.
+def read_index(file: ClipFile, policy: MediaPolicy, *, should_stop: Callable[[], None]) -> ClipIndex:
+    """Index a clip in one pass over its packets, which costs its reading and no decoding.
 
     Returns an index of no frames for a file without a readable picture stream.
     Raises MediaTooLarge as soon as frames or seconds exceed the policy, and whatever `should_stop` raises.
     """
-    capture = open_capture(path, is_raw=True)
+    capture = open_capture(file, is_raw=True)
     times_ms: list[float] = []
     key_times_ms: list[float] = []
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -16,7 +15,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from worker.media.clip_file import ClipFile
 from worker.media.clip_index import STOP_CHECK_FRAMES, ClipIndex, open_capture
+from worker.media.orientation import of_rotation
+from worker.media.view import View
 
 # OpenCV seeks to the key frame at or before "16 frames earlier" and decodes up to the wanted frame
 # (CvCapture_FFMPEG::seek): a seek lands at least this far behind a key frame.
@@ -37,12 +39,12 @@ class EndOfClip(Exception):
 class ClipReader:
     """An open clip. Use as a context manager; not for more than one thread."""
 
-    def __init__(self, path: Path, index: ClipIndex, *, may_seek: bool, should_stop: Callable[[], None]) -> None:
-        self._path = path
+    def __init__(self, file: ClipFile, index: ClipIndex, *, may_seek: bool, should_stop: Callable[[], None]) -> None:
+        self._file = file
         self._index = index
         self._should_stop = should_stop
         self._num_grabs = 0
-        self._capture = open_capture(path)
+        self._capture = open_capture(file)
         self.position = -1
         self.may_seek = may_seek and bool(index.key_frames)
 
@@ -55,12 +57,24 @@ class ClipReader:
         self._capture.release()
 
     @property
+    def is_open(self) -> bool:
+        """Whether FFmpeg has a decoder for the clip, and took it."""
+        return bool(self._capture.isOpened())
+
+    @property
     def frame_size(self) -> tuple[int, int]:
-        """Width and height of a frame as the header tells them, after rotation; 0×0 for a clip that did not open."""
+        """Width and height of a coded frame as the header tells them."""
         return int(self._capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(self._capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
+    @property
+    def view(self) -> View:
+        """How FFmpeg says that frames are shown, which knows rotations and no reflections."""
+        across, down = (self._capture.get(one) for one in (cv2.CAP_PROP_SAR_NUM, cv2.CAP_PROP_SAR_DEN))
+        orientation = of_rotation(self._capture.get(cv2.CAP_PROP_ORIENTATION_META), then_mirrored=False)
+        return View(orientation, across / down if across > 0 and down > 0 else 1.0)
+
     def read(self, position: int) -> Image.Image:
-        """Decode the frame at `position`, which never goes back; RGB, upright. Raises EndOfClip."""
+        """Decode the frame at `position`, which never goes back; RGB, as it is coded. Raises EndOfClip."""
         key_frame = self._index.key_frame_before(position - SEEK_LANDS_AFTER)
         if self.may_seek and key_frame is not None and key_frame > self.position + SEEK_COSTS_FRAMES:
             self._seek(key_frame, position)
@@ -97,7 +111,7 @@ class ClipReader:
 
     def _restart(self) -> None:
         self._capture.release()
-        self._capture = open_capture(self._path)
+        self._capture = open_capture(self._file)
         self.position = -1
         self.may_seek = False
 

@@ -7,7 +7,7 @@ decoding may start comes from the index; what FFmpeg cannot decode shortens the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,12 +15,14 @@ import cv2
 from PIL import Image
 
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
+from worker.media.av1 import HAS_AV1, HOW_TO_GET_AV1, Av1Reader
+from worker.media.clip import Clip, look_at
 from worker.media.clip_index import ClipIndex, read_index
 from worker.media.clip_reader import ClipReader, EndOfClip
 from worker.media.image import check_size
 from worker.media.policy import MediaPolicy
-from worker.media.sniff import HEAD_BYTES, MediaKind, sniff
 from worker.media.types import DecodedClip
+from worker.media.view import View
 
 #: Passes through one clip: with seeks, without, and twice over what turned out to be decodable.
 MAX_PASSES: Final = 4
@@ -56,24 +58,29 @@ def stream_clip(
     Frame j of N is frame round(j·(n-1)/(N-1)) of the clip's n, the rule of `numpy.linspace`; a single frame is the
     middle one. A clip of fewer frames gives each of them once: fewer frames than asked, never one twice.
     Frames that cannot be decoded at the end of a damaged clip do not count as frames; where that turns out on the
-    way, `again` is called and the frames so far are void. Rotation is applied.
+    way, `again` is called and the frames so far are void. Frames come as a player shows them: turned and mirrored as
+    the container says, with square pixels.
 
     `should_stop` raises to give the job up; it is called every few dozen frames. Touches nothing but the file; any
     thread.
 
-    Raises MediaUnsupported (not a clip), MediaTooLarge (frames, seconds, pixels of a frame or of all sampled frames,
-    before they are decoded), MediaCorrupt (no frame can be read).
+    Raises MediaUnsupported (not a clip, no pictures, encrypted, a codec that is not decoded), MediaTooLarge (frames,
+    seconds, pixels of a frame or of all sampled frames, before they are decoded), MediaCorrupt (no frame can be read).
     """
-    _check_kind(path)
+    clip = look_at(path)
+    if clip.is_av1 and not HAS_AV1:
+        raise MediaUnsupported(
+            f"the {clip.format.value} video's codec {clip.undecoded} is not decoded: {HOW_TO_GET_AV1}"
+        )
     try:
-        index = read_index(path, policy, should_stop=should_stop)
+        clip, index = _indexed(clip, policy, should_stop)
         may_seek = True
         for _ in range(MAX_PASSES):
             if index.num_frames == 0:
                 break
             try:
-                with ClipReader(path, index, may_seek=may_seek, should_stop=should_stop) as reader:
-                    return _sample(reader, index, num_frames, policy, put)
+                with _reader(clip, index, may_seek=may_seek, should_stop=should_stop) as reader:
+                    return _sample(reader, clip, index, num_frames, policy, put)
             except EndOfClip as end:
                 again()
                 if not may_seek or not reader.may_seek:
@@ -81,6 +88,8 @@ def stream_clip(
                 may_seek = False
     except cv2.error as error:
         raise MediaCorrupt(f"the video cannot be decoded (OpenCV error {error.code})") from error
+    if clip.undecoded and not clip.is_av1:
+        raise MediaUnsupported(f"the {clip.format.value} video's codec {clip.undecoded} is not decoded")
     raise MediaCorrupt("the video has no frames that can be decoded")
 
 
@@ -94,32 +103,53 @@ def uniform_positions(num_available: int, num_wanted: int) -> list[int]:
     return [(2 * j * (num_available - 1) + steps) // (2 * steps) for j in range(num_wanted)]
 
 
-def _check_kind(path: Path) -> None:
-    with path.open("rb") as file:
-        found = sniff(file.read(HEAD_BYTES))
-    if found.kind is not MediaKind.VIDEO:
-        raise MediaUnsupported(f"a video is due here, the object is a {found.value} image")
+def _indexed(clip: Clip, policy: MediaPolicy, should_stop: Callable[[], None]) -> tuple[Clip, ClipIndex]:
+    """Index a clip; one that FFmpeg does not open, once more without its metadata, which may be what is broken."""
+    index = read_index(clip.file, policy, should_stop=should_stop)
+    if index.num_frames == 0 and clip.metadata:
+        clip = replace(clip, file=clip.file.without(clip.metadata))
+        index = read_index(clip.file, policy, should_stop=should_stop)
+    return clip, index
+
+
+def _reader(clip: Clip, index: ClipIndex, *, may_seek: bool, should_stop: Callable[[], None]) -> ClipReader | Av1Reader:
+    if clip.is_av1:
+        return Av1Reader(clip.file, index, may_seek=may_seek, should_stop=should_stop)
+    return ClipReader(clip.file, index, may_seek=may_seek, should_stop=should_stop)
 
 
 def _sample(
-    reader: ClipReader, index: ClipIndex, num_frames: int, policy: MediaPolicy, put: Callable[[Image.Image], None]
+    reader: ClipReader | Av1Reader,
+    clip: Clip,
+    index: ClipIndex,
+    num_frames: int,
+    policy: MediaPolicy,
+    put: Callable[[Image.Image], None],
 ) -> ClipOutline:
+    if not reader.is_open:
+        raise EndOfClip(0)
     wanted = uniform_positions(index.num_frames, num_frames)
-    size = reader.frame_size
-    _check_frames(size, len(wanted), policy)
+    size, view = reader.frame_size, reader.view
+    if clip.stream is not None and clip.stream.orientation is not None:
+        view = replace(view, orientation=clip.stream.orientation)
+    _check_frames(size, view, len(wanted), policy)
     times_s: list[float] = []
     for position in wanted:
         frame = reader.read(position)
         if frame.size != size:
             # A stream may change its size on the way; the header's promise no longer bounds it.
-            _check_frames(frame.size, len(wanted), policy)
+            _check_frames(frame.size, view, len(wanted), policy)
             size = frame.size
-        put(frame)
+        put(view.show(frame))
         times_s.append(index.times_s[reader.position])
     return ClipOutline(tuple(times_s), index.duration_s, index.frame_rate)
 
 
-def _check_frames(size: tuple[int, int], num_frames: int, policy: MediaPolicy) -> None:
+def _check_frames(coded: tuple[int, int], view: View, num_frames: int, policy: MediaPolicy) -> None:
+    """Frames count as they are shown; one that is coded larger than it is shown is decoded all the same."""
+    size = view.size(coded)
+    if size[0] * size[1] < coded[0] * coded[1]:
+        check_size(coded, policy, policy.max_frame_pixels)
     check_size(size, policy, policy.max_frame_pixels)
     num_pixels = size[0] * size[1] * num_frames
     if num_pixels > policy.max_clip_pixels:

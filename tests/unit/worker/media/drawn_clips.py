@@ -2,7 +2,8 @@
 
 `clips/*` were written the same way by PyAV with libx264, which OpenCV's wheel cannot: `h264_b_frames.mp4` has 240
 frames, 25 per second, a key frame every 60, 3 B-frames; `h264_variable_rate.mkv` has 160 frames, 20 ms apart up to
-frame 100 and 150 ms apart from there, a key frame every 40.
+frame 100 and 150 ms apart from there, a key frame every 40. `clips_av1/av1.mp4` is by SVT-AV1 (presets 6, crf 25): 160
+frames, 25 per second, a key frame every 40, frames between them coded out of order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from PIL import Image
 CLIPS = Path(__file__).parent / "clips"
 B_FRAMES = CLIPS / "h264_b_frames.mp4"
 VARIABLE_RATE = CLIPS / "h264_variable_rate.mkv"
+AV1 = Path(__file__).parent / "clips_av1" / "av1.mp4"
 SIZE = (64, 48)
 RED = (200, 40, 20)
 

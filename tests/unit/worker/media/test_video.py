@@ -17,6 +17,7 @@ import pytest
 from tests.unit.worker.media.drawn_clips import B_FRAMES, SIZE, VARIABLE_RATE, number_of, write_clip
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported, WorkerError
 from worker.media import clip_reader
+from worker.media.clip_file import ClipFile
 from worker.media.clip_index import open_capture, read_index
 from worker.media.decoders import FFMPEG_ENVIRONMENT
 from worker.media.policy import MediaPolicy
@@ -75,8 +76,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[WatchedCapture]
     def start(**faults: int) -> list[WatchedCapture]:
         opened: list[WatchedCapture] = []
 
-        def watched(path: Path) -> WatchedCapture:
-            opened.append(WatchedCapture(open_capture(path), **faults))
+        def watched(file: ClipFile) -> WatchedCapture:
+            opened.append(WatchedCapture(open_capture(file), **faults))
             return opened[-1]
 
         monkeypatch.setattr(clip_reader, "open_capture", watched)
@@ -326,7 +327,7 @@ def test_many_threads_sample_their_own_clips(tmp_path: Path) -> None:
 
 
 def test_an_index_knows_key_frames_without_decoding() -> None:
-    index = read_index(B_FRAMES, POLICY, should_stop=go_on)
+    index = read_index(ClipFile(B_FRAMES), POLICY, should_stop=go_on)
     assert (index.num_frames, index.key_frames) == (240, (0, 60, 120, 180))
     assert [index.key_frame_before(position) for position in (-1, 0, 59, 60, 239)] == [None, 0, 0, 60, 180]
 
@@ -337,8 +338,9 @@ def test_ffmpeg_itself_refuses_playlists_under_our_environment(tmp_path: Path) -
     concat = tmp_path / "list.txt"
     concat.write_text(f"ffconcat version 1.0\nfile '{B_FRAMES}'\n")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom worker.media.clip_index import calm_opencv, open_capture\n"
-        "calm_opencv()\nprint([open_capture(Path(path)).isOpened() for path in sys.argv[1:]])"
+        "import sys\nfrom pathlib import Path\nfrom worker.media.clip_file import ClipFile\n"
+        "from worker.media.clip_index import calm_opencv, open_capture\n"
+        "calm_opencv()\nprint([open_capture(ClipFile(Path(path))).isOpened() for path in sys.argv[1:]])"
     )
     paths = [str(path) for path in (playlist, concat, B_FRAMES, VARIABLE_RATE, write_clip(tmp_path / "a.avi", 5))]
     done = subprocess.run(
@@ -350,7 +352,7 @@ def test_ffmpeg_itself_refuses_playlists_under_our_environment(tmp_path: Path) -
 
 
 def test_every_error_that_opencv_raises_is_coded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> None:
+    def broken(file: ClipFile) -> None:
         cv2.cvtColor(np.zeros((0, 0, 3), np.uint8), cv2.COLOR_BGR2RGB)
 
     monkeypatch.setattr(clip_reader, "open_capture", broken)

@@ -1,0 +1,130 @@
+"""One pass through an AV1 clip, forwards: what `clip_reader` does, by PyAV, because OpenCV's FFmpeg decodes no AV1.
+
+PyAV is optional: its wheel carries libx264 and libx265, which are under the GPL, beside dav1d, which decodes here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from PIL import Image
+
+from worker.media.clip_file import ClipFile
+from worker.media.clip_index import STOP_CHECK_FRAMES, ClipIndex
+from worker.media.clip_reader import SEEK_COSTS_FRAMES, EndOfClip
+from worker.media.view import View
+
+try:
+    import av
+except ImportError:
+    HAS_AV1 = False
+else:
+    HAS_AV1 = True
+
+HOW_TO_GET_AV1: Final = "install the `av1` extra to decode it"
+_SAME_TIME_S: Final = 1e-4
+#: `decoders` tells OpenCV the same.
+_OPTIONS: Final = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+}
+
+
+class Av1Reader:
+    """An open clip. Use as a context manager; not for more than one thread."""
+
+    def __init__(self, file: ClipFile, index: ClipIndex, *, may_seek: bool, should_stop: Callable[[], None]) -> None:
+        self._file, self._index = file, index
+        self._should_stop = should_stop
+        self._num_decoded = 0
+        self._open()
+        self.position = -1
+        self.may_seek = may_seek and bool(index.key_frames)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a decoder for the clip; a clip that does not open is told by `EndOfClip`."""
+        return True
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Width and height of a coded frame as the header tells them."""
+        return self._stream.codec_context.width, self._stream.codec_context.height
+
+    @property
+    def view(self) -> View:
+        """How frames are shown, but for the container's matrix."""
+        aspect = self._stream.sample_aspect_ratio
+        return View(pixel_aspect=float(aspect) if aspect else 1.0)
+
+    def read(self, position: int) -> Image.Image:
+        """Decode the frame at `position`, which never goes back; RGB, as it is coded. Raises EndOfClip."""
+        frame: av.VideoFrame | None = None
+        key_frame = self._index.key_frame_before(position)
+        if self.may_seek and key_frame is not None and key_frame > self.position + SEEK_COSTS_FRAMES:
+            frame = self._seek(key_frame, position)
+        while self.position < position:
+            frame = self._next()
+        assert frame is not None, "positions grow"
+        pixels = frame.to_ndarray(format="rgb24", threads=1)
+        return Image.fromarray(pixels)
+
+    def _open(self) -> None:
+        source = self._file.open_hiding() if self._file.hidden else str(self._file.path)
+        self._container = av.open(source, "r", options=_OPTIONS, metadata_errors="ignore")
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1  # dav1d starts no thread then
+        self._frames = self._container.decode(self._stream)
+
+    def _next(self) -> av.VideoFrame:
+        """Decode the next frame."""
+        if self._num_decoded % STOP_CHECK_FRAMES == 0:
+            self._should_stop()
+        self._num_decoded += 1
+        try:
+            frame: av.VideoFrame | None = next(self._frames, None)
+        except av.FFmpegError as error:
+            raise EndOfClip(self.position + 1) from error
+        if frame is None:
+            raise EndOfClip(self.position + 1)
+        self.position = max(self.position + 1, self._shown_position(frame))
+        return frame
+
+    def _seek(self, key_frame: int, wanted: int) -> av.VideoFrame | None:
+        """Land on `key_frame`, or at least at or before `wanted`; else start again and give up seeking."""
+        time_s = self._index.times_s[key_frame] + self._index.start_s
+        start = self._stream.start_time or 0
+        self._should_stop()
+        try:
+            self._container.seek(start + round(time_s / float(self._stream.time_base or 1)), stream=self._stream)
+            self._frames = self._container.decode(self._stream)
+            frame = next(self._frames, None)
+        except av.FFmpegError:
+            frame = None
+        landed = -1 if frame is None else self._shown_position(frame)
+        if key_frame <= landed <= wanted:
+            self.position = landed
+            return frame
+        self._container.close()
+        self._open()
+        self.position = -1
+        self.may_seek = False
+        return None
+
+    def _shown_position(self, frame: av.VideoFrame) -> int:
+        """Return a frame's position, by its time; -1 when times tell nothing."""
+        if not self._index.has_times or frame.pts is None or frame.time_base is None:
+            return -1
+        time_s = float((frame.pts - (self._stream.start_time or 0)) * frame.time_base) - self._index.start_s
+        return bisect_right(self._index.times_s, time_s + _SAME_TIME_S) - 1

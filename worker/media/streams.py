@@ -1,0 +1,262 @@
+"""What a clip's container says of its streams, read from its tables without any decoder.
+
+In: a clip file. Out: its picture streams, with codec and display matrix, and what FFmpeg must not see. None for a
+container whose tables cannot be followed: what becomes of such a file is for FFmpeg to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Final
+
+from worker.media.orientation import AS_STORED, of_matrix
+
+#: Boxes or elements that are looked at; hostile files have as many as they like.
+MAX_PARTS: Final = 50_000
+#: Bytes that are read of one part.
+MAX_PART_BYTES: Final = 64 * 1024
+
+
+class Unreadable(Exception):
+    """Raised when a container's tables cannot be followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureStream:
+    """codec: as the container names it. orientation: EXIF's number; None where the container's format has none."""
+
+    codec: str
+    orientation: int | None = AS_STORED
+    is_encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """pictures: streams that are shown; not covers, not chapters' pictures.
+
+    in_the_way: places of boxes that FFmpeg would take for pictures of the clip. metadata: places of those that only
+    describe it, and may be broken. Both are where a box's type stands in the file.
+    """
+
+    pictures: tuple[PictureStream, ...]
+    num_sounds: int = 0
+    num_others: int = 0
+    has_cover: bool = False
+    in_the_way: tuple[int, ...] = ()
+    metadata: tuple[int, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no stream of any kind."""
+        return not (self.pictures or self.num_sounds or self.num_others or self.has_cover)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box, a chunk or an element: what it is, and where in the file its content lies."""
+
+    kind: bytes
+    type_at: int
+    start: int
+    end: int
+
+
+@dataclass
+class Tables:
+    """A file that is read part by part, up to `MAX_PARTS`."""
+
+    file: BinaryIO
+    num_bytes: int
+    num_parts: int = 0
+
+    def read(self, at: int, num_bytes: int) -> bytes:
+        """Return so many bytes, or less where the file ends."""
+        self.file.seek(at)
+        return self.file.read(max(0, min(num_bytes, MAX_PART_BYTES)))
+
+    def content(self, part: Part) -> bytes:
+        """Return a part's content, or its beginning."""
+        return self.read(part.start, part.end - part.start)
+
+    def count(self) -> None:
+        """Count a part. Raises Unreadable when there are too many."""
+        self.num_parts += 1
+        if self.num_parts > MAX_PARTS:
+            raise Unreadable
+
+    def boxes(self, start: int, end: int) -> Iterator[Part]:
+        """Yield the boxes between two places (ISO 14496-12, 4.2), the last one cut where they end."""
+        at = start
+        while at + 8 <= end:
+            self.count()
+            head = self.read(at, 16)
+            length, kind, head_bytes = int.from_bytes(head[:4], "big"), head[4:8], 8
+            if length == 1:
+                length, head_bytes = int.from_bytes(head[8:16], "big"), 16
+            elif length == 0:
+                length = end - at
+            if length < head_bytes:
+                return
+            yield Part(kind, at + 4, at + head_bytes, min(end, at + length))
+            at += length
+
+    def find(self, part: Part, *path: bytes) -> Part | None:
+        """Return the first box on a path of types inside a box."""
+        found: Part | None = part
+        for kind in path:
+            found = found and next((one for one in self.boxes(found.start, found.end) if one.kind == kind), None)
+        return found
+
+
+_PICTURES, _SOUND = b"vide", b"soun"
+_ENCRYPTED: Final = frozenset({b"encv", b"drmi"})
+_ENTRY_BYTES: Final = 86  # a visual sample entry before its boxes: ISO 14496-12, 12.1.3
+_METADATA: Final = frozenset({b"udta", b"meta", b"uuid"})
+_IDENTITY: Final = (1.0, 0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    box: Part
+    number: int
+    handler: bytes
+    matrix: tuple[float, ...]
+    codec: str
+    is_encrypted: bool
+    chapters: frozenset[int]
+
+
+def read_mp4(tables: Tables) -> Streams | None:
+    """MP4 and QuickTime: ISO 14496-12 and Apple's QuickTime File Format."""
+    movie: Part | None = None
+    metadata: list[int] = []
+    for part in tables.boxes(0, tables.num_bytes):
+        if part.kind == b"moov":
+            movie = movie or part
+        elif part.kind in _METADATA:
+            metadata.append(part.type_at)
+    if movie is None:
+        return None
+    tracks: list[_Track] = []
+    matrix: tuple[float, ...] = _IDENTITY
+    has_cover = False
+    for part in tables.boxes(movie.start, movie.end):
+        if part.kind == b"cmov":  # a compressed movie header
+            return None
+        if part.kind == b"mvhd":
+            matrix = _matrix(tables.content(part), 36, 48)
+        elif part.kind in _METADATA:
+            metadata.append(part.type_at)
+            has_cover = has_cover or _has_cover(tables, part)
+        elif part.kind == b"trak":
+            tracks.append(_track(tables, part))
+            metadata += [one.type_at for one in tables.boxes(part.start, part.end) if one.kind in _METADATA]
+    chapters = frozenset().union(*(track.chapters for track in tracks))
+    pictures = [track for track in tracks if track.handler == _PICTURES]
+    return Streams(
+        pictures=tuple(
+            PictureStream(track.codec, of_matrix(*_product(track.matrix, matrix)), track.is_encrypted)
+            for track in pictures
+            if track.number not in chapters
+        ),
+        num_sounds=sum(track.handler == _SOUND for track in tracks),
+        num_others=sum(track.handler not in (_PICTURES, _SOUND) for track in tracks),
+        has_cover=has_cover or any(track.number in chapters for track in pictures),
+        in_the_way=(
+            *(metadata if has_cover else ()),
+            *(track.box.type_at for track in pictures if track.number in chapters),
+        ),
+        metadata=tuple(metadata),
+    )
+
+
+def _track(tables: Tables, box: Part) -> _Track:
+    header = tables.find(box, b"tkhd")
+    head = tables.content(header) if header else b""
+    number_at = 20 if head[:1] == b"\x01" else 12
+    handler = tables.find(box, b"mdia", b"hdlr")
+    described = tables.find(box, b"mdia", b"minf", b"stbl", b"stsd")
+    codec, is_encrypted = _codec(tables, described) if described else ("", False)
+    chapters = tables.find(box, b"tref", b"chap")
+    numbers = tables.content(chapters) if chapters else b""
+    return _Track(
+        box=box,
+        number=int.from_bytes(head[number_at : number_at + 4], "big"),
+        handler=tables.content(handler)[8:12] if handler else b"",
+        matrix=_matrix(head, 40, 52),
+        codec=codec,
+        is_encrypted=is_encrypted,
+        chapters=frozenset(int.from_bytes(numbers[at : at + 4], "big") for at in range(0, len(numbers), 4)),
+    )
+
+
+def _codec(tables: Tables, described: Part) -> tuple[str, bool]:
+    """Return the code of the first sample description, and whether it is encrypted: ISO 14496-12, 8.12."""
+    entry = next(tables.boxes(described.start + 8, described.end), None)
+    if entry is None:
+        return "", False
+    code, is_encrypted = entry.kind, entry.kind in _ENCRYPTED
+    if is_encrypted:
+        inner = Part(entry.kind, entry.type_at, entry.start + _ENTRY_BYTES - 8, entry.end)
+        original = tables.find(inner, b"sinf", b"frma")
+        code = tables.content(original)[:4] if original else code
+    return code.decode("latin-1"), is_encrypted
+
+
+def _has_cover(tables: Tables, part: Part) -> bool:
+    """Whether a movie's metadata hold a picture, as iTunes writes it."""
+    for path in ((b"meta",), ()) if part.kind == b"udta" else ((),):
+        meta = tables.find(part, *path)
+        if meta is None:
+            continue
+        for skipped in (4, 0):  # ISO's box has a version, QuickTime's has none
+            inner = Part(meta.kind, meta.type_at, meta.start + skipped, meta.end)
+            if tables.find(inner, b"ilst", b"covr"):
+                return True
+    return False
+
+
+def _matrix(header: bytes, at: int, at_in_version_1: int) -> tuple[float, ...]:
+    """Return a, b, c and d of a display matrix: ISO 14496-12, 6.2.2; the identity for one that is cut off."""
+    start = at_in_version_1 if header[:1] == b"\x01" else at
+    numbers = [int.from_bytes(header[place : place + 4], "big", signed=True) for place in range(start, start + 20, 4)]
+    a, b, _, c, d = (number / 65_536 for number in numbers)
+    return (a, b, c, d) if len(header) >= start + 20 and a * d != b * c else _IDENTITY
+
+
+def _product(first: tuple[float, ...], then: tuple[float, ...]) -> tuple[float, ...]:
+    a, b, c, d = first
+    e, f, g, h = then
+    return a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h
+
+
+def read_avi(tables: Tables) -> Streams | None:
+    """AVI: Microsoft's RIFF reference; it knows no orientation."""
+    pictures, num_sounds, num_others = [], 0, 0
+    header = next((one for one in _chunks(tables, 12, tables.num_bytes) if one.kind == b"LISThdrl"), None)
+    if header is None:
+        return None
+    for stream in _chunks(tables, header.start, header.end):
+        if stream.kind != b"LISTstrl":
+            continue
+        parts = {one.kind: tables.content(one) for one in _chunks(tables, stream.start, stream.end)}
+        kind, form = parts.get(b"strh", b"")[:8], parts.get(b"strf", b"")
+        if kind[:4] in (b"vids", b"iavs"):
+            pictures.append(PictureStream((form[16:20] or kind[4:8]).decode("latin-1"), None))
+        num_sounds += kind[:4] == b"auds"
+        num_others += kind[:4] in (b"txts", b"mids")
+    return Streams(tuple(pictures), num_sounds, num_others)
+
+
+def _chunks(tables: Tables, start: int, end: int) -> Iterator[Part]:
+    """Yield RIFF chunks; of a list, the kind is `LIST` and the list's own."""
+    at = start
+    while at + 8 <= end:
+        tables.count()
+        head = tables.read(at, 12)
+        length, is_list = int.from_bytes(head[4:8], "little"), head[:4] == b"LIST"
+        yield Part(
+            head[:4] + (head[8:12] if is_list else b""), at, at + (12 if is_list else 8), min(end, at + 8 + length)
+        )
+        at += 8 + length + length % 2
