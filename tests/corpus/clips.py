@@ -13,10 +13,12 @@ import numpy as np
 from PIL import Image
 
 from tests.corpus.blocks import box, chunk, element, full_box
-from tests.corpus.case import ANY, DECODED, REFUSED, TOO_LARGE, Case, clip
+from tests.corpus.case import ANY, DECODED, REFUSED, TOO_LARGE, UNSUPPORTED, Case, clip
 from tests.corpus.images import saved, textured
+from worker.media.av1 import HAS_AV1
 
 H264 = Path(__file__).parents[1] / "unit" / "worker" / "media" / "clips"
+AV1 = H264.parent / "clips_av1" / "av1.mp4"
 FRAMES = 12
 CODECS = {"mp4": "mp4v", "mov": "mp4v", "mjpeg.avi": "MJPG", "xvid.avi": "XVID", "mkv": "mp4v", "webm": "VP80"}
 UNKNOWN_SIZE = b"\x01\xff\xff\xff\xff\xff\xff\xff"
@@ -27,7 +29,7 @@ def bases() -> dict[str, bytes]:
     """One good clip of every container and codec at hand."""
     with tempfile.TemporaryDirectory() as directory:
         written = {name: _written(Path(directory) / f"clip.{name}", codec) for name, codec in CODECS.items()}
-    return written | {path.name: path.read_bytes() for path in sorted(H264.iterdir())}
+    return written | {path.name: path.read_bytes() for path in (*sorted(H264.iterdir()), AV1)}
 
 
 def _written(path: Path, codec: str) -> bytes:
@@ -93,7 +95,44 @@ def by_hand() -> Iterator[Case]:
     yield clip("hand-made.mkv", mkv(frames), DECODED)
     yield clip("hand-made-unknown-sizes.mkv", mkv(frames, ends=False), DECODED)
     for name, content in bases().items():
-        yield clip(f"whole-{name}", content, DECODED)
+        yield clip(f"whole-{name}", content, DECODED if name != AV1.name or HAS_AV1 else UNSUPPORTED)
+    yield from _without_pictures()
+    yield from _described()
+
+
+def _without_pictures() -> Iterator[Case]:
+    """Sound alone, with a cover and without, and what is under lock."""
+    sound = replaced(bases()["mp4"], b"hdlr", lambda body: box(b"hdlr", body[:8] + b"soun" + body[12:]))
+    yield clip("sound.mp4", sound, UNSUPPORTED)
+    yield clip("sound-with-cover.mp4", with_cover(sound), UNSUPPORTED)
+    yield clip("sound.avi", bases()["mjpeg.avi"].replace(b"vids", b"auds"), UNSUPPORTED)
+    yield clip(
+        "locked.mp4",
+        replaced(bases()["mp4"], b"stsd", lambda body: box(b"stsd", body.replace(b"mp4v", b"encv", 1))),
+        UNSUPPORTED,
+    )
+
+
+def _described() -> Iterator[Case]:
+    """Covers and metadata beside pictures, whole and broken."""
+    whole = bases()["mp4"]
+    yield clip("cover.mp4", with_cover(whole), DECODED)
+    for number, broken in enumerate((b"\x7f\xff\xff\xffmeta", box(b"meta", b"\xff" * 90), box(b"covr", b"\xff" * 9))):
+        added = box(b"udta", broken)
+        yield clip(
+            f"broken-{number}.mp4",
+            replaced(whole, b"mvhd", lambda body, added=added: box(b"mvhd", body) + added),
+            DECODED,
+        )
+
+
+def with_cover(content: bytes) -> bytes:
+    """An MP4 with a picture in its metadata, before its tracks."""
+    picture = box(b"covr", box(b"data", struct.pack(">II", 13, 0), saved(textured(), "JPEG")))
+    described = box(
+        b"udta", full_box(b"meta", full_box(b"hdlr", bytes(4), b"mdirappl", bytes(9)), box(b"ilst", picture))
+    )
+    return replaced(content, b"mvhd", lambda body: box(b"mvhd", body) + described)
 
 
 def lies_and_loops() -> Iterator[Case]:

@@ -80,6 +80,12 @@ def odd_and_right() -> Iterator[Case]:
         "upright.jpg": (saved(red, "JPEG", exif=_exif(), quality=95), RED),
         "broken-exif.jpg": (saved(red, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f", quality=95), RED),
         "trailing.jpg": (saved(red, "JPEG", quality=95) + bytes(5000), RED),
+        "no-end.jpg": (saved(red, "JPEG", quality=95)[:-2], RED),
+        "no-end-progressive.jpg": (saved(red, "JPEG", progressive=True, quality=95)[:-2], RED),
+        "broken-profile.jpg": (_with_segment(saved(red, "JPEG", quality=95), b"ICC_PROFILE\x00\x07\x03"), RED),
+        "big-text.png": (_described_png(b"zTXt", b"words\x00\x00" + zlib.compress(bytes(40_000_000), 9)), RED),
+        "big-profile.png": (_described_png(b"iCCP", b"icc\x00\x00" + zlib.compress(bytes(40_000_000), 9)), RED),
+        "broken-exif.png": (_described_png(b"eXIf", b"MM\x00*\xff\xff\xff\xff"), RED),
         "grey16.png": (saved(grey16, "PNG"), grey),
         "rgb16.png": (png(48, 40, deep, depth=16), RED),
         "alpha.png": (saved(half, "PNG"), pink),
@@ -106,6 +112,14 @@ def odd_and_right() -> Iterator[Case]:
     }
     for name, (content, colour) in files.items():
         yield image(f"odd-{name}", content, DECODED, colour=colour)
+
+
+def _with_segment(content: bytes, body: bytes) -> bytes:
+    return content[:2] + b"\xff\xe2" + struct.pack(">H", len(body) + 2) + body + content[2:]
+
+
+def _described_png(kind: bytes, body: bytes) -> bytes:
+    return png(*SIZE, zlib.compress((b"\x00" + bytes(RED) * SIZE[0]) * SIZE[1]), png_chunk(kind, body))
 
 
 def _frames(count: int) -> list[Image.Image]:
@@ -205,6 +219,8 @@ def _other_bombs() -> Iterator[Case]:
     yield image("bomb-canvas.webp", b"RIFF" + struct.pack("<I", 22) + b"WEBP" + canvas, TOO_LARGE)
     yield image("canvas-lie.webp", b"RIFF" + struct.pack("<I", 22 + len(webp)) + b"WEBP" + canvas + webp[12:], *REFUSED)
     yield image("long-riff.webp", webp[:4] + b"\xff\xff\xff\xff" + webp[8:], *ANY)
+    whole = saved(textured(), "JPEG")
+    yield image("cut-with-end.jpg", whole[: len(whole) * 2 // 3] + b"\xff\xd9", CORRUPT)
     yield image("bomb-scans.jpg", slow_jpeg(200, side=1500), *ANY)
     yield image(
         "no-tables.jpg", b"\xff\xd8\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + bytes(100) + b"\xff\xd9", *REFUSED

@@ -75,21 +75,22 @@ class Jpeg:
     def is_doubtful(self, last_pixel: tuple[int, ...]) -> bool:
         """Whether pixels may be missing: no end marker, too little data, or libjpeg's grey at the very end, with which
         pictures may also end by themselves."""
-        is_grey = all(band in _MID_GREY for band in last_pixel)
-        return not (self.has_end and self._has_scans() and self._has_restarts()) or is_grey
+        is_whole = self.has_end and self._has_scans() and self._has_restarts()
+        is_progressive = self.frame is not None and self.frame.process in _PROGRESSIVE  # then a scan would be missing
+        return not is_whole or (not is_progressive and all(band in _MID_GREY for band in last_pixel))
 
     def is_whole(self, pixels: Callable[[bytes], bytes]) -> bool:
-        """Whether no pixel is missing; `pixels` decodes a file, and is asked four to twelve times.
+        """Whether no pixel is missing; `pixels` decodes a file, and is asked two to twelve times.
 
         A scan that ends early takes its next pixels from whatever follows, so other data give other pictures. A
         file without an end marker must moreover have all its scans, and little behind the last one.
         """
         data = self.data if self.has_end else self.data.rstrip(b"\x00")
         data += b"\x00" if data.endswith(b"\xff") else b""  # it was a stuffed byte
+        if self.has_end:  # what may be missing is much
+            return self._has_restarts() and not _depends_on_continuation(data, pixels, _PADDINGS[:2])
         if not self._has_restarts() or _depends_on_continuation(data, pixels):
             return False
-        if self.has_end:
-            return True
         if len(data) - len(self.data) + len(self.last_scan) <= max(_LAST_BYTES):
             return self._has_scans()
         shorter = (data[:-num_bytes].rstrip(b"\xff") for num_bytes in _LAST_BYTES)
@@ -203,9 +204,11 @@ def _after_broken_length(content: bytes, start: int) -> int:
     return len(content)
 
 
-def _depends_on_continuation(data: bytes, pixels: Callable[[bytes], bytes]) -> bool:
-    first, *others = (pixels(data + padding + _END) for padding in _PADDINGS)
-    return any(other != first for other in others)
+def _depends_on_continuation(
+    data: bytes, pixels: Callable[[bytes], bytes], paddings: tuple[bytes, ...] = _PADDINGS
+) -> bool:
+    first = pixels(data + paddings[0] + _END)
+    return any(pixels(data + padding + _END) != first for padding in paddings[1:])
 
 
 def _ceil(number: int, by: int) -> int:
