@@ -12,6 +12,7 @@ from typing import Final, Self
 
 from PIL import Image
 
+from worker.errors import MediaCorrupt
 from worker.media.clip_file import ClipFile
 from worker.media.clip_index import STOP_CHECK_FRAMES, ClipIndex
 from worker.media.clip_reader import SEEK_COSTS_FRAMES, EndOfClip
@@ -22,7 +23,7 @@ try:
 except ImportError:
     HAS_AV1 = False
 else:
-    HAS_AV1 = True
+    HAS_AV1 = not {"libdav1d", "libaom-av1", "libgav1"}.isdisjoint(av.codecs_available)
 
 HOW_TO_GET_AV1: Final = "install the `av1` extra to decode it"
 _SAME_TIME_S: Final = 1e-4
@@ -54,7 +55,7 @@ class Av1Reader:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a decoder for the clip; a clip that does not open is told by `EndOfClip`."""
+        """Always: one that does not open is refused at once."""
         return True
 
     @property
@@ -69,7 +70,10 @@ class Av1Reader:
         return View(pixel_aspect=float(aspect) if aspect else 1.0)
 
     def read(self, position: int) -> Image.Image:
-        """Decode the frame at `position`, which never goes back; RGB, as it is coded. Raises EndOfClip."""
+        """Decode the frame at `position`, which never goes back; RGB, as it is coded.
+
+        Raises EndOfClip, MediaCorrupt.
+        """
         frame: av.VideoFrame | None = None
         key_frame = self._index.key_frame_before(position)
         if self.may_seek and key_frame is not None and key_frame > self.position + SEEK_COSTS_FRAMES:
@@ -77,13 +81,18 @@ class Av1Reader:
         while self.position < position:
             frame = self._next()
         assert frame is not None, "positions grow"
-        pixels = frame.to_ndarray(format="rgb24", threads=1)
-        return Image.fromarray(pixels)
+        try:
+            return Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
+        except av.FFmpegError as error:
+            raise EndOfClip(self.position) from error
 
     def _open(self) -> None:
         source = self._file.open_hiding() if self._file.hidden else str(self._file.path)
-        self._container = av.open(source, "r", options=_OPTIONS, metadata_errors="ignore")
-        self._stream = self._container.streams.video[0]
+        try:
+            self._container = av.open(source, "r", options=_OPTIONS, metadata_errors="ignore")
+            self._stream = self._container.streams.video[0]
+        except (av.FFmpegError, IndexError) as error:
+            raise MediaCorrupt(f"the video cannot be decoded ({type(error).__name__})") from error
         self._stream.codec_context.thread_count = 1  # dav1d starts no thread then
         self._frames = self._container.decode(self._stream)
 

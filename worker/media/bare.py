@@ -122,6 +122,7 @@ def _hex_profile(text: bytes) -> bytes:
 
 
 _WEBP_PIXELS: Final = frozenset({b"VP8X", b"ALPH", b"VP8 ", b"VP8L", b"ANIM", b"ANMF"})
+_WEBP_FRAMES: Final = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
 _WEBP_METADATA_FLAGS: Final = 0x20 | 0x08 | 0x04  # profile, EXIF, XMP: RFC 9649, section 2.7
 
 
@@ -133,8 +134,8 @@ def bare_webp(content: bytes) -> Bare:
     while at + 8 <= len(content):
         kind, length = struct.unpack_from("<4sI", content, at)
         end = at + 8 + length + length % 2
-        if kind in _WEBP_PIXELS and not (kind == b"ANMF" and has_frame):
-            has_frame = has_frame or kind == b"ANMF"
+        if kind in _WEBP_PIXELS and not has_frame:
+            has_frame = kind in _WEBP_FRAMES
             chunk = bytearray(content[at:end])
             if kind == b"VP8X" and length:
                 chunk[8] &= ~_WEBP_METADATA_FLAGS

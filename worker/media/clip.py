@@ -56,10 +56,15 @@ def look_at(path: Path) -> Clip:
         return Clip(ClipFile(path), found)
     if not streams.pictures:
         raise MediaUnsupported(f"the {found.value} video has no picture stream{_instead(streams)}")
-    stream = streams.pictures[0]
+    # OpenCV takes the first stream that it has a decoder for, and believes to have one for AV1.
+    stream = next((one for one in streams.pictures if _has_decoder(one)), streams.pictures[0])
     if stream.is_encrypted:
         raise MediaUnsupported(f"the {found.value} video is encrypted (codec {described(stream.codec)})")
     return Clip(ClipFile(path, streams.in_the_way), found, stream, streams.metadata)
+
+
+def _has_decoder(stream: PictureStream) -> bool:
+    return is_decoded(stream.codec) or plain_name(stream.codec) == AV1
 
 
 def _instead(streams: Streams) -> str:

@@ -155,6 +155,12 @@ def test_damaged_av1_gives_the_good_part_or_is_corrupt(tmp_path: Path) -> None:
         sample(kept(tmp_path / "none", content[:start] + bytes(end - start) + content[end:]), 4)
 
 
+def test_a_clip_that_only_opencv_opens_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(av1._OPTIONS, "format_whitelist", "avi")
+    with pytest.raises(MediaCorrupt, match="cannot be decoded"):
+        sample(AV1, 4)
+
+
 def test_flipped_bytes_of_av1_give_frames_or_a_coded_error(decoders: Decoders, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     whole = AV1.read_bytes()
