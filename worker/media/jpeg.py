@@ -35,6 +35,8 @@ _EXIF, _XMP = b"Exif\x00", b"http://ns.adobe.com/xap/1.0/\x00"
 _PADDINGS: Final = tuple(byte * 4096 for byte in (b"\x00", b"\xaa", b"\x6d", b"\xd6"))
 #: Without the last so many bytes, one number or the other, a scan must lack something: else they are not the scan's.
 _LAST_BYTES: Final = (64, 40)
+#: Zeros at the end that may be the scan's own.
+_LAST_ZEROS: Final = 3
 _MID_GREY: Final = range(126, 130)
 
 
@@ -80,21 +82,25 @@ class Jpeg:
         return not is_whole or (not is_progressive and all(band in _MID_GREY for band in last_pixel))
 
     def is_whole(self, pixels: Callable[[bytes], bytes]) -> bool:
-        """Whether no pixel is missing; `pixels` decodes a file, and is asked two to twelve times.
+        """Whether no pixel is missing; `pixels` decodes a file, and is asked two times or more.
 
         A scan that ends early takes its next pixels from whatever follows, so other data give other pictures. A
         file without an end marker must moreover have all its scans, and little behind the last one.
         """
-        data = self.data if self.has_end else self.data.rstrip(b"\x00")
-        data += b"\x00" if data.endswith(b"\xff") else b""  # it was a stuffed byte
-        if self.has_end:  # what may be missing is much
-            return self._has_restarts() and not _depends_on_continuation(data, pixels, _PADDINGS[:2])
-        if not self._has_restarts() or _depends_on_continuation(data, pixels):
+        if not self._has_restarts():
             return False
-        if len(data) - len(self.data) + len(self.last_scan) <= max(_LAST_BYTES):
-            return self._has_scans()
+        if self.has_end:  # what may be missing is much
+            return not _depends_on_continuation(self.data, pixels, _PADDINGS[:2])
+        data = self.data.rstrip(b"\xff")
+        shorn = data.rstrip(b"\x00")
+        if len(data) - len(shorn) > _LAST_ZEROS:  # a file that was cut may be filled up with zeros
+            data = shorn + (b"\x00" if shorn.endswith(b"\xff") else b"")
+        if not self._has_scans() or _depends_on_continuation(data, pixels):
+            return False
+        if len(self.last_scan) - (len(self.data) - len(data)) <= max(_LAST_BYTES):
+            return True
         shorter = (data[:-num_bytes].rstrip(b"\xff") for num_bytes in _LAST_BYTES)
-        return self._has_scans() and any(_depends_on_continuation(one, pixels) for one in shorter)
+        return any(_depends_on_continuation(one, pixels) for one in shorter)
 
     def _has_restarts(self) -> bool:
         """Whether the last scan has as many restart markers as its size asks for."""

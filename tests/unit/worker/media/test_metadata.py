@@ -379,3 +379,16 @@ def test_magic_alone_is_corrupt(decode: Decode) -> None:
     for content in (PNG_MAGIC, b"\xff\xd8\xff\xe0", b"II*\x00", b"GIF89a"):
         with pytest.raises(MediaCorrupt):
             decode(content)
+
+
+def test_zeros_at_the_end_of_a_jpeg_are_its_own_or_a_filling_and_never_pixels(decode: Decode) -> None:
+    """Encoders end a scan with ones, but for one whose last bits fill a byte; a flat picture may end in zero bytes."""
+    for width in range(60, 124, 4):
+        whole = saved(Image.new("RGB", (width, 31), (width, 9, 200)), "JPEG", quality=50)
+        right = decode(whole).tobytes()
+        assert decode(whole[:-2]).tobytes() == right, width
+        noisy = saved(picture((width, 31)), "JPEG", quality=5, optimize=True)
+        right = decode(noisy).tobytes()
+        for lost in (30, 60, 90):
+            with pytest.raises(MediaCorrupt):
+                decode(noisy[: -2 - lost] + bytes(lost + 20))
