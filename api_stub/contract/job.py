@@ -27,7 +27,7 @@ from api_stub.contract.conversation import (
 from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.media import MediaUri
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
-from api_stub.contract.sampling import SamplingParams
+from api_stub.contract.sampling import NEUTRAL, SamplingParams
 from api_stub.contract.wire import WholeNumber, WireModel
 
 MAX_JOB_BYTES = 256 * 1024
@@ -101,7 +101,7 @@ class _JobFields(WireModel):
             if self.media:
                 raise ValueError("media: not beside messages; put image and video parts into the messages")
             check_messages(self.messages, MAX_MEDIA)
-        if (self.sampling.max_new_tokens or self.default_max_new_tokens) < self.sampling.min_new_tokens:
+        if (self.sampling.max_new_tokens or self.default_max_new_tokens) < (self.sampling.min_new_tokens or 0):
             raise ValueError("sampling.min_new_tokens: above max_new_tokens")
         return self
 
@@ -242,8 +242,16 @@ def _unwritable(fields: Mapping[str, object]) -> str:
 
 
 def digest(job: Job) -> str:
-    """Return a hash of the job's canonical JSON: the same body gives the same digest."""
-    return hashlib.sha256(job.to_json().encode()).hexdigest()
+    """Return a hash of the job's canonical JSON: the same body gives the same digest.
+
+    Releases that knew no checkpoint defaults wrote the neutral value of an absent field. It is hashed for it still, so
+    that a job handed in again after an upgrade is the same job; a neutral value that was given is told apart by name.
+    """
+    sampling = job.sampling
+    absent = {name: value for name, value in NEUTRAL.items() if getattr(sampling, name) is None}
+    given = [name for name, value in NEUTRAL.items() if getattr(sampling, name) == value]
+    filled = job.model_copy(update={"sampling": sampling.model_copy(update=absent)})
+    return hashlib.sha256("".join((filled.to_json(), *given)).encode()).hexdigest()
 
 
 def _check_question(question: str | None, messages: tuple[Message, ...] | None) -> None:

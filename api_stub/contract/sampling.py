@@ -1,8 +1,10 @@
-"""How the next token is chosen. Defaults mean greedy decoding."""
+"""How the next token is chosen. What is absent means greedy decoding, as the checkpoint's generation config has it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Final
 
 from pydantic import Field
 
@@ -14,14 +16,22 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class SamplingParams(WireModel):
-    """Sampling of one job; counts are tokens. An absent `max_new_tokens` or `seed` is filled in at submit."""
+    """Sampling of one job; counts are tokens. An absent `max_new_tokens` or `seed` is filled in at submit.
+
+    An absent `min_new_tokens`, `repetition_penalty` or `stop` is left to the worker: the checkpoint's generation config
+    counts, else the neutral value. A neutral value that is given (`0`, `1.0`, `[]`) beats the checkpoint's.
+    """
 
     max_new_tokens: WholeNumber | None = Field(default=None, ge=1, le=32_768)
-    min_new_tokens: WholeNumber = Field(default=0, ge=0, le=32_768)
+    min_new_tokens: WholeNumber | None = Field(default=None, ge=0, le=32_768)
     temperature: float = Field(default=0.0, ge=0.0, le=10.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: WholeNumber = Field(default=0, ge=0, le=1_000_000)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: WholeNumber | None = Field(default=None, ge=0, lt=2**63)
-    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10.0)
-    stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10.0)
+    stop: tuple[StopString, ...] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
+
+
+#: What the fields that a checkpoint may have a default for mean when nobody says anything.
+NEUTRAL: Final[Mapping[str, object]] = MappingProxyType({"min_new_tokens": 0, "repetition_penalty": 1.0, "stop": ()})

@@ -17,8 +17,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's name
 from transformers.generation.streamers import BaseStreamer
 
 from worker.bench.run import Answer, Answering, BenchJob
-from worker.engine.core import eos_token_ids
 from worker.engine.step_times import Step
+from worker.models.generation_defaults import eos_token_ids
 from worker.models.loader import LoadedModel
 
 

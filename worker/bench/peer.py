@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from worker.bench.run import Answer, Answering, BenchJob
-from worker.engine.core import eos_token_ids
 from worker.engine.step_times import Step
+from worker.models.generation_defaults import eos_token_ids
 from worker.models.loader import LoadedModel
 
 

@@ -29,6 +29,7 @@ from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.engine.transfer import HostCopy
+from worker.models.generation_defaults import GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class EngineCore:
     is_dead: the device is lost or steps keep failing; call nothing but `end` then.
     runs_ahead: say of each step what it made while the next one runs, where the runner can. An end of which the token
         tells is known a step late then: what was generated meanwhile is dropped and nobody hears of it.
+    defaults: what holds where a request says nothing; None reads it from the model's generation config.
     """
 
     def __init__(
@@ -62,14 +64,16 @@ class EngineCore:
         clock: StepClock | None = None,
         *,
         runs_ahead: bool = False,
+        defaults: GenerationDefaults | None = None,
     ) -> None:
         self.scheduler = Scheduler(limits, runner)
         self.is_dead = False
         self._eos_token_ids = frozenset(eos_token_ids(model, tokenizer))
         self._runner = runner
         self._clock = clock or StepClock()
-        self._chooser = Chooser(Sampler(sorted(self._eos_token_ids)), runner.free_memory)
-        self._detokenizers = DetokenizerFactory(tokenizer)
+        self._defaults = read_generation_defaults(model) if defaults is None else defaults
+        self._chooser = Chooser(Sampler(sorted(self._eos_token_ids), self._defaults), runner.free_memory)
+        self._detokenizers = DetokenizerFactory(tokenizer, self._defaults.stop_strings)
         self._texts: dict[str, Detokenizer] = {}
         self._num_failed_steps = 0
         self._runs_ahead = runs_ahead and runner.can_run_ahead
@@ -96,9 +100,12 @@ class EngineCore:
     ) -> None:
         """Queue a request; `submitted_at` is monotonic. The prompt's pictures are cut here if they are not given."""
         pictures = self.cut(generation.inputs) if pictures is None else pictures
-        self.scheduler.add(Request(generation, submitted_at, pictures=pictures))
+        request = Request(generation, submitted_at, pictures=pictures, defaults=self._defaults)
+        self.scheduler.add(request)
         self._texts[generation.request_id] = self._detokenizers.make(
-            generation.sampling.stop, keeps_leading_space=generation.inputs.is_continuation
+            generation.sampling.stop,
+            keeps_leading_space=generation.inputs.is_continuation,
+            prompt_ids=request.prompt_ids.tolist(),
         )
 
     def step(self) -> list[RequestOutput]:
@@ -281,15 +288,6 @@ class EngineCore:
         # An AcceleratorError is sticky: every later call to the device fails too.
         if isinstance(error, torch.AcceleratorError) or self._num_failed_steps >= MAX_FAILED_STEPS:
             self.is_dead = True
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: of the generation config, else the config, else the tokenizer."""
-    for source in (model.generation_config, model.config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
-        if found is not None:
-            return list(found) if isinstance(found, (list, tuple)) else [found]
-    return []
 
 
 def _facts(request: Request) -> dict[str, str]:

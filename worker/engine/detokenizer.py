@@ -3,11 +3,15 @@
 Tokens go through three stages: `TextStream` (tokens → whole characters), stripping of leading white space, and
 `StopStrings` (holds back what may become a stop string). All text that came out, joined, equals
 `tokenizer.decode(ids, skip_special_tokens=True)` without its leading white space, cut at the first stop string.
+
+A checkpoint's stop strings are looked for as `generate` does: white space and special tokens count, and the end of
+the prompt may begin one. `StopStrings` comes before the stripping then, and sees the text of special tokens too.
 """
 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,13 +48,17 @@ class Piece:
 class Detokenizer:
     """Makes the text of one request. Give it every token in order; after `is_last` or `end` it takes no more.
 
+    raw: `stream`, when `stops` is to see all of its text, before white space and special tokens are taken away.
     offset: code points told so far.
     """
 
-    def __init__(self, stream: TextStream, stop: tuple[str, ...], *, keeps_leading_space: bool) -> None:
+    def __init__(
+        self, stream: TextStream, stops: StopStrings, *, keeps_leading_space: bool, raw: RawStream | None = None
+    ) -> None:
         self._stream = stream
-        self._stops = StopStrings(stop)
+        self._stops = stops
         self._is_at_start = not keeps_leading_space
+        self._raw = raw
         self.offset = 0
         self._num_untold = 0
 
@@ -65,10 +73,12 @@ class Detokenizer:
 
     def _tell(self, text: str, *, is_last: bool) -> Piece | None:
         self._num_untold += 1
-        text = self._stops.push(self._stripped(text))
+        text = self._stops.push(self._stripped(text) if self._raw is None else text)
         is_stopped = self._stops.is_found
         if is_last and not is_stopped:
             text += self._stops.flush()
+        if self._raw is not None:
+            text = self._stripped(self._raw.shown(text))
         if not (text or is_last or is_stopped):
             return None
         piece = Piece(text, self.offset, self._num_untold, is_stopped)
@@ -84,11 +94,15 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text at the first of some strings. Text that may still become one is held back."""
+    """Cuts a text at the first of some strings. Text that may still become one is held back.
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    before: what came before the text; its end may begin a stop string, which then has all of the text before its end.
+    """
+
+    def __init__(self, stop: tuple[str, ...], before: str = "") -> None:
         self._stop = stop
-        self._held = ""
+        self._held = before[len(before) - max((_overlap(before, each) for each in stop), default=0) :]
+        self._num_before = len(self._held)
         self.is_found = False
 
     def push(self, text: str) -> str:
@@ -102,15 +116,21 @@ class StopStrings:
             self.is_found = True
             self._held = ""
             _, at = min(found)
-            return text[:at]
+            return self._own(text[:at])
         certain = len(text) - max(_overlap(text, stop) for stop in self._stop)
         self._held = text[certain:]
-        return text[:certain]
+        return self._own(text[:certain])
 
     def flush(self) -> str:
         """Return what was held back: no more text comes."""
         held, self._held = self._held, ""
-        return held
+        return self._own(held)
+
+    def _own(self, text: str) -> str:
+        """Return `text` without what of it came before."""
+        num_foreign = min(self._num_before, len(text))
+        self._num_before -= num_foreign
+        return text[num_foreign:]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -122,17 +142,63 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class DetokenizerFactory:
-    """Makes detokenizers for one tokenizer, sharing its tables. Engine thread only."""
+    """Makes detokenizers for one tokenizer, sharing its tables. Engine thread only.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    checkpoint_stop: stop strings of requests that say nothing of their own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, checkpoint_stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._table = ByteTable(tokenizer) if ByteTable.fits(tokenizer) else None
         self._skipped = frozenset(tokenizer.all_special_ids)
+        self._checkpoint_stop = checkpoint_stop
+        added = tokenizer.added_tokens_decoder.items() if checkpoint_stop else ()
+        self._specials = {token_id: str(token) for token_id, token in added if token.special}
 
-    def make(self, stop: tuple[str, ...], *, keeps_leading_space: bool) -> Detokenizer:
-        """Return a detokenizer of a new request."""
-        stream = ByteStream(self._table) if self._table else WindowStream(self._tokenizer, self._skipped)
-        return Detokenizer(stream, stop, keeps_leading_space=keeps_leading_space)
+    def make(
+        self, stop: tuple[str, ...] | None, *, keeps_leading_space: bool, prompt_ids: Sequence[int] = ()
+    ) -> Detokenizer:
+        """Return a detokenizer of a new request; with `stop` None it stops where the checkpoint's stop strings end."""
+        if stop is not None or not self._checkpoint_stop:
+            return Detokenizer(self._stream(), StopStrings(stop or ()), keeps_leading_space=keeps_leading_space)
+        tail, raw = (RawStream(self._stream(), self._specials) for _ in range(2))
+        before = "".join(map(tail.push, prompt_ids[-max(map(len, self._checkpoint_stop)) :]))
+        stops = StopStrings(self._checkpoint_stop, before)
+        return Detokenizer(raw, stops, keeps_leading_space=keeps_leading_space, raw=raw)
+
+    def _stream(self) -> TextStream:
+        return ByteStream(self._table) if self._table else WindowStream(self._tokenizer, self._skipped)
+
+
+class RawStream:
+    """Text of another stream with that of special tokens in it."""
+
+    def __init__(self, stream: TextStream, specials: Mapping[int, str]) -> None:
+        self._stream = stream
+        self._specials = specials
+        self._runs: list[tuple[int, bool]] = []
+
+    def push(self, token_id: int) -> str:
+        text, special = self._stream.push(token_id), self._specials.get(token_id, "")
+        self._runs += [(len(text), True), (len(special), False)]
+        return text + special
+
+    def flush(self) -> str:
+        text = self._stream.flush()
+        self._runs.append((len(text), True))
+        return text
+
+    def shown(self, text: str) -> str:
+        """Return the next text that came out, without special tokens."""
+        parts, at = [], 0
+        while at < len(text):
+            length, is_shown = self._runs.pop(0)
+            taken = min(length, len(text) - at)
+            if taken < length:
+                self._runs.insert(0, (length - taken, is_shown))
+            parts.append(text[at : at + taken] if is_shown else "")
+            at += taken
+        return "".join(parts)
 
 
 class ByteTable:

@@ -26,6 +26,7 @@ from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
 from worker.engine.vision import VisionConfig
 from worker.errors import EngineDead, PromptTooLong
+from worker.models.generation_defaults import GenerationDefaults
 from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class EngineConfig:
     paged: sizes of a paged KV back end; None, or a model that is not suited, takes rows.
     runs_ahead: see `EngineCore`; None does on a GPU, which would wait for Python otherwise.
     vision: bounds of the vision tower and of what is kept of it; None takes the defaults.
+    generation: what holds where a request says nothing; None reads it from the model's generation config.
     """
 
     max_num_seqs: int
@@ -52,6 +54,7 @@ class EngineConfig:
     paged: PagedConfig | None = None
     runs_ahead: bool | None = None
     vision: VisionConfig | None = None
+    generation: GenerationDefaults | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,9 @@ class Engine:
         self._runner = runner
         self._clock = clock or StepClock()
         runs_ahead = model.device.type == "cuda" if config.runs_ahead is None else config.runs_ahead
-        self._core = EngineCore(model, tokenizer, runner, limits, self._clock, runs_ahead=runs_ahead)
+        self._core = EngineCore(
+            model, tokenizer, runner, limits, self._clock, runs_ahead=runs_ahead, defaults=config.generation
+        )
         self._row_length = config.max_model_len
         self._context_length: int | None = getattr(
             model.config.get_text_config(decoder=True), "max_position_embeddings", None

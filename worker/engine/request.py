@@ -17,16 +17,52 @@ from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import FinishReason
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.pictures import Picture
+from worker.models.generation_defaults import NEUTRAL, GenerationDefaults
 from worker.models.inputs import ModelInputs
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt and how to continue it. `sampling` is resolved: `max_new_tokens` and `seed` are set."""
+    """A prompt and how to continue it. Of `sampling`, `max_new_tokens` and `seed` are set."""
 
     request_id: str
     inputs: ModelInputs
     sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sampler reads of `SamplingParams`: what the job leaves open is the checkpoint's, else neutral.
+
+    max_new_tokens: the only bound of `min_new_tokens`, which a checkpoint may have set higher.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    repetition_penalty: float
+
+    @classmethod
+    def of(cls, params: SamplingParams, defaults: GenerationDefaults, num_prompt_tokens: int) -> Sampling:
+        """Resolve a job's parameters as `generate` does: a given `min_new_tokens` beats `min_length` too."""
+        assert params.max_new_tokens is not None, "submit checks it"
+        assert params.seed is not None, "submit checks it"
+        at_least = params.min_new_tokens if params.min_new_tokens is not None else defaults.min_new_tokens
+        penalty = params.repetition_penalty
+        return cls(
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=max(defaults.min_length - num_prompt_tokens, 0) if at_least is None else at_least,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            seed=params.seed,
+            repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+        )
 
 
 class Ended(StrEnum):
@@ -90,6 +126,8 @@ NEXT_STATES: Final[Mapping[RequestState, frozenset[RequestState]]] = {
 class Request:
     """A request as scheduler, runner and sampler see it. Compared by identity.
 
+    defaults: what the checkpoint says of what the job leaves open.
+    sampling: the outcome of both.
     output_ids: generated tokens, the end token included. A preempted request keeps them.
     num_pending: tokens after those that have been chosen on the device and have not come to the host yet.
     num_prompt_cached: KV entries the prompt takes, known once a runner has opened the request; more than the prompt's
@@ -114,6 +152,11 @@ class Request:
     row: int = -1
     first_token_at: float | None = None
     pictures: Sequence[Picture] = ()
+    defaults: GenerationDefaults = NEUTRAL
+    sampling: Sampling = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = Sampling.of(self.generation.sampling, self.defaults, self.inputs.num_prompt_tokens)
 
     @property
     def request_id(self) -> str:
@@ -123,10 +166,6 @@ class Request:
     def job_id(self) -> str:
         """The id without the `:fence` that tells a job's attempts apart, for log lines."""
         return self.request_id.rpartition(":")[0] or self.request_id
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.generation.sampling
 
     @property
     def inputs(self) -> ModelInputs:
@@ -139,7 +178,6 @@ class Request:
 
     @property
     def max_new_tokens(self) -> int:
-        assert self.sampling.max_new_tokens is not None, "submit checks that sampling is resolved"
         return self.sampling.max_new_tokens
 
     @property

@@ -2,7 +2,7 @@
 
 A greedy batch is one argmax. A sampled row draws by inverse CDF with one uniform number that is a hash of (seed,
 step): what else is in the batch does not matter. The filters are those of transformers' own logits processors, in
-the same order: repetition penalty, min_new_tokens, temperature, top-k, top-p, min-p.
+the same order: what changes greedy rows too (`processing`), temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worker.engine.processing import Processing, ProcessingFactory, num_generated
 from worker.engine.request import Request
 from worker.engine.transfer import to_device
+from worker.models.generation_defaults import NEUTRAL, GenerationDefaults
 
 #: Colder rows are greedy: so does their text come out, and float32 logits would overflow.
 MIN_TEMPERATURE = 1e-4
@@ -41,41 +43,12 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Penalty:
-    """Rows with a repetition penalty. `seen` [P, V] marks tokens of prompt and answer and is kept up to date."""
-
-    rows: Tensor
-    factor: Tensor
-    seen: Tensor
-
-    def see(self, tokens: Tensor) -> None:
-        """Mark the newest token of each row of the batch, [B]."""
-        self.seen.scatter_(1, tokens.index_select(0, self.rows)[:, None], True)
-
-    def see_pending(self, tokens: Tensor, places: Tensor) -> None:
-        """Mark tokens of the last batch; `places` [B] says for each row of this one where its own lies, −1: nowhere."""
-        places = places.index_select(0, self.rows)[:, None]
-        newest = tokens.index_select(0, places[:, 0].clamp(min=0))[:, None]
-        was_seen = self.seen.gather(1, newest)
-        self.seen.scatter_(1, newest, was_seen | (places >= 0))
-
-
-@dataclass(frozen=True, slots=True)
-class _MinNewTokens:
-    """floors [B]: tokens that each row must have before one of `end_ids` [E] may come."""
-
-    floors: Tensor
-    end_ids: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class _Batch:
     """What the rows of a batch ask for, as tensors."""
 
     requests: list[Request]
     groups: list[_Group]
-    penalty: _Penalty | None
-    min_new_tokens: _MinNewTokens | None
+    processing: Processing | None
 
 
 class Sampler:
@@ -84,8 +57,8 @@ class Sampler:
     A call that raises changes nothing.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
-        self._eos_token_ids = list(eos_token_ids)
+    def __init__(self, eos_token_ids: Sequence[int], defaults: GenerationDefaults = NEUTRAL) -> None:
+        self._processing = ProcessingFactory(eos_token_ids, defaults)
         self._batch: _Batch | None = None
         self._last_requests: Sequence[Request] = ()
         self._last_tokens: Tensor | None = None
@@ -99,8 +72,8 @@ class Sampler:
         if batch is None or batch.requests != requests:
             batch = self._built(logits, requests)
         tokens = _choose(logits, batch)
-        if batch.penalty is not None:
-            batch.penalty.see(tokens)
+        if batch.processing is not None:
+            batch.processing.see(tokens)
         self._batch, self._last_requests, self._last_tokens = batch, batch.requests, tokens
         return tokens
 
@@ -122,13 +95,11 @@ class Sampler:
             for rows, num_candidates in _partition(requests, num_tokens)
             if rows
         ]
-        penalty, pending = _penalty(requests, num_tokens, device), self._pending(requests, device)
-        if penalty is not None and pending is not None and self._last_tokens is not None:
-            penalty.see_pending(self._last_tokens, pending)
-        floors = [request.sampling.min_new_tokens for request in requests]
-        # As for transformers, tokens that the model cannot choose are no reason to fail.
-        end_ids = [token for token in self._eos_token_ids if token < num_tokens]
-        return _Batch(list(requests), groups, penalty, _min_new_tokens(floors, end_ids, device))
+        processing = self._processing.make(requests, num_tokens, device)
+        if processing is not None and (pending := self._pending(requests, device)) is not None:
+            assert self._last_tokens is not None, "pending tokens are those of the last call"
+            processing.see_pending(self._last_tokens, pending)
+        return _Batch(list(requests), groups, processing)
 
     def _pending(self, requests: Sequence[Request], device: torch.device) -> Tensor | None:
         """Return where the last call's tokens lie that have not come to the host, [B]; −1 for rows without any."""
@@ -139,29 +110,18 @@ class Sampler:
 
 
 def _choose(logits: Tensor, batch: _Batch) -> Tensor:
-    if batch.penalty is None and batch.min_new_tokens is None and not batch.groups:
+    if batch.processing is None and not batch.groups:
         return logits.argmax(dim=-1)
-    steps = to_device(torch.tensor([request.num_generated for request in batch.requests]), logits.device)
-    scores = _processed(logits.float(), steps, batch)
+    scores = logits.float()
+    if batch.processing is not None:
+        scores = batch.processing.scores(scores)
     tokens = scores.argmax(dim=-1)
-    for group in batch.groups:
-        uniforms = uniform(group.seeds, steps[group.rows])
-        tokens[group.rows] = _draw(*_filtered(scores[group.rows], group), uniforms)
+    if batch.groups:
+        steps = num_generated(batch.requests, logits.device)
+        for group in batch.groups:
+            uniforms = uniform(group.seeds, steps[group.rows])
+            tokens[group.rows] = _draw(*_filtered(scores[group.rows], group), uniforms)
     return tokens
-
-
-def _processed(scores: Tensor, steps: Tensor, batch: _Batch) -> Tensor:
-    """Apply repetition penalty and min_new_tokens, which count for greedy rows too."""
-    if batch.penalty is not None:
-        rows, factor, seen = batch.penalty.rows, batch.penalty.factor, batch.penalty.seen
-        old = scores[rows]
-        penalised = torch.where(old < 0, old * factor, old / factor)
-        scores = scores.index_copy(0, rows, torch.where(seen, penalised, old))
-    if batch.min_new_tokens is not None:
-        is_too_early = (steps < batch.min_new_tokens.floors)[:, None]
-        ends = scores.index_select(1, batch.min_new_tokens.end_ids)
-        scores = scores.index_copy(1, batch.min_new_tokens.end_ids, ends.masked_fill(is_too_early, -torch.inf))
-    return scores
 
 
 def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
@@ -217,27 +177,8 @@ def _group(requests: Sequence[Request], rows: list[int], num_candidates: int | N
         top_k=column(lambda i: params[i].top_k or 2**62),
         top_p=column(lambda i: params[i].top_p),
         log_min_p=column(lambda i: params[i].min_p).log(),
-        seeds=to_device(torch.tensor([p.seed or 0 for p in params]), device),
+        seeds=to_device(torch.tensor([p.seed for p in params]), device),
     )
-
-
-def _penalty(requests: Sequence[Request], num_tokens: int, device: torch.device) -> _Penalty | None:
-    rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
-    if not rows:
-        return None
-    factors = [requests[row].sampling.repetition_penalty for row in rows]
-    known = [torch.cat((requests[row].prompt_ids, torch.tensor(requests[row].output_ids).long())) for row in rows]
-    # Placeholders of images may lie beyond what the model can choose.
-    marks = torch.cat([ids[ids < num_tokens] + index * num_tokens for index, ids in enumerate(known)])
-    seen = torch.zeros(len(rows), num_tokens, dtype=torch.bool, device=device)
-    seen.view(-1).index_fill_(0, to_device(marks, device), True)
-    return _Penalty(to_device(torch.tensor(rows), device), to_device(torch.tensor(factors), device)[:, None], seen)
-
-
-def _min_new_tokens(floors: Sequence[int], end_ids: Sequence[int], device: torch.device) -> _MinNewTokens | None:
-    if not (any(floors) and end_ids):
-        return None
-    return _MinNewTokens(to_device(torch.tensor(floors), device), to_device(torch.tensor(end_ids), device))
 
 
 def _filtered(scores: Tensor, group: _Group) -> tuple[Tensor, Tensor | None]:

@@ -104,6 +104,16 @@ def test_every_flag_reaches_the_job(run: Run, ledger: Ledger, redis_client: redi
         assert parse_job(redis_client.hget(names.job_key(job_id), "body") or "") == expected
 
 
+def test_flags_that_are_not_given_leave_the_sampling_to_the_checkpoint(
+    run: Run, ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    serving = serve(ledger, JOB, "x")
+    assert run("vqa", "-q", "Why?", "--job-id", JOB).exit_code == 0
+    serving.join()
+    sampling = parse_job(redis_client.hget(names.job_key(JOB), "body") or "").sampling
+    assert (sampling.min_new_tokens, sampling.repetition_penalty, sampling.stop) == (None, None, None)
+
+
 def test_the_flags_cover_the_options_of_the_python_api() -> None:
     without_flag = {"messages", "sampling", "webhook", "metadata"}
     assert set(JobFlags().options) == set(JobOptions.__annotations__) - without_flag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -166,6 +167,39 @@ def test_spelling_of_a_media_uri_does_not_change_the_digest() -> None:
     spellings = ("s3://media/a b.png", "s3://media/a%20b.png")
     jobs = {digest(parse_job({"task": "visionq.caption", "media": [uri]})) for uri in spellings}
     assert len(jobs) == 1
+
+
+#: What the release before checkpoint defaults wrote, and hashed, for a job that says nothing of its sampling.
+EARLIER_JSON = (
+    '{"model":"default","media":[],"sampling":{"min_new_tokens":0,"temperature":0.0,"top_p":1.0,"top_k":0,"min_p":0.0,'
+    '"repetition_penalty":1.0,"stop":[]},"priority":6,"tenant":"","task":"visionq.vqa","question":"Why?"}'
+)
+NEUTRAL_VALUES: dict[str, object] = {"min_new_tokens": 0, "repetition_penalty": 1.0, "stop": []}
+
+
+def test_a_job_that_says_nothing_of_its_sampling_has_the_digest_it_had() -> None:
+    job = VqaJob(question="Why?")
+    assert digest(job) == hashlib.sha256(EARLIER_JSON.encode()).hexdigest()
+    assert set(json.loads(job.to_json())["sampling"]).isdisjoint(NEUTRAL_VALUES)
+    resolved = job.resolved(JOB_ID)
+    assert parse_job(resolved.to_json()) == resolved
+
+
+@pytest.mark.parametrize("field", NEUTRAL_VALUES)
+def test_a_neutral_value_that_is_given_is_kept_apart_from_an_absent_one(field: str) -> None:
+    fields = {"task": "visionq.vqa", "question": "Why?"}
+    job = parse_job(fields | {"sampling": {field: NEUTRAL_VALUES[field]}})
+    assert json.loads(job.to_json())["sampling"][field] == NEUTRAL_VALUES[field]
+    assert parse_job(job.to_json()) == job
+    assert job != parse_job(fields)
+    assert digest(job) != digest(parse_job(fields))
+    assert parse_job(fields | {"sampling": {field: None}}) == parse_job(fields)
+
+
+def test_json_of_earlier_producers_means_what_it_says() -> None:
+    sampling = parse_job(EARLIER_JSON).sampling
+    assert (sampling.min_new_tokens, sampling.repetition_penalty, sampling.stop) == (0, 1.0, ())
+    assert parse_job(EARLIER_JSON).to_json() == EARLIER_JSON
 
 
 @pytest.mark.parametrize("key", ["a b/ü%?#&=+.png", "a..b/...", "a//b", "/a", "\u2028", "%41"])

@@ -96,6 +96,16 @@ def test_sampling_is_given_flat_or_as_a_whole() -> None:
         compose(TaskName.VQA, (), {"question": "Why?"}, {"temperature": 0.5, "sampling": {"top_k": 3}})
 
 
+def test_no_sampling_field_that_is_not_given_is_written() -> None:
+    """What is written is said, and beats the checkpoint's generation config."""
+    silent = compose(TaskName.VQA, (), {"question": "Why?"}, {"repetition_penalty": None, "stop": None})
+    assert set(json.loads(silent.to_json())["sampling"]) == {"temperature", "top_p", "top_k", "min_p"}
+    neutral = compose(
+        TaskName.VQA, (), {"question": "Why?"}, {"repetition_penalty": 1.0, "min_new_tokens": 0, "stop": []}
+    )
+    assert (neutral.sampling.repetition_penalty, neutral.sampling.min_new_tokens, neutral.sampling.stop) == (1.0, 0, ())
+
+
 def test_a_conversation_is_given_as_plain_dicts() -> None:
     turns = [{"role": "user", "content": [{"type": "image", "uri": IMAGE}, {"type": "text", "text": "Why?"}]}]
     job = compose(TaskName.VQA, (), {}, {"messages": turns})
