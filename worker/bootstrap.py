@@ -165,6 +165,7 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
         paged=None if settings.kv_backend is KVBackend.SLOTS else sizes,
         runs_ahead=settings.run_ahead.choice,
         vision=VisionConfig(settings.vision_cache_bytes, settings.max_vision_batch or (2 if on_cpu else 8)),
+        generation=loaded.generation,
     )
 
 

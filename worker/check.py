@@ -12,6 +12,7 @@ from worker.bootstrap import engine_config
 from worker.engine.engine import Engine
 from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
+from worker.models.generation_defaults import GenerationDefaults
 from worker.models.loader import LoadedModel, load
 from worker.models.quantization import describe_layers, weight_bytes
 from worker.prompting.prepare import PromptBuilder
@@ -58,11 +59,20 @@ def _facts(
     yield "context", f"{loaded.max_context} tokens, {config.max_model_len} per job, {config.max_num_seqs} jobs at once"
     fallback = "" if engine.why_not_paged is None else f", not paged: {engine.why_not_paged}"
     yield "keys and values", engine.kv_backend + fallback
+    yield "generation config", _generation(settings, loaded.generation)
     yield "buckets", ", ".join(sorted(settings.readable_buckets))
     yield "peak memory", f"{_peak_bytes(loaded) / MEBIBYTE:.0f} MiB"
     yield "prompt", f"{tried.finish.num_prompt_tokens} tokens"
     yield "first token", f"{tried.finish.first_token_s:.3f} s"
     yield "answer", f"{tried.text!r} ({tried.finish.num_completion_tokens} tokens)"
+
+
+def _generation(settings: WorkerSettings, defaults: GenerationDefaults) -> str:
+    """Say what of the checkpoint's generation config counts beyond its end tokens, and what does not."""
+    if settings.generation_config == "off":
+        return "off: end tokens only"
+    in_force = ", ".join(f"{name} {value!r}" for name, value in defaults.in_force.items()) or "end tokens only"
+    return in_force + (f"; ignored: {', '.join(defaults.ignored)}" if defaults.ignored else "")
 
 
 def _peak_bytes(loaded: LoadedModel) -> int:

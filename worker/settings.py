@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
@@ -118,6 +118,11 @@ class WorkerSettings(BaseSettings):
     quantization: Quantization = Field(default=Quantization.NONE, description="`none`, `int8`, `nf4`")
     image_splitting: Switch = Field(
         default=Switch.AUTO, description="Idefics image splitting: `auto` keeps the checkpoint's"
+    )
+    generation_config: Literal["auto", "off"] = Field(
+        default="auto",
+        description="The checkpoint's `generation_config.json`: `auto` takes what changes greedy text as defaults of "
+        "jobs, `off` its end tokens only",
     )
     max_num_seqs: int = Field(default=16, ge=1, le=1024, description="Jobs generated at once")
     max_model_len: int = Field(

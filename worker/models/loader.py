@@ -34,6 +34,7 @@ from worker.errors import CannotStart
 from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
 from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization
+from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, read_generation_defaults
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
 from worker.models.remote import download
@@ -53,6 +54,7 @@ class LoadedModel:
 
     attention: the attention code in use, as transformers names it.
     max_context: tokens of prompt and answer that the text model's positions allow.
+    generation: what the checkpoint's generation config says where a job says nothing.
     """
 
     model: PreTrainedModel
@@ -63,6 +65,7 @@ class LoadedModel:
     dtype: torch.dtype
     attention: str
     max_context: int
+    generation: GenerationDefaults = NEUTRAL
 
 
 def load(settings: WorkerSettings) -> LoadedModel:
@@ -94,6 +97,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         dtype=dtype,
         attention=str(model.config._attn_implementation),
         max_context=_max_context(settings, model),
+        generation=_generation(settings, model),
     )
 
 
@@ -242,6 +246,16 @@ def _ropes(text_config: PreTrainedConfig) -> list[Mapping[str, Any]]:
     """Return the parameters of the rotary positions, of each layer type where they differ."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
     return [each for each in (parameters, *parameters.values()) if isinstance(each, Mapping) and "rope_type" in each]
+
+
+def _generation(settings: WorkerSettings, model: PreTrainedModel) -> GenerationDefaults:
+    """Return the checkpoint's defaults and say once which of its wishes are not followed."""
+    if settings.generation_config == "off":
+        return NEUTRAL
+    defaults = read_generation_defaults(model)
+    if defaults.ignored:
+        logger.warning("generation_config fields ignored: %s", ", ".join(defaults.ignored), extra={"action": "load"})
+    return defaults
 
 
 @contextmanager
