@@ -97,9 +97,9 @@ class _Tables:
         def marked(ids: Sequence[int]) -> Tensor:
             marks = torch.zeros(num_tokens, dtype=torch.bool)
             marks[known(ids)] = True
-            return to_device(marks, device)
+            return marks.to(device)
 
-        ends = to_device(torch.tensor(known(end_ids)).long(), device)
+        ends = torch.tensor(known(end_ids), dtype=torch.long, device=device)
         # An end token that is banned alone would make answers endless: as in transformers it is not.
         bans = [(ids, -torch.inf) for ids in defaults.bad_words_ids if not (len(ids) == 1 and ids[0] in end_ids)]
         sizes = ((defaults.no_repeat_ngram_size, False), (defaults.encoder_no_repeat_ngram_size, True))

@@ -160,10 +160,16 @@ def _last_of_each(pairs: tuple[tuple[tuple[int, ...], float], ...]) -> tuple[tup
     return tuple(dict(pairs).items())
 
 
-_Count = Annotated[int, Strict(), Field(ge=0)]
-_Token = _Count
+def _at_least_none(count: int) -> int:
+    """Below 0 a count asks for nothing, as 0 does."""
+    return max(count, 0)
+
+
+_Whole = Annotated[int, Strict()]
+_Count = Annotated[_Whole, AfterValidator(_at_least_none)]
+_Token = Annotated[_Whole, Field(ge=0)]
 _Factor = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
-_Tokens = tuple[Annotated[int, Strict()], ...]
+_Tokens = tuple[_Whole, ...]
 _Sequence = Annotated[tuple[_Token, ...], Field(min_length=1)]
 _Forced = Annotated[tuple[_Token, ...], BeforeValidator(_listed)]
 
@@ -188,7 +194,7 @@ _TYPES: Final[Mapping[str, TypeAdapter[Any]]] = {
     "forced_bos_token_id": TypeAdapter(_Forced),
     "forced_eos_token_id": TypeAdapter(_Forced),
     "remove_invalid_values": TypeAdapter(Annotated[bool, Strict()]),
-    "exponential_decay_length_penalty": TypeAdapter(tuple[_Count, _Factor]),
+    "exponential_decay_length_penalty": TypeAdapter(tuple[_Whole, _Factor]),
     "suppress_tokens": TypeAdapter(_Tokens),
     "begin_suppress_tokens": TypeAdapter(_Tokens),
 }

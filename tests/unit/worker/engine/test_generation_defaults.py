@@ -411,6 +411,7 @@ def test_a_value_that_nobody_can_follow_refuses_to_start(make: Make, field: str,
     ("fields", "choice", "line"),
     [
         ({}, "auto", "end tokens only"),
+        ({"min_length": -1, "no_repeat_ngram_size": 0, "bad_words_ids": []}, "auto", "end tokens only"),
         ({"num_beams": 2, "top_k": 3}, "auto", "end tokens only; ignored: num_beams"),
         (
             {"repetition_penalty": 1.5, "suppress_tokens": [4, 5], "num_beams": 2},

@@ -51,7 +51,7 @@ def random_fields(chance: random.Random) -> dict[str, Any]:
         "min_new_tokens": chance.randint(1, 6),
         "min_length": chance.randint(2, 16),
         "remove_invalid_values": True,
-        "exponential_decay_length_penalty": [chance.randint(0, 4), chance.uniform(0.5, 2.0)],
+        "exponential_decay_length_penalty": [chance.randint(-1, 4), chance.uniform(0.5, 2.0)],
     }
     names = chance.sample(sorted(every), chance.randint(1, 8))
     chosen = {name: every[name] for name in names}
