@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, StopStringCriteria
 
 from worker.engine.detokenizer import DetokenizerFactory, Piece
 
@@ -155,3 +156,42 @@ def test_a_special_token_never_reaches_the_reader() -> None:
     for name in ("byte_level", "byte_fallback"):
         ids = TOKENIZERS[name]().encode("Assistant<end_of_utterance>\nUser", add_special_tokens=False)
         assert "<end_of_utterance>" not in "".join(piece.text for piece in pieces(name, ids))
+
+
+CHECKPOINT_TEXTS = ("The circle is red. Two cats, don't they sleep", " twice  twice", "a red, red circle")
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_checkpoints_stop_string_stops_where_generate_does(name: str, data: st.DataObject) -> None:
+    """Special tokens, the space before the first word and the end of the prompt are looked at; none is shown."""
+    tokenizer = TOKENIZERS[name]()
+    words = [token for text in CHECKPOINT_TEXTS for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    start = data.draw(st.integers(0, len(words) - 12))
+    some = st.sampled_from([*words, *tokenizer.all_special_ids])
+    token_ids = [data.draw(st.one_of(st.just(token), some)) for token in words[start : start + 12]]
+    prompt, answer = token_ids[:4], token_ids[4:]
+    raw = tokenizer.decode(token_ids)
+    at = data.draw(st.integers(0, len(raw) - 1))
+    stop = raw[at : at + data.draw(st.integers(1, 5))]
+
+    criteria = StopStringCriteria(tokenizer, [stop])
+    ends = (end for end in range(1, len(answer) + 1) if criteria(torch.tensor([prompt + answer[:end]]), None).any())
+    expected = next(ends, len(answer))
+    keeps_leading_space = data.draw(st.booleans())
+    detokenizer = DetokenizerFactory(tokenizer, (stop,)).make(
+        None, keeps_leading_space=keeps_leading_space, prompt_ids=prompt
+    )
+    text, num_read = "", 0
+    for num_read, token_id in enumerate(answer, start=1):
+        piece = detokenizer.push(token_id, is_last=num_read == len(answer))
+        text += piece.text if piece is not None else ""
+        if piece is not None and piece.is_stopped:
+            break
+    else:
+        piece = None
+    assert num_read == expected
+    whole = tokenizer.decode(answer[:expected], skip_special_tokens=True)
+    whole = whole if keeps_leading_space else whole.lstrip()
+    assert text == whole if piece is None else whole.startswith(text)

@@ -17,6 +17,8 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from worker.engine.stop_strings import StopStrings
+
 #: An unfinished UTF-8 character is at most three bytes long; more tokens than that are not one.
 MAX_HELD_TOKENS = 4
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -93,54 +95,6 @@ class Detokenizer:
         return text
 
 
-class StopStrings:
-    """Cuts a text at the first of some strings. Text that may still become one is held back.
-
-    before: what came before the text; its end may begin a stop string, which then has all of the text before its end.
-    """
-
-    def __init__(self, stop: tuple[str, ...], before: str = "") -> None:
-        self._stop = stop
-        self._held = before[len(before) - max((_overlap(before, each) for each in stop), default=0) :]
-        self._num_before = len(self._held)
-        self.is_found = False
-
-    def push(self, text: str) -> str:
-        """Add text; return what is certain to come before any stop string."""
-        if not self._stop:
-            return text
-        text = self._held + text
-        # The one complete first wins, so that the cut does not depend on how tokens group characters.
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.is_found = True
-            self._held = ""
-            _, at = min(found)
-            return self._own(text[:at])
-        certain = len(text) - max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[certain:]
-        return self._own(text[:certain])
-
-    def flush(self) -> str:
-        """Return what was held back: no more text comes."""
-        held, self._held = self._held, ""
-        return self._own(held)
-
-    def _own(self, text: str) -> str:
-        """Return `text` without what of it came before."""
-        num_foreign = min(self._num_before, len(text))
-        self._num_before -= num_foreign
-        return text[num_foreign:]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop` without being all of it."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
-
-
 class DetokenizerFactory:
     """Makes detokenizers for one tokenizer, sharing its tables. Engine thread only.
 
@@ -161,8 +115,8 @@ class DetokenizerFactory:
         """Return a detokenizer of a new request; with `stop` None it stops where the checkpoint's stop strings end."""
         if stop is not None or not self._checkpoint_stop:
             return Detokenizer(self._stream(), StopStrings(stop or ()), keeps_leading_space=keeps_leading_space)
-        tail, raw = (RawStream(self._stream(), self._specials) for _ in range(2))
-        before = "".join(map(tail.push, prompt_ids[-max(map(len, self._checkpoint_stop)) :]))
+        raw = RawStream(self._stream(), self._stream(), self._specials)
+        before = raw.read(prompt_ids[-max(map(len, self._checkpoint_stop)) :])
         stops = StopStrings(self._checkpoint_stop, before)
         return Detokenizer(raw, stops, keeps_leading_space=keeps_leading_space, raw=raw)
 
@@ -171,16 +125,29 @@ class DetokenizerFactory:
 
 
 class RawStream:
-    """Text of another stream with that of special tokens in it."""
+    """Text of `stream` with that of special tokens in it, as it goes on from what was read.
 
-    def __init__(self, stream: TextStream, specials: Mapping[int, str]) -> None:
+    alone: another stream of the same kind. What it does not say of the first text, a space, is not to be shown.
+    """
+
+    def __init__(self, stream: TextStream, alone: TextStream, specials: Mapping[int, str]) -> None:
         self._stream = stream
+        self._alone: TextStream | None = alone
         self._specials = specials
         self._runs: list[tuple[int, bool]] = []
 
+    def read(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens that come before the first one that is pushed."""
+        parts = [self._stream.push(token_id) + self._specials.get(token_id, "") for token_id in token_ids]
+        return "".join(parts) + self._stream.flush()
+
     def push(self, token_id: int) -> str:
         text, special = self._stream.push(token_id), self._specials.get(token_id, "")
-        self._runs += [(len(text), True), (len(special), False)]
+        num_hidden = 0
+        if self._alone is not None:
+            num_hidden = len(text) - len(self._alone.push(token_id))
+            self._alone = None if text else self._alone
+        self._runs += [(num_hidden, False), (len(text) - num_hidden, True), (len(special), False)]
         return text + special
 
     def flush(self) -> str:
@@ -189,7 +156,7 @@ class RawStream:
         return text
 
     def shown(self, text: str) -> str:
-        """Return the next text that came out, without special tokens."""
+        """Return the next text that came out, without what is not to be shown."""
         parts, at = [], 0
         while at < len(text):
             length, is_shown = self._runs.pop(0)
@@ -270,7 +237,7 @@ class WindowStream:
         return self._advance(text)
 
     def flush(self) -> str:
-        return self._advance(self._decode(self._window))
+        return self._advance(self._decode(self._window)) if len(self._window) > self._num_told else ""
 
     def _advance(self, text: str) -> str:
         told = self._decode(self._window[: self._num_told])
