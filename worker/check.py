@@ -51,7 +51,9 @@ def _facts(
     settings: WorkerSettings, loaded: LoadedModel, engine: Engine, tried: TriedOut
 ) -> Iterable[tuple[str, object]]:
     config = engine_config(settings, loaded)
-    yield "model", f"{settings.model} ({type(loaded.model).__name__})"
+    revision = f" at {settings.model_revision}" if settings.model_revision else ""
+    yield "model", f"{settings.model}{revision} ({type(loaded.model).__name__})"
+    yield "chat template", _asked(loaded)
     yield "device", f"{loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, attention {loaded.attention}"
     yield "weights", f"{weight_bytes(loaded.model) / MEBIBYTE:.1f} MiB"
     if settings.quantization is not Quantization.NONE:
@@ -73,6 +75,12 @@ def _generation(settings: WorkerSettings, defaults: GenerationDefaults) -> str:
         return "off: end tokens only"
     in_force = ", ".join(f"{name} {value!r}" for name, value in defaults.in_force.items()) or "end tokens only"
     return in_force + (f"; ignored: {', '.join(defaults.ignored)}" if defaults.ignored else "")
+
+
+def _asked(loaded: LoadedModel) -> str:
+    """Return where the chat template came from, or whose way of asking stands in for it."""
+    can = loaded.capabilities
+    return can.template_source or f"none; asked as {'nobody' if can.captioner is None else can.captioner.family} is"
 
 
 def _peak_bytes(loaded: LoadedModel) -> int:

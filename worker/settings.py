@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -19,64 +18,16 @@ from api_stub.contract.job import ModelName
 from api_stub.contract.names import DEFAULT_MODEL_NAME
 from api_stub.contract.redis_url import check_redis_url
 from api_stub.ledger.config import LedgerConfig
+from worker.choices import Attention as Attention
+from worker.choices import Dtype as Dtype
+from worker.choices import KVBackend as KVBackend
+from worker.choices import LogFormat as LogFormat
+from worker.choices import Quantization as Quantization
+from worker.choices import Switch as Switch
 
 MEBIBYTE = 1024 * 1024
 #: Read by libraries, not by these settings.
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
-
-
-class Switch(StrEnum):
-    """A setting with an automatic choice."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-
-    @property
-    def choice(self) -> bool | None:
-        """What was chosen, None for automatic."""
-        return None if self is Switch.AUTO else self is Switch.ON
-
-
-class Dtype(StrEnum):
-    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
-class Attention(StrEnum):
-    """Attention code; auto takes flash-attn when it can be imported and used, else SDPA."""
-
-    AUTO = "auto"
-    SDPA = "sdpa"
-    EAGER = "eager"
-    FLASH = "flash_attention_2"
-
-
-class Quantization(StrEnum):
-    """Weight quantisation at load."""
-
-    NONE = "none"
-    INT8 = "int8"
-    NF4 = "nf4"
-
-
-class KVBackend(StrEnum):
-    """Where keys and values live; auto is paged, and slots for a model that blocks cannot serve."""
-
-    AUTO = "auto"
-    SLOTS = "slots"
-    PAGED = "paged"
-
-
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    JSON = "json"
-    TEXT = "text"
 
 
 class WorkerSettings(BaseSettings):
@@ -94,6 +45,15 @@ class WorkerSettings(BaseSettings):
     )
     model_cache: Path = Field(
         default=Path("~/.cache/visionq"), description="Folder for checkpoints from S3, shared by a machine's workers"
+    )
+    model_revision: str = Field(
+        default="",
+        max_length=255,
+        pattern=r"^$|^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$",
+        description="Branch, tag or commit of a hub checkpoint; empty: its main branch",
+    )
+    chat_template: Path | None = Field(
+        default=None, description="File with a Jinja chat template to use instead of the checkpoint's"
     )
     model_name: ModelName = Field(
         default=DEFAULT_MODEL_NAME, description="Model name this worker serves: queue `visionq.<name>`"

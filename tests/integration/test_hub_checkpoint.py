@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,10 +15,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TOKEN = "hf_" + "T0ken" * 6
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+#: Tells of every kind of file that a revision has one of its own.
+TELL = """
+from worker.models.loader import load
+from worker.settings import WorkerSettings
+loaded = load(WorkerSettings())
+print(
+    loaded.model.config.default_caption_prompt,
+    float(loaded.model.lm_head.weight.sum()),
+    loaded.model.generation_config.repetition_penalty,
+    loaded.processor.image_processor.image_mean[0],
+    loaded.tokenizer.model_max_length,
+    loaded.processor.chat_template[:5],
+    loaded.capabilities.template_source,
+    sep="|",
+)
+"""
 PROGRAM = """
 import sys
 from worker.errors import CannotStart
@@ -100,14 +117,17 @@ def hub(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Iterator[Hub]
     server.server_close()
 
 
-def load(hub: Hub, tmp_path: Path, model: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def load(
+    hub: Hub | None, tmp_path: Path, model: str, program: str = PROGRAM, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Load `model` in a process of its own, which reads the hub's address and token when it starts."""
     environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "VISIONQ_MODEL": model,
+        "HF_ENDPOINT": hub.url if hub is not None else "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "VISIONQ_MODEL": model,
         "HF_HUB_OFFLINE": "0", **variables,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert TOKEN not in done.stdout + done.stderr
     return done
@@ -144,3 +164,63 @@ def test_pickled_weights_of_a_hub_are_neither_loaded_nor_converted_elsewhere(hub
     assert "VISIONQ_MODEL=nobody/pickled: its weights cannot be loaded: " in done.stderr
     assert hub.requests[-1].endswith("/model.safetensors.index.json"), "something else was tried afterwards"
     assert not [path for path in hub.requests if "pytorch_model" in path]
+
+
+def put_revision(home: Path, folder: Path, commit: str, name: str) -> None:
+    """Lay a revision of `nobody/tiny` into the hub's cache, as its client does after a download."""
+    repository = home / "hub" / "models--nobody--tiny"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / name).write_text(commit)
+
+
+def rewrite(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture
+def two_revisions(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> dict[str, str]:
+    """A cache with `main` and `v1`, which differ in every file; what TELL prints of each."""
+    told = {}
+    for number, (name, place) in enumerate({"main": "tokenizer_config.json", "v1": "chat_template.jinja"}.items(), 1):
+        folder = Path(shutil.copytree(tiny_checkpoint("llava"), tmp_path / name))
+        template = f"T{number}: " + (folder / "chat_template.jinja").read_text()
+        rewrite(folder / "config.json", default_caption_prompt=f"prompt {number}")
+        rewrite(folder / "generation_config.json", repetition_penalty=1.0 + number)
+        rewrite(folder / "tokenizer_config.json", model_max_length=1000 + number)
+        processor = json.loads((folder / "processor_config.json").read_text())
+        processor["image_processor"]["image_mean"] = [number / 4] * 3
+        (folder / "processor_config.json").write_text(json.dumps(processor))
+        weights = load_file(folder / "model.safetensors")
+        head = next(key for key in weights if "lm_head" in key)
+        weights[head] = torch.full_like(weights[head], float(number))
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        if place == "chat_template.jinja":
+            (folder / place).write_text(template)
+        else:
+            (folder / "chat_template.jinja").unlink()
+            rewrite(folder / place, chat_template=template)
+        put_revision(tmp_path / "home", folder, f"{number}" * 40, name)
+        total = float(number * weights[head].numel())
+        told[name] = f"prompt {number}|{total}|{1.0 + number}|{number / 4}|{1000 + number}|T{number}: <|{place}"
+    return {name: line.replace("<|", template[4:5] + "|", 1) for name, line in told.items()}
+
+
+def test_every_file_of_a_hub_checkpoint_is_read_at_the_named_revision(
+    tmp_path: Path, two_revisions: dict[str, str]
+) -> None:
+    named = {"": "main", "main": "main", "v1": "v1", "2" * 40: "v1", "1" * 40: "main"}
+    for revision, name in named.items():
+        done = load(
+            None, tmp_path, "nobody/tiny", TELL, VISIONQ_MODEL_REVISION=revision, HF_HUB_OFFLINE="1"
+        )  # fmt: skip
+        assert done.stdout.strip() == two_revisions[name], done.stderr
+
+
+def test_a_revision_that_the_hub_does_not_have_is_refused_by_the_variable(
+    tmp_path: Path, two_revisions: dict[str, str]
+) -> None:
+    done = load(None, tmp_path, "nobody/tiny", VISIONQ_MODEL_REVISION="v2", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "VISIONQ_MODEL=nobody/tiny: no such folder, nor a readable hub checkpoint" in done.stderr
+    assert "at VISIONQ_MODEL_REVISION=v2" in done.stderr

@@ -114,6 +114,23 @@ def test_only_known_kinds_directly_under_the_prefix_are_taken(stored: S3Client, 
     assert {path.name for path in download(settings()).iterdir()} == expected | {"NOTES.txt"}
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
+def test_named_chat_templates_are_taken_from_their_folder(stored: S3Client, settings: Settings) -> None:
+    template = stored.get_object(Bucket="models", Key="vlm/one/chat_template.jinja")["Body"].read()
+    put(stored, "additional_chat_templates/rag.jinja", b"RAG")
+    stored.delete_object(Bucket="models", Key="vlm/one/chat_template.jinja")
+    put(stored, "additional_chat_templates/code.py", b"anything")
+    put(stored, "additional_chat_templates/deeper/x.jinja", b"anything")
+    folder = download(settings())
+    assert [path.name for path in (folder / "additional_chat_templates").iterdir()] == ["rag.jinja"]
+    with pytest.raises(CannotStart, match="there are rag and none is named default"):
+        load(settings())
+    put(stored, "additional_chat_templates/default.jinja", template)
+    loaded = load(settings())
+    assert loaded.processor.chat_template == template.decode()
+    assert loaded.capabilities.template_source == "additional_chat_templates"
+
+
 def test_pickled_weights_are_refused(stored: S3Client, settings: Settings) -> None:
     stored.delete_object(Bucket="models", Key="vlm/one/model.safetensors")
     assert "it has no weights" in refusal(settings())

@@ -13,10 +13,14 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from worker.models.captioner import Captioner, captioner_of
+from worker.models.templates import ChatTemplate
 
 FALLBACK_CAPTION_PROMPT = "Describe this image."
 #: Attributes by which processors name their placeholders.
 _TOKEN_NAMES: Mapping[str, Sequence[str]] = {"image": ("image_token", "boi_token"), "video": ("video_token",)}
+
+#: What a probing user says, and what stands beside the text in a part and is for nobody to see.
+_WORDS, _HIDDEN = "quux", "xyzzy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class Capabilities:
     can_mix_lengths: so can clips of different numbers of frames.
     default_caption_prompt: what a caption job without a prompt asks; empty: pixels alone.
     captioner: how a model without a chat template is asked; None: it has one, or its family is not known.
+    template_source: where the chat template came from; empty: there is none, or it is not used.
+    given_template: the operator's template, also where the processor would take another one of its own.
+    takes_parts: a turn is given as a list of parts; False: the template knows plain text only, so no media.
     """
 
     has_chat_template: bool
@@ -41,6 +48,9 @@ class Capabilities:
     can_mix_lengths: bool
     default_caption_prompt: str
     captioner: Captioner | None = None
+    template_source: str = ""
+    given_template: str | None = None
+    takes_parts: bool = True
 
     @property
     def native_video(self) -> bool:
@@ -48,26 +58,51 @@ class Capabilities:
         return self.video_token is not None
 
 
-def probe(processor: ProcessorMixin, config: PreTrainedConfig) -> Capabilities:
-    """Ask processor and config what they can do. Renders a few conversations, shows a few frames, runs no model."""
+def probe(processor: ProcessorMixin, config: PreTrainedConfig, template: ChatTemplate | None = None) -> Capabilities:
+    """Ask processor and config what they can do. Renders a few conversations, shows a few frames, runs no model.
+
+    `template` is what `settle_template` set on the processor. Raises ValueError for a template that drops words.
+    """
+    given = template.text if template is not None and template.is_given else None
+    render = _Renderer(processor, given)
+    captioner = captioner_of(processor)
     has_chat_template = getattr(processor, "chat_template", None) is not None
+    image_token = _media_token(render, "image") if has_chat_template else None
+    if captioner is not None and image_token is None and given is None:
+        has_chat_template = False  # a language model's template, saved beside a processor that has its own way
+    takes_parts = not has_chat_template or _takes_parts(render)
     takes_clips = has_chat_template and _takes_clips(processor, 2)
-    captioner = None if has_chat_template else captioner_of(processor)
+    if has_chat_template:
+        captioner = None
     fallback = FALLBACK_CAPTION_PROMPT if captioner is None else captioner.default_prompt
     return Capabilities(
         has_chat_template=has_chat_template,
-        has_system_role=has_chat_template and _has_system_role(processor),
-        image_token=_media_token(processor, "image") if has_chat_template else None,
-        video_token=_media_token(processor, "video") if takes_clips else None,
+        has_system_role=has_chat_template and render([_turn("system", "x"), _turn("user", "x")]) is not None,
+        image_token=image_token if has_chat_template and takes_parts else None,
+        video_token=_media_token(render, "video") if takes_clips and takes_parts else None,
         can_mix_media=takes_clips and not _shared_tensors(processor),
         can_mix_lengths=takes_clips and _takes_clips(processor, 2, 4),
         default_caption_prompt=getattr(config, "default_caption_prompt", None) or fallback,
         captioner=captioner,
+        template_source=template.source if template is not None and has_chat_template else "",
+        given_template=given,
+        takes_parts=takes_parts,
     )
 
 
-def _has_system_role(processor: ProcessorMixin) -> bool:
-    return _render(processor, [_turn("system", "x"), _turn("user", "x")]) is not None
+def _takes_parts(render: _Renderer) -> bool:
+    """Tell whether the template reads parts as parts: their text comes out, and not the whole part.
+
+    Templates of language models take a turn's content for text: of a list they print its Python form, or nothing.
+    Raises ValueError when a turn of plain text does not come out either.
+    """
+    shown = render([_turn("user", _WORDS)])
+    if shown is not None and _WORDS in shown.casefold() and _HIDDEN not in shown.casefold():
+        return True
+    shown = render([{"role": "user", "content": _WORDS}])
+    if shown is None or _WORDS not in shown.casefold():
+        raise ValueError("the chat template does not show what a user says")
+    return False
 
 
 def _takes_clips(processor: ProcessorMixin, *num_frames: int) -> bool:
@@ -88,17 +123,17 @@ def _shared_tensors(processor: ProcessorMixin) -> set[str]:
     return set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
 
 
-def _media_token(processor: ProcessorMixin, kind: str) -> str | None:
+def _media_token(render: _Renderer, kind: str) -> str | None:
     """Return the token whose count grows by one with a part of this kind; the processor's own name for it first.
 
     A placeholder need not be in the vocabulary: SmolVLM's `<video>` is a word until the processor replaces it.
     """
-    without = _render(processor, [_turn("user", "x")])
-    with_part = _render(processor, [_turn("user", "x", kind)])
+    without = render([_turn("user", "x")])
+    with_part = render([_turn("user", "x", kind)])
     if without is None or with_part is None:
         return None
-    named = [getattr(processor, name, None) for name in _TOKEN_NAMES[kind]]
-    candidates = [*named, *sorted(processor.tokenizer.get_added_vocab(), key=len, reverse=True)]
+    named = [getattr(render.processor, name, None) for name in _TOKEN_NAMES[kind]]
+    candidates = [*named, *sorted(render.processor.tokenizer.get_added_vocab(), key=len, reverse=True)]
     return next((token for token in candidates if token and _grows_by_one(str(token), without, with_part)), None)
 
 
@@ -107,12 +142,23 @@ def _grows_by_one(token: str, without: str, with_part: str) -> bool:
 
 
 def _turn(role: str, text: str, *kinds: str) -> Mapping[str, object]:
-    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text, "note": _HIDDEN}]
     return {"role": role, "content": content}
 
 
-def _render(processor: ProcessorMixin, messages: Sequence[Mapping[str, object]]) -> str | None:
-    try:
-        return str(processor.apply_chat_template(list(messages), add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError):
-        return None
+@dataclass(frozen=True, slots=True)
+class _Renderer:
+    """Renders with the processor's template, or with the given one; None: the template does not take it."""
+
+    processor: ProcessorMixin
+    template: str | None
+
+    def __call__(self, messages: Sequence[Mapping[str, object]]) -> str | None:
+        try:
+            return str(
+                self.processor.apply_chat_template(
+                    list(messages), chat_template=self.template, add_generation_prompt=True
+                )
+            )
+        except (TemplateError, ValueError, TypeError):
+            return None

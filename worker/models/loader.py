@@ -38,6 +38,7 @@ from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, read_
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
 from worker.models.remote import download
+from worker.models.templates import ChatTemplate, settle_template
 from worker.settings import Dtype, Quantization, Switch, WorkerSettings, export
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,10 @@ def load(settings: WorkerSettings) -> LoadedModel:
         torch.set_num_threads(settings.torch_threads)
     export(_LIBRARY_ENVIRONMENT)
     disable_progress_bar()
-    source = download(settings) if settings.model.startswith("s3://") else _source(settings.model)
-    config = _read_config(settings, source)
+    source = None if settings.model.startswith("s3://") else _source(settings.model)
+    revision = _revision(settings, is_of_hub=isinstance(source, str))
+    source = source if source is not None else download(settings)
+    config = _read_config(settings, source, revision)
     refuse_unknown_quantization(settings.model, config, settings.quantization)
     architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     free_bytes = free_gpu_bytes()
@@ -86,13 +89,14 @@ def load(settings: WorkerSettings) -> LoadedModel:
         free_bytes,
         lambda: expected_bytes(empty(), settings.quantization, dtype, torch.device("cuda")),
     )
-    processor = _load_processor(settings, source)
-    model = _load_model(settings, source, architecture, empty, placement, dtype)
+    processor = _load_processor(settings, source, revision)
+    template = settle_template(settings, processor, source)
+    model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
     return LoadedModel(
         model=model,
         processor=processor,
         tokenizer=processor.tokenizer,
-        capabilities=probe(processor, model.config),
+        capabilities=_probe(settings, processor, model.config, template),
         device=placement.device,
         dtype=dtype,
         attention=str(model.config._attn_implementation),
@@ -115,6 +119,16 @@ def _source(value: str) -> str | Path:
     return folder
 
 
+def _revision(settings: WorkerSettings, *, is_of_hub: bool) -> str | None:
+    """Return the revision that every file of a hub checkpoint is read at; None: the hub's own choice."""
+    if settings.model_revision and not is_of_hub:
+        raise CannotStart(
+            f"VISIONQ_MODEL_REVISION={settings.model_revision}: only checkpoints of the model hub have revisions, "
+            f"VISIONQ_MODEL={settings.model} is none"
+        )
+    return settings.model_revision or None
+
+
 def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
     """Half-precision files are loaded as float32 on a CPU too: its half-precision kernels are slower."""
     if settings.dtype is Dtype.AUTO:
@@ -127,17 +141,19 @@ def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
     return named[settings.dtype]
 
 
-def _read_config(settings: WorkerSettings, source: str | Path) -> PreTrainedConfig:
+def _read_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> PreTrainedConfig:
     """Read the config alone and refuse an architecture that is not served, before gigabytes are read."""
     problem = (
         "its config cannot be read"
         if isinstance(source, Path)
         else "no such folder, nor a readable hub checkpoint (gated ones need HF_TOKEN)"
     )
+    if revision is not None:
+        problem += f" at VISIONQ_MODEL_REVISION={revision}"
     with _refusing(settings, problem):
         if not isinstance(source, Path):
-            refuse_adapters(settings.model, source)
-        config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
+            refuse_adapters(settings.model, source, revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=isinstance(source, Path))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: {config.model_type} is not a vision-language architecture")
     return config
@@ -151,9 +167,9 @@ def _empty_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) 
     return empty
 
 
-def _load_processor(settings: WorkerSettings, source: str | Path) -> ProcessorMixin:
+def _load_processor(settings: WorkerSettings, source: str | Path, revision: str | None) -> ProcessorMixin:
     with _refusing(settings, "its processor cannot be loaded"):
-        processor = AutoProcessor.from_pretrained(source, local_files_only=isinstance(source, Path))
+        processor = AutoProcessor.from_pretrained(source, revision=revision, local_files_only=isinstance(source, Path))
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise CannotStart(
             f"VISIONQ_MODEL={settings.model}: {type(processor).__name__} takes no images; "
@@ -179,6 +195,7 @@ def _set_image_splitting(processor: ProcessorMixin, switch: Switch) -> None:
 def _load_model(
     settings: WorkerSettings,
     source: str | Path,
+    revision: str | None,
     architecture: type[PreTrainedModel],
     empty: Callable[[], PreTrainedModel],
     placement: Placement,
@@ -187,6 +204,7 @@ def _load_model(
     attention = attention_name(settings.attention, architecture, placement.device, dtype)
     options: dict[str, Any] = {
         "dtype": dtype,
+        "revision": revision,
         "local_files_only": isinstance(source, Path),
         "use_safetensors": True,  # a pickle may hold code
         "output_loading_info": True,
@@ -219,6 +237,16 @@ def _quantization_options(
     # Quantisers want to be told, also about a CPU.
     config = quantization_config(settings.quantization, dtype, choice)
     return {"device_map": {"": placement.device}, "quantization_config": config}
+
+
+def _probe(
+    settings: WorkerSettings, processor: ProcessorMixin, config: PreTrainedConfig, template: ChatTemplate | None
+) -> Capabilities:
+    try:
+        return probe(processor, config, template)
+    except ValueError as error:
+        where = template.source if template is not None else "none"
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: {error} ({where})") from error
 
 
 def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: The one folder of a checkpoint that is not the prefix itself.
+TEMPLATES: Final = "additional_chat_templates/"
 KINDS: Final = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
 PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 NUM_CONNECTIONS: Final = 8
@@ -122,15 +124,15 @@ def _client(settings: WorkerSettings) -> S3Client:
 
 
 def _look(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
-    """List what is directly under the prefix. Raises CannotStart when that is no checkpoint."""
-    files: list[_File] = []
-    has_pickles = False
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-    for entry in (entry for page in pages for entry in page.get("Contents", [])):
-        name = entry["Key"].removeprefix(prefix)
-        has_pickles = has_pickles or Path(name).suffix in PICKLES
-        if Path(name).suffix in KINDS and _NAME.fullmatch(name):
-            files.append(_File(name, entry["Size"], entry["ETag"].strip('"')))
+    """List what is directly under the prefix, and its further chat templates.
+
+    Raises CannotStart when that is no checkpoint.
+    """
+    found = list(_objects(client, bucket, prefix))
+    has_pickles = any(Path(file.name).suffix in PICKLES for file in found)
+    files = [file for file in found if Path(file.name).suffix in KINDS and _NAME.fullmatch(file.name)]
+    templates = [file for file in _objects(client, bucket, prefix + TEMPLATES) if file.name.endswith(".jinja")]
+    files += [replace(file, name=TEMPLATES + file.name) for file in templates if _NAME.fullmatch(file.name)]
     names = {file.name for file in files}
     if ADAPTER_CONFIG in names:
         raise adapter_refused(uri, client.get_object(Bucket=bucket, Key=prefix + ADAPTER_CONFIG)["Body"].read())
@@ -139,9 +141,16 @@ def _look(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
     if "config.json" not in names:
         raise CannotStart(f"VISIONQ_MODEL={uri}: no config.json under this prefix, so it is not a checkpoint")
     if not any(name.endswith(".safetensors") for name in names):
-        found = "its weights are pickles, which are never loaded" if has_pickles else "it has no weights"
-        raise CannotStart(f"VISIONQ_MODEL={uri}: {found}; store them as safetensors")
+        lacking = "its weights are pickles, which are never loaded" if has_pickles else "it has no weights"
+        raise CannotStart(f"VISIONQ_MODEL={uri}: {lacking}; store them as safetensors")
     return _Checkpoint(bucket, prefix, tuple(sorted(files, key=lambda file: file.name)))
+
+
+def _objects(client: S3Client, bucket: str, prefix: str) -> Iterator[_File]:
+    """Yield what lies directly under a prefix, named without it."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+        for entry in page.get("Contents", []):
+            yield _File(entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"].strip('"'))
 
 
 def _fetch(client: S3Client, uri: str, wanted: _Checkpoint, folder: Path) -> None:
@@ -151,6 +160,8 @@ def _fetch(client: S3Client, uri: str, wanted: _Checkpoint, folder: Path) -> Non
     logger.info("downloading checkpoint", extra=facts)
     draft = folder.with_name(f".{folder.name}.draft")
     draft.mkdir(exist_ok=True)
+    if any(file.name.startswith(TEMPLATES) for file in wanted.files):
+        (draft / TEMPLATES).mkdir(exist_ok=True)
     _forget_strangers(draft, wanted)
     _require_space(uri, wanted, draft)
     for file in wanted.files:
@@ -179,8 +190,8 @@ def _is_there(folder: Path, file: _File) -> bool:
 def _forget_strangers(draft: Path, wanted: _Checkpoint) -> None:
     """Remove what a cut-off download left half-written."""
     names = {file.name for file in wanted.files}
-    for path in draft.iterdir():
-        if path.name not in names:
+    for path in draft.rglob("*"):
+        if path.is_file() and str(path.relative_to(draft)) not in names:
             path.unlink()
 
 

@@ -120,15 +120,19 @@ def _pictures(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Image.Image, .
     return (medium.pixels,)
 
 
-def render(processor: ProcessorMixin, conversation: Conversation) -> str:
+def render(
+    processor: ProcessorMixin, conversation: Conversation, *, template: str | None = None, takes_parts: bool = True
+) -> str:
     """Return the prompt: ending with the assistant's cue, or inside its last turn when that is to be continued.
 
+    template: instead of the processor's own. takes_parts: as in `Capabilities`; without it media are a ValueError.
     Raises InvalidRequest, with the template's words when it refuses the conversation on purpose.
     """
     try:
         return str(
             processor.apply_chat_template(
-                _messages(conversation),
+                _messages(conversation) if takes_parts else _plain_messages(conversation),
+                chat_template=template,
                 add_generation_prompt=not conversation.is_continuation,
                 continue_final_message=conversation.is_continuation,
             )
@@ -150,4 +154,14 @@ def _messages(conversation: Conversation) -> list[dict[str, object]]:
             ],
         }
         for turn in conversation.turns
+    ]
+
+
+def _plain_messages(conversation: Conversation) -> list[dict[str, object]]:
+    if conversation.count(Slot.IMAGE) + conversation.count(Slot.VIDEO):
+        raise ValueError("plain text has no place for media")
+    texts = [[part for part in turn.parts if isinstance(part, str)] for turn in conversation.turns]
+    return [
+        {"role": turn.role.value, "content": "".join(parts)}
+        for turn, parts in zip(conversation.turns, texts, strict=True)
     ]

@@ -70,22 +70,26 @@ class TemplatedPrompts:
         """
         expected = self._expected(_shape(conversation))
         if not any(self._control.occur_in(text) for text in conversation.texts):
-            prompt = render(self._plain, conversation)
+            prompt = self._render_with(self._plain, conversation)
             if self._control.count_in(prompt) == expected:
                 return self._plain, prompt
         escapes: tuple[Callable[[str], str], ...] = (self._control.mark, self._fence)
         for escape in escapes:
-            prompt = render(self._marked, conversation.with_texts(escape))
+            prompt = self._render_with(self._marked, conversation.with_texts(escape))
             if self._control.count_in(prompt) == expected:
                 return self._marked, prompt
         raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
+
+    def _render_with(self, processor: ProcessorMixin, conversation: Conversation) -> str:
+        can = self._capabilities
+        return render(processor, conversation, template=can.given_template, takes_parts=can.takes_parts)
 
     def _fence(self, text: str) -> str:
         return f"{MARK}{self._control.mark(text)}{MARK}"
 
     def _count_of_shape(self, shape: Conversation) -> Counter[str]:
         """Count the template's own control tokens, and see that every image and clip has its place."""
-        counts = self._control.count_in(render(self._plain, shape))
+        counts = self._control.count_in(self._render_with(self._plain, shape))
         tokens = {Slot.IMAGE: self._capabilities.image_token, Slot.VIDEO: self._capabilities.video_token}
         for slot, token in tokens.items():
             if token is not None and counts[token] != shape.count(slot):
@@ -108,7 +112,7 @@ class TemplatedPrompts:
 
     def _check_control_tokens(self, tensors: dict[str, Tensor], conversation: Conversation, shown: SpreadMedia) -> None:
         """The last wall: the ids hold as many control tokens as the same conversation with harmless text."""
-        harmless = self._process(self._plain, render(self._plain, _shape(conversation)), shown)
+        harmless = self._process(self._plain, self._render_with(self._plain, _shape(conversation)), shown)
         if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
             raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
 

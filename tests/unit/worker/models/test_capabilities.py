@@ -49,12 +49,19 @@ def test_captioners_are_known_by_their_processor_and_have_their_own_prompt(
     assert capabilities(own).default_caption_prompt == "a drawing of"
 
 
-def test_a_chat_template_goes_before_a_familys_own_way(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_chat_template_that_shows_images_goes_before_a_familys_own_way(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
     own = Path(shutil.copytree(tiny_checkpoint("paligemma"), tmp_path / "paligemma"))
-    (own / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}")
+    words = "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
+    (own / "chat_template.jinja").write_text("{% for p in messages[0]['content'][:-1] %}<image>{% endfor %}" + words)
     can = capabilities(own)
-    assert (can.has_chat_template, can.captioner, can.image_token) == (True, None, None)
+    assert (can.has_chat_template, can.captioner, can.image_token) == (True, None, "<image>")
     assert can.default_caption_prompt == "Describe this image."
+    (own / "chat_template.jinja").write_text(words)
+    can = capabilities(own)
+    assert (can.has_chat_template, can.template_source, can.image_token) == (False, "", None)
+    assert can.captioner is not None, "asked in its family's way, a picture is seen"
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")

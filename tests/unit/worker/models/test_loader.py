@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BertConfig
 
@@ -148,6 +149,22 @@ def test_capabilities_are_found_out(tiny_checkpoint: Checkpoints, own_checkpoint
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert f"VISIONQ_MODEL={tmp_path}/nothing: there is no folder" in refusal(model=f"{tmp_path}/nothing")
+
+
+@pytest.mark.parametrize("model", ["demo", "s3://models/vlm/", "folder"])
+def test_a_revision_of_what_is_no_hub_checkpoint_is_refused_by_its_name(
+    model: str, tiny_checkpoint: Checkpoints
+) -> None:
+    model = str(tiny_checkpoint("llava")) if model == "folder" else model
+    message = refusal(model=model, model_revision="v1")
+    assert message.startswith("VISIONQ_MODEL_REVISION=v1: only checkpoints of the model hub have revisions")
+    assert f"VISIONQ_MODEL={model} is none" in message
+
+
+@pytest.mark.parametrize("revision", ["../../x", "a b", "-x", "x" * 256])
+def test_what_is_no_name_of_a_revision_is_no_setting(revision: str) -> None:
+    with pytest.raises(ValidationError, match="model_revision"):
+        WorkerSettings(model_revision=revision)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""Which chat template a checkpoint is asked with, found wherever checkpoints keep them; the operator's goes before all.
+
+In: a loaded processor and where it came from. Out: a `ChatTemplate`, also set on the processor, so that everything that
+renders takes the same one. A template that nothing can be rendered with is CannotStart.
+Places and their order are those of transformers, `ProcessorMixin.get_processor_dict`; after them the tokenizer's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import ProcessorMixin
+from transformers.utils import cached_file
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from worker.errors import CannotStart
+from worker.models.captioner import captioner_of
+from worker.settings import WorkerSettings
+
+#: Real ones are a few kilobytes.
+MAX_TEMPLATE_BYTES: Final = 1024 * 1024
+VARIABLE: Final = "VISIONQ_CHAT_TEMPLATE"
+#: What transformers calls the template that is taken when nobody names one.
+_DEFAULT: Final = "default"
+_IN_PROCESSOR: Final = ("processor_config.json", "chat_template.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """One Jinja template.
+
+    source: the file it came from, for people.
+    is_given: it is the operator's; families that would take another one for some conversations must take it, too.
+    """
+
+    text: str
+    source: str
+    is_given: bool = False
+
+
+def settle_template(settings: WorkerSettings, processor: ProcessorMixin, source: str | Path) -> ChatTemplate | None:
+    """Choose the template, set it on the processor and return it; None: there is none. Raises CannotStart.
+
+    A family with its own way of asking takes a template that came with its processor, not one of its tokenizer:
+    language models bring theirs along, which know no pictures.
+    """
+    template = _given(settings.chat_template) if settings.chat_template is not None else None
+    if template is None:
+        template = _named(settings, getattr(processor, "chat_template", None), lambda: _place(settings, source))
+    if template is None and captioner_of(processor) is None:
+        own = getattr(processor.tokenizer, "chat_template", None)
+        template = _named(settings, own, lambda: "tokenizer_config.json")
+    processor.chat_template = None if template is None else template.text
+    return template
+
+
+def _given(path: Path) -> ChatTemplate:
+    """Read the operator's file."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise CannotStart(f"{VARIABLE}={path}: there is no such file")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(content) > MAX_TEMPLATE_BYTES:
+            num_bytes = path.stat().st_size
+            raise CannotStart(f"{VARIABLE}={path}: {num_bytes} bytes, the limit is {MAX_TEMPLATE_BYTES}")
+        # Editors of some systems put a mark before the text; it would become part of every prompt.
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise CannotStart(f"{VARIABLE}={path}: cannot be read: {error.strerror or type(error).__name__}") from error
+    except UnicodeDecodeError as error:
+        raise CannotStart(f"{VARIABLE}={path}: not UTF-8 (byte {error.start})") from error
+    if not text.strip():
+        raise CannotStart(f"{VARIABLE}={path}: the file is empty")
+    _check(f"{VARIABLE}={path}", text)
+    return ChatTemplate(text, f"{VARIABLE}={path}", is_given=True)
+
+
+def _named(settings: WorkerSettings, found: object, place: Callable[[], str]) -> ChatTemplate | None:
+    """Return what transformers would render with: the template, or the one named `default` of several.
+
+    found: text, `{name: text}`, or a list of `{"name": …, "template": …}` as older files hold it.
+    """
+    if not found:
+        return None
+    where = f"VISIONQ_MODEL={settings.model}: the chat template in {place()}"
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        entries = [entry for entry in found if isinstance(entry, Mapping) and {"name", "template"} <= entry.keys()]
+        found = {str(entry["name"]): entry["template"] for entry in entries} if len(entries) == len(found) else None
+    if isinstance(found, Mapping):
+        if _DEFAULT not in found:
+            raise CannotStart(
+                f"{where}: there are {', '.join(sorted(map(str, found)))} and none is named {_DEFAULT}; "
+                f"write the one to use into a file and name it in {VARIABLE}"
+            )
+        found = found[_DEFAULT]
+    if not isinstance(found, str):
+        raise CannotStart(f"{where}: it is neither text nor a set of named texts")
+    if not found.strip():
+        return None
+    _check(where, found)
+    return ChatTemplate(found, place())
+
+
+def _check(where: str, text: str) -> None:
+    """Compile it as transformers does, with its filters and its blocks; no conversation is rendered yet."""
+    try:
+        render_jinja_template(conversations=[], chat_template=text)
+    except TemplateSyntaxError as error:
+        raise CannotStart(f"{where}: not a Jinja template: line {error.lineno}: {error.message}") from error
+    except (TemplateError, ValueError, SyntaxError, OverflowError, RecursionError) as error:
+        raise CannotStart(f"{where}: not a Jinja template: {error}") from error
+
+
+def _place(settings: WorkerSettings, source: str | Path) -> str:
+    """Return the file of the processor that transformers took the template from; the first that has one."""
+    for name in _IN_PROCESSOR:
+        file = cached_file(
+            str(source),
+            name,
+            revision=settings.model_revision or None,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None and (name != "processor_config.json" or _has_template(Path(file))):
+            return name
+    return "additional_chat_templates"
+
+
+def _has_template(file: Path) -> bool:
+    return json.loads(file.read_text(encoding="utf-8")).get("chat_template") is not None
