@@ -37,6 +37,12 @@ class JobFlags:
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 avoids repetition.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None
+    min_pixels: Annotated[
+        int | None, typer.Option(help="Pixels that a picture or frame is enlarged to, where the model's processor can.")
+    ] = None
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Most pixels of a picture or frame that the model is shown.")
+    ] = None
     deadline: Annotated[float | None, typer.Option(help="Seconds from now after which the job ends.")] = None
     priority: Annotated[int | None, typer.Option(help="0 (first) to 9.")] = None
     tenant: Annotated[str | None, typer.Option(help="Who is asking.")] = None
@@ -61,10 +67,16 @@ class JobFlags:
             seed=self.seed,
             repetition_penalty=self.repetition_penalty,
             stop=self.stop,
+            media_options=self._media_options,
             deadline_s=self.deadline,
             priority=self.priority,
             tenant=self.tenant,
         )
+
+    @property
+    def _media_options(self) -> dict[str, object] | None:
+        given = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return {name: value for name, value in given.items() if value is not None} or None
 
 
 def takes_job_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,6 +22,7 @@ from api_stub.connections import store_errors
 from api_stub.contract import names
 from api_stub.contract.conversation import Message
 from api_stub.contract.job import Job, TaskName, Webhook, parse_job
+from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
@@ -54,6 +55,7 @@ class JobOptions(TypedDict, total=False):
     seed: int | None
     repetition_penalty: float | None
     stop: Sequence[str] | None
+    media_options: MediaOptions | Mapping[str, object] | None
     deadline_s: float | None
     priority: int | None
     tenant: str | None

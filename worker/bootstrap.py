@@ -55,7 +55,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
     ledger = connect(settings)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
-    attempts, answers, prompts = Attempts(), Answers(), PromptBuilder(loaded)
+    attempts, answers, prompts = Attempts(), Answers(), prompt_builder(settings, loaded)
     step_meter, token_meter, job_meter = StepMeter(metrics), TokenMeter(metrics), JobMeter(metrics)
     publisher: Publisher[TimedStep] = Publisher(ledger, token_meter.watching(answers.translate))
 
@@ -135,6 +135,13 @@ def connect(settings: WorkerSettings) -> Ledger:
     except (redis.RedisError, ValueError) as error:
         raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {redis_address(url)}: {error}") from error
     return ledger
+
+
+def prompt_builder(settings: WorkerSettings, loaded: LoadedModel) -> PromptBuilder:
+    """Return what makes prompts. What its processor can be asked is found out now, not by the first job."""
+    prompts = PromptBuilder(loaded, settings.media_options, settings.max_job_pixels)
+    _ = prompts.limits
+    return prompts
 
 
 def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from worker.answers import Answers
-from worker.bootstrap import engine_config
+from worker.bootstrap import engine_config, prompt_builder
 from worker.engine.engine import Engine
 from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
@@ -18,7 +18,7 @@ from worker.models.quantization import describe_layers, weight_bytes
 from worker.prompting.prepare import PromptBuilder
 from worker.prompting.trials import trial_prompts
 from worker.settings import Quantization, WorkerSettings
-from worker.tryout import TriedOut, try_out
+from worker.tryout import PICTURE_SIZE, TriedOut, try_out
 
 MEBIBYTE = 1024 * 1024
 STOP_TIMEOUT_S = 10.0
@@ -27,14 +27,13 @@ STOP_TIMEOUT_S = 10.0
 def check(settings: WorkerSettings) -> str:
     """Load the model, ask it about one picture, return a report. Raises CannotStart when any of it fails."""
     loaded = load(settings)
-    answers = Answers()
+    answers, prompts = Answers(), prompt_builder(settings, loaded)
 
     def deliver(step: list[RequestOutput]) -> None:
         for outgoing in answers.translate(step):
             if outgoing.on_sent is not None:
                 outgoing.on_sent()
 
-    prompts = PromptBuilder(loaded)
     trials = trial_prompts(prompts, loaded.capabilities)
     engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), deliver, trials=trials)
     engine.start()
@@ -44,11 +43,11 @@ def check(settings: WorkerSettings) -> str:
         raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
     finally:
         engine.stop(STOP_TIMEOUT_S)
-    return "\n".join(f"{name:<20} {value}" for name, value in _facts(settings, loaded, engine, tried))
+    return "\n".join(f"{name:<20} {value}" for name, value in _facts(settings, loaded, engine, prompts, tried))
 
 
 def _facts(
-    settings: WorkerSettings, loaded: LoadedModel, engine: Engine, tried: TriedOut
+    settings: WorkerSettings, loaded: LoadedModel, engine: Engine, prompts: PromptBuilder, tried: TriedOut
 ) -> Iterable[tuple[str, object]]:
     config = engine_config(settings, loaded)
     revision = f" at {settings.model_revision}" if settings.model_revision else ""
@@ -64,7 +63,9 @@ def _facts(
     yield "generation config", _generation(settings, loaded.generation)
     yield "buckets", ", ".join(sorted(settings.readable_buckets))
     yield "peak memory", f"{_peak_bytes(loaded) / MEBIBYTE:.0f} MiB"
-    yield "prompt", f"{tried.finish.num_prompt_tokens} tokens"
+    yield "media options", _limits(prompts)
+    cost = f", {tried.num_media_tokens} for a picture of {PICTURE_SIZE}×{PICTURE_SIZE}"
+    yield "prompt", f"{tried.finish.num_prompt_tokens} tokens{cost if tried.num_media_tokens else ''}"
     yield "first token", f"{tried.finish.first_token_s:.3f} s"
     yield "answer", f"{tried.text!r} ({tried.finish.num_completion_tokens} tokens)"
 
@@ -81,6 +82,15 @@ def _asked(loaded: LoadedModel) -> str:
     """Return where the chat template came from, or whose way of asking stands in for it."""
     can = loaded.capabilities
     return can.template_source or f"none; asked as {'nobody' if can.captioner is None else can.captioner.family} is"
+
+
+def _limits(prompts: PromptBuilder) -> str:
+    """Return which limits jobs may ask for."""
+    way, tokens = prompts.limits.pictures, prompts.limits.least_tokens
+    if way is None:
+        return "none: the processor sizes pictures in its own way only"
+    cost = "" if tokens is None else f" and {tokens} tokens"
+    return f"{'min_pixels, ' if way.takes_min else ''}max_pixels; a picture has {way.least} pixels{cost} at least"
 
 
 def _peak_bytes(loaded: LoadedModel) -> int:

@@ -174,7 +174,7 @@ class Pipeline:
             collected = self._collect(attempt, job, parts, num_frames, watch) if parts else NO_MEDIA
             held.shrink(collected.num_decoded_bytes)
             with watch.prepare:
-                inputs = self._prompts.prepare(turns, collected.media)
+                inputs = self._prompts.prepare(turns, collected.media, job.media_options)
         attempt.check()
         return inputs
 

@@ -15,6 +15,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from api_stub.contract.job import ModelName
+from api_stub.contract.media_options import MAX_PIXELS, MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME
 from api_stub.contract.redis_url import check_redis_url
 from api_stub.ledger.config import LedgerConfig
@@ -159,6 +160,19 @@ class WorkerSettings(BaseSettings):
     max_job_pixels: int = Field(
         default=256_000_000, ge=1, description="Pixels of all images and sampled frames of one job; 4 bytes each"
     )
+    min_pixels: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_PIXELS,
+        description="Pixels that a picture or frame is enlarged to for the model; 0: the checkpoint's own",
+    )
+    max_pixels: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_PIXELS,
+        description="Pixels that the model is shown of a picture or frame, also the most that a job may ask for; "
+        "0: the checkpoint's own",
+    )
     decoded_bytes: int = Field(
         default=4096 * MEBIBYTE,
         ge=MEBIBYTE,
@@ -219,6 +233,14 @@ class WorkerSettings(BaseSettings):
             raise ValueError(f"must be at most a third of the lease ({lease_s} s)")
         return value
 
+    @field_validator("max_pixels")
+    @classmethod
+    def _most_is_not_below_least(cls, value: int, info: object) -> int:
+        least: int = getattr(info, "data", {}).get("min_pixels", 0)
+        if value and least > value:
+            raise ValueError(f"is below VISIONQ_MIN_PIXELS ({least})")
+        return value
+
     def secrets(self) -> tuple[str, ...]:
         """Return what no line of this process may show: passwords and keys that its environment holds."""
         url_password = urlsplit(self.redis_url.get_secret_value()).password or ""
@@ -228,6 +250,11 @@ class WorkerSettings(BaseSettings):
     def readable_buckets(self) -> frozenset[str]:
         """The buckets that jobs may name."""
         return frozenset(self.allowed_buckets or (self.media_bucket,))
+
+    @property
+    def media_options(self) -> MediaOptions:
+        """The worker's own limits for pixels."""
+        return MediaOptions(min_pixels=self.min_pixels or None, max_pixels=self.max_pixels or None)
 
     @property
     def concurrency(self) -> int:

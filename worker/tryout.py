@@ -28,10 +28,11 @@ TIMEOUT_S: Final = 600.0  # a large model tunes kernels on its first prompt
 
 @dataclass(frozen=True, slots=True)
 class TriedOut:
-    """What the model said, and the counts and times of saying it."""
+    """What the model said, the counts and times of saying it, and the tokens that the picture cost."""
 
     text: str
     finish: Finish
+    num_media_tokens: int
 
 
 def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers) -> TriedOut:
@@ -54,4 +55,4 @@ def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers) -> TriedOu
         raise EngineDead(f"no answer within {TIMEOUT_S:.0f} s")
     if finish.error is not None:
         raise GenerationFailed(finish.error)
-    return TriedOut(answer.text, finish)
+    return TriedOut(answer.text, finish, inputs.num_media_tokens)

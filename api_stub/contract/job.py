@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError, field_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    HttpUrl,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from api_stub.contract.conversation import (
     MediaPart,
@@ -26,6 +35,7 @@ from api_stub.contract.conversation import (
 )
 from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.media import MediaUri
+from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
 from api_stub.contract.sampling import NEUTRAL, SamplingParams
 from api_stub.contract.wire import WholeNumber, WireModel
@@ -82,11 +92,17 @@ class _JobFields(WireModel):
     media: tuple[MediaUri, ...] = Field(default=(), max_length=MAX_MEDIA)
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()
+    media_options: MediaOptions | None = None
     deadline_s: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_S)
     priority: WholeNumber = Field(default=DEFAULT_PRIORITY, ge=0, le=9)
     tenant: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9._-]*$")
     webhook: Webhook | None = None
     metadata: dict[str, Any] | None = None
+
+    @field_validator("media_options")
+    @classmethod
+    def _absent_when_empty(cls, options: MediaOptions | None) -> MediaOptions | None:
+        return None if options is None or options.are_empty else options
 
     @model_validator(mode="after")
     def _bounded(self) -> _JobFields:

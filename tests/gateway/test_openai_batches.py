@@ -84,8 +84,10 @@ def read(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
 def test_a_batch_is_answered_line_by_line(
     client: openai.OpenAI, redis_client: redis.Redis, redis_url: str, s3_client: S3Client
 ) -> None:
-    content = b"".join(line(f"q-{n}", "fail" if n % 5 == 4 else f"number {n}") for n in range(20))
+    asked = {"media_options": {"max_pixels": 50_000}}
+    content = b"".join(line(f"q-{n}", "fail" if n % 5 == 4 else f"number {n}", **asked) for n in range(20))
     content += b"\n" + b"not json\n" + line("other", "x", model="other") + line("tools", "x", tools=[1])
+    content += line("pixels", "x", mm_processor_kwargs={"max_pixels": 0})
     content += line("stream", "x", stream=True) + b'{"custom_id": "bare"}'
     with eager_worker(redis_url) as worker:
         worker.pause()
@@ -97,7 +99,7 @@ def test_a_batch_is_answered_line_by_line(
     assert (batch.status, batch.errors, batch.metadata) == ("completed", None, {"a": "b"})
     counts = batch.request_counts
     assert counts is not None
-    assert (counts.total, counts.completed, counts.failed) == (25, 16, 9)
+    assert (counts.total, counts.completed, counts.failed) == (26, 16, 10)
 
     answers = read(client, batch.output_file_id)
     assert [row["custom_id"] for row in answers] == [f"q-{n}" for n in range(20) if n % 5 != 4]
@@ -112,6 +114,7 @@ def test_a_batch_is_answered_line_by_line(
         None: (400, "invalid_json_line"),
         "other": (404, "model_not_found"),
         "tools": (400, "invalid_request"),
+        "pixels": (400, "invalid_request"),
         "stream": (400, "invalid_request"),
         "bare": (400, "invalid_request"),
     }

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PNG = b"\x89PNG\r\n\x1a\n not really"
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+#: Fields that OpenAI's package does not know.
+EXTRA = ("colour", "media_options", "mm_processor_kwargs")
 HELLO: Any = [{"role": "user", "content": "Hello?"}]
 KEYS = {name: new_key() for name in ("alice", "narrow")}
 ENTRIES = f"alice:{digest_of(KEYS['alice'])}; narrow:{digest_of(KEYS['narrow'])} models=mine rate=6"
@@ -145,6 +147,10 @@ def test_images_and_clips_are_stored_first_and_keep_their_places(
         ),
         ({"messages": [*HELLO, {"role": "system", "content": "late"}]}, "messages.1"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"media_options": {"max_pixels": "9"}}, "media_options.max_pixels"),
+        ({"media_options": {"min_pixels": 9, "max_pixels": 8}}, "media_options"),
+        ({"mm_processor_kwargs": {"max_pixels": 9, "num_crops": 4}}, "mm_processor_kwargs.num_crops"),
+        ({"mm_processor_kwargs": {}, "media_options": {}}, "mm_processor_kwargs"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
@@ -152,11 +158,21 @@ def test_what_cannot_be_done_is_refused_by_name(
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(
-            **{"model": "default", "messages": HELLO} | {k: v for k, v in fields.items() if k != "colour"},
-            extra_body={"colour": "red"} if "colour" in fields else None,
+            **{"model": "default", "messages": HELLO} | {k: v for k, v in fields.items() if k not in EXTRA},
+            extra_body={k: v for k, v in fields.items() if k in EXTRA},
         )
     assert refused.value.param == param
     assert refused.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("name", ["media_options", "mm_processor_kwargs"])
+def test_limits_for_pixels_reach_the_job_under_both_names(
+    name: str, service: Service, client: openai.OpenAI, redis_url: str
+) -> None:
+    with eager_worker(redis_url):
+        for asked in ({"max_pixels": 50_000}, {"min_pixels": 9, "max_pixels": 10}, {}):
+            answer = client.chat.completions.create(model="default", messages=HELLO, extra_body={name: asked})
+            assert job_of(service, answer.id.removeprefix("chatcmpl-")).get("media_options", {}) == asked
 
 
 def test_fields_that_say_nothing_are_passed_over(service: Service, redis_url: str) -> None:

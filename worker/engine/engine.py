@@ -188,7 +188,7 @@ class Engine:
         """
         if request.sampling.max_new_tokens is None or request.sampling.seed is None:
             raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
-        self._check_length(request.inputs.num_prompt_tokens, request.sampling.max_new_tokens)
+        self._check_length(request.inputs, request.sampling.max_new_tokens)
         # Here, on the caller's thread: it reads every pixel.
         pictures = self._core.cut(request.inputs)
         if not self._post(_Submit(request, time.monotonic(), pictures)):
@@ -212,16 +212,16 @@ class Engine:
             raise ValueError(f"a request with the id {request_id} has not ended yet")
         self._request_ids.add(request_id)
 
-    def _check_length(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
-        num_tokens = num_prompt_tokens + max_new_tokens
+    def _check_length(self, inputs: ModelInputs, max_new_tokens: int) -> None:
+        num_tokens = inputs.num_prompt_tokens + max_new_tokens
         limits = [(self._row_length, "the engine's rows of {} tokens")]
         if self._context_length is not None:
             limits.append((self._context_length, "the model's context of {} tokens"))
         limit, name = min(limits)
         if num_tokens > limit:
             raise PromptTooLong(
-                f"prompt of {num_prompt_tokens} tokens and max_new_tokens of {max_new_tokens} make {num_tokens}, "
-                f"more than {name.format(limit)}"
+                f"prompt of {inputs.num_prompt_tokens} tokens and max_new_tokens of {max_new_tokens} make "
+                f"{num_tokens}, more than {name.format(limit)}{inputs.cost_of_media}"
             )
 
     @torch.inference_mode()

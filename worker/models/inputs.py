@@ -16,14 +16,26 @@ class ModelInputs:
         and whatever the family adds (`pixel_values`, `image_sizes`, …). Owned by the receiver.
     num_images, num_frames: stills and clip frames in the prompt, for `usage`.
     is_continuation: the prompt ends inside an assistant's turn; leading white space of the answer is kept.
+    num_media_tokens: of the prompt's tokens, those that stand for media and around them.
+    can_take_fewer: a smaller `media_options.max_pixels` would make them fewer.
     """
 
     tensors: Mapping[str, Tensor]
     num_images: int = 0
     num_frames: int = 0
     is_continuation: bool = False
+    num_media_tokens: int = 0
+    can_take_fewer: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt as the tokenizer and processor counted it."""
         return int(self.tensors["input_ids"].shape[1])
+
+    @property
+    def cost_of_media(self) -> str:
+        """For a message about a prompt that is too long: what of it the media are; empty: nothing."""
+        if not self.num_media_tokens:
+            return ""
+        advice = " (media_options.max_pixels makes them fewer)" if self.can_take_fewer else ""
+        return f"; {self.num_media_tokens} of the prompt's tokens are media{advice}"

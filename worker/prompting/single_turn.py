@@ -5,17 +5,19 @@ In: one user's turn and decoded media. Out: tensors on the CPU. What such a mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 from torch import Tensor
 
 from api_stub.contract.conversation import Role, TextPart, Turn
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.media_options import MediaOptions
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.captioner import Captioner
 from worker.models.inputs import ModelInputs
+from worker.prompting.pixel_trials import PixelLimits
 from worker.prompting.processors import Processors, tensors_of
 
 
@@ -25,6 +27,11 @@ class SingleTurnPrompts:
     def __init__(self, processors: Processors, captioner: Captioner) -> None:
         self._processors = processors
         self._captioner = captioner
+
+    @property
+    def limits(self) -> PixelLimits:
+        """None: these families' processors make the same size of every picture."""
+        return PixelLimits()
 
     def check(self, job: Job) -> None:
         """Raise InvalidRequest for a kind of job that the family has no form for, before any medium is fetched."""
@@ -37,14 +44,25 @@ class SingleTurnPrompts:
             raise InvalidRequest(f"task: {family} makes captions and answers no questions, got {job.task.value}")
         self._check_number(len(job.media))
 
-    def prepare(self, turns: Sequence[Turn], media: Sequence[DecodedMedia]) -> ModelInputs:
+    def prepare(
+        self, turns: Sequence[Turn], media: Sequence[DecodedMedia], options: MediaOptions | None = None
+    ) -> ModelInputs:
         """Return the prompt's tensors. Raises InvalidRequest for anything but pictures and one text after them."""
         text = self._text(turns)
         pictures = [medium.pixels for medium in media if not isinstance(medium, DecodedClip)]
         if len(pictures) < len(media):
             raise InvalidRequest(f"media: {self._captioner.family} takes images only, got a video")
         self._check_number(len(pictures))
-        return ModelInputs(self._encode(pictures, text), num_images=len(pictures))
+        assert options is None, "refused before: there are no limits"
+        tensors = self._encode(pictures, text)
+        return ModelInputs(tensors, num_images=len(pictures), num_media_tokens=self._num_media_tokens(tensors))
+
+    def _num_media_tokens(self, tensors: Mapping[str, Tensor]) -> int:
+        """Count the places of pictures among the prompt's tokens; GIT's pictures have none there."""
+        token = getattr(self._processors.plain, "image_token", None)
+        if token is None:
+            return 0
+        return int((tensors["input_ids"] == self._processors.plain.tokenizer.convert_tokens_to_ids(str(token))).sum())
 
     def _text(self, turns: Sequence[Turn]) -> str:
         texts = [part.text for turn in turns for part in turn.content if isinstance(part, TextPart)]

@@ -6,14 +6,17 @@ ordinary path of `processor.apply_chat_template(..., tokenize=True)`; text with 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
 
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
-from api_stub.contract.conversation import Turn
+from api_stub.contract.conversation import ImagePart, Role, TextPart, Turn, VideoPart
+from api_stub.contract.media_options import MediaOptions
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.capabilities import Capabilities
@@ -21,6 +24,8 @@ from worker.models.inputs import ModelInputs
 from worker.prompting.chat import Conversation, Slot, SpreadMedia, render, spread
 from worker.prompting.clips import video_options
 from worker.prompting.literals import MARK
+from worker.prompting.pixel_trials import PixelLimits, find_limits
+from worker.prompting.pixels import Arguments, AsItIs
 from worker.prompting.processors import Processors, tensors_of
 
 _SHAPES_REMEMBERED = 512
@@ -29,16 +34,35 @@ _SHAPES_REMEMBERED = 512
 class TemplatedPrompts:
     """Prepares prompts with one model's chat template. Called from many threads at once."""
 
-    def __init__(self, processors: Processors, capabilities: Capabilities, bos_token: str | None) -> None:
+    def __init__(
+        self,
+        processors: Processors,
+        capabilities: Capabilities,
+        config: PreTrainedConfig,
+        bos_token: str | None,
+    ) -> None:
         self._processors = processors
         self._plain, self._marked, self._control = processors.plain, processors.marked, processors.control
         self._capabilities = capabilities
+        self._config = config
         self._bos_token = bos_token
+        tokens = sorted(filter(None, (capabilities.image_token, capabilities.video_token)), key=len, reverse=True)
+        self._places = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         self._expected = lru_cache(maxsize=_SHAPES_REMEMBERED)(self._count_of_shape)
 
-    def prepare(self, turns: Sequence[Turn], media: Sequence[DecodedMedia]) -> ModelInputs:
+    @cached_property
+    def limits(self) -> PixelLimits:
+        """How the processor can be asked for fewer or more pixels. Found out at the first look, in about a second."""
+        if self._capabilities.image_token is None:
+            return PixelLimits()
+        return find_limits(self._plain, self._config, self._encode, has_clips=self._capabilities.native_video)
+
+    def prepare(
+        self, turns: Sequence[Turn], media: Sequence[DecodedMedia], options: MediaOptions | None = None
+    ) -> ModelInputs:
         """Return the prompt's tensors. `media` are in the order of the parts that are not text.
 
+        options: what is asked of the processor; `limits` must have a way for it.
         Raises InvalidRequest when the model cannot be asked this, or the template or the processor refuses it.
         """
         conversation, shown = spread(turns, media, keep_clips=self._keeps_clips(media))
@@ -46,15 +70,63 @@ class TemplatedPrompts:
         if num_images and self._capabilities.image_token is None:
             raise InvalidRequest(f"media: this model's chat template shows no images, got {num_images}")
         processor, prompt = self._render(conversation)
-        tensors = self._process(processor, prompt, shown)
+        asked = self._asked(options, shown) if options is not None else {}
+        tensors = self._process(processor, prompt, shown, asked)
         if processor is self._marked:
-            self._check_control_tokens(tensors, conversation, shown)
+            self._check_control_tokens(tensors, conversation, shown, asked)
+        num_media_tokens = self._num_media_tokens(processor, prompt, tensors) if media else 0
         return ModelInputs(
             tensors=tensors,
             num_images=shown.num_images,
             num_frames=shown.num_frames,
             is_continuation=conversation.is_continuation,
+            num_media_tokens=num_media_tokens,
+            can_take_fewer=self._can_take_fewer(num_media_tokens, shown),
         )
+
+    def _encode(self, medium: DecodedMedia, asked: Arguments) -> ModelInputs:
+        """Return a prompt about one medium, for trials."""
+        is_clip = isinstance(medium, DecodedClip)
+        part = VideoPart(uri="s3://trial/noise") if is_clip else ImagePart(uri="s3://trial/noise")
+        turns = (Turn(role=Role.USER, content=(part, TextPart(text="x"))),)
+        conversation, shown = spread(turns, (medium,), keep_clips=is_clip)
+        prompt = self._render_with(self._plain, conversation)
+        tensors = self._process(self._plain, prompt, shown, {"videos_kwargs" if is_clip else "images_kwargs": asked})
+        return ModelInputs(tensors, num_media_tokens=self._num_media_tokens(self._plain, prompt, tensors))
+
+    def _asked(self, options: MediaOptions, shown: SpreadMedia) -> Mapping[str, Arguments]:
+        """Return the processor's arguments for what is asked, per kind of media. Raises InvalidRequest."""
+        asked: dict[str, Arguments] = {}
+        try:
+            if shown.pictures and self.limits.pictures is not None:
+                asked["images_kwargs"] = self.limits.pictures.arguments(options)
+            if shown.clips:
+                if self.limits.clips is None:
+                    name = type(self._plain.video_processor).__name__
+                    raise InvalidRequest(f"media_options: {name} sizes the frames of clips in its own way only")
+                num_frames = [len(clip.frames) for clip in shown.clips]
+                asked["videos_kwargs"] = self.limits.clips.arguments(options, num_frames)
+        except ValueError as error:
+            raise InvalidRequest(f"media_options: {error}") from error
+        return asked
+
+    def _num_media_tokens(self, processor: ProcessorMixin, prompt: str, tensors: Mapping[str, Tensor]) -> int:
+        """Return how many tokens the prompt has beyond those of its text."""
+        tokenizer = processor.tokenizer
+        has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
+        num_words = 0 if has_bos else tokenizer.num_special_tokens_to_add()
+        for piece in filter(None, self._places.split(prompt)):
+            num_words += len(tokenizer(piece, add_special_tokens=False)["input_ids"])
+        return max(0, int(tensors["input_ids"].shape[1]) - num_words)
+
+    def _can_take_fewer(self, num_media_tokens: int, shown: SpreadMedia) -> bool:
+        """Tell whether fewer pixels would help, as far as that has been found out."""
+        limits: PixelLimits | None = self.__dict__.get("limits")
+        if limits is None or limits.least_tokens is None:
+            return False
+        if shown.clips:
+            return limits.clips is not None and not isinstance(limits.clips, AsItIs)
+        return num_media_tokens > len(shown.pictures) * limits.least_tokens
 
     def _keeps_clips(self, media: Sequence[DecodedMedia]) -> bool:
         """Whether clips are given as clips: all of a prompt's or none, so that the model sees them alike."""
@@ -98,9 +170,13 @@ class TemplatedPrompts:
                 )
         return counts
 
-    def _process(self, processor: ProcessorMixin, prompt: str, shown: SpreadMedia) -> dict[str, Tensor]:
+    def _process(
+        self, processor: ProcessorMixin, prompt: str, shown: SpreadMedia, asked: Mapping[str, Arguments]
+    ) -> dict[str, Tensor]:
         """Run the processor as transformers' own chat path does: no second BOS, media nested per conversation."""
-        options = video_options(processor, shown.clips)
+        options: dict[str, Any] = video_options(processor, shown.clips)
+        # Copies: processors take out of them what they have read.
+        options.update({kind: dict(arguments) for kind, arguments in asked.items() if arguments})
         if self._bos_token is not None and prompt.startswith(self._bos_token):
             options["add_special_tokens"] = False
         images = [list(shown.pictures)] if shown.pictures else None
@@ -110,9 +186,15 @@ class TemplatedPrompts:
             raise InvalidRequest(f"messages: the model's processor refuses them: {error}") from error
         return tensors_of(encoded)
 
-    def _check_control_tokens(self, tensors: dict[str, Tensor], conversation: Conversation, shown: SpreadMedia) -> None:
+    def _check_control_tokens(
+        self,
+        tensors: dict[str, Tensor],
+        conversation: Conversation,
+        shown: SpreadMedia,
+        asked: Mapping[str, Arguments],
+    ) -> None:
         """The last wall: the ids hold as many control tokens as the same conversation with harmless text."""
-        harmless = self._process(self._plain, self._render_with(self._plain, _shape(conversation)), shown)
+        harmless = self._process(self._plain, self._render_with(self._plain, _shape(conversation)), shown, asked)
         if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
             raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
 

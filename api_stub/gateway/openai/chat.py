@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from api_stub.contract.conversation import MAX_FRAMES
 from api_stub.contract.error import explain
 from api_stub.contract.job import MAX_DEADLINE_S, TaskName
+from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.sampling import MAX_STOP_STRINGS, StopString
 from api_stub.gateway.media_hosts import NO_HOSTS, AddressRefused, MediaAddress, MediaHosts
 from api_stub.gateway.problems import Problem, fields_of, invalid, wrong_field
@@ -113,6 +114,12 @@ class StreamOptions(_Part):
     include_obfuscation: bool | None = None
 
 
+class PixelOptions(MediaOptions):
+    """Pixels of every picture and frame; vLLM's clients say `mm_processor_kwargs` for it."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+
+
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 
 
@@ -136,6 +143,8 @@ class ChatRequest(_Part):
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    media_options: PixelOptions | None = None
+    mm_processor_kwargs: PixelOptions | None = None
     priority: int | None = Field(default=None, ge=0, le=9)
     deadline_s: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_S)
 
@@ -161,6 +170,8 @@ def parse_chat(fields: Mapping[str, Any]) -> ChatRequest:
         raise _invalid(message) from error
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "only for stream=true")
+    if request.media_options is not None and request.mm_processor_kwargs is not None:
+        raise invalid("mm_processor_kwargs", "not beside media_options")
     return request
 
 
@@ -177,7 +188,14 @@ def job_fields(request: ChatRequest, hosts: MediaHosts = NO_HOSTS) -> dict[str, 
         for at, message in enumerate(request.messages)
     ]
     has_video = any(isinstance(part, ChatVideoPart) for message in request.messages for part in message.content)
-    options = {"metadata": request.metadata, "priority": request.priority, "deadline_s": request.deadline_s}
+    options: dict[str, object] = {
+        "metadata": request.metadata,
+        "priority": request.priority,
+        "deadline_s": request.deadline_s,
+    }
+    pixels = request.media_options or request.mm_processor_kwargs
+    if pixels is not None and not pixels.are_empty:
+        options["media_options"] = pixels.model_dump(exclude_none=True)
     return {
         "task": str(TaskName.VIDEO_QA if has_video else TaskName.VQA),
         "model": request.model,

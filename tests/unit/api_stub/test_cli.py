@@ -19,6 +19,7 @@ from api_stub.cli import app
 from api_stub.client import Client
 from api_stub.contract import names
 from api_stub.contract.job import CaptionJob, VideoQaJob, VqaJob, parse_job
+from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.schema import NAMES
 from api_stub.flags import JobFlags
@@ -82,10 +83,12 @@ def test_every_flag_reaches_the_job(run: Run, ledger: Ledger, redis_client: redi
     flags = (
         "--model", "big", "--max-new-tokens", "9", "--min-new-tokens", "1", "--temperature", "0.5", "--top-p", "0.9",
         "--top-k", "3", "--min-p", "0.1", "--seed", "7", "--repetition-penalty", "1.5", "--stop", "a", "--stop", "b",
+        "--min-pixels", "100", "--max-pixels", "900",
         "--deadline", "60", "--priority", "2", "--tenant", "team", "--timeout", "20", "--job-id",
     )  # fmt: skip
     shared = {
         "model": "big", "deadline_s": 60.0, "priority": 2, "tenant": "team",
+        "media_options": MediaOptions(min_pixels=100, max_pixels=900),
         "sampling": SamplingParams(max_new_tokens=9, min_new_tokens=1, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1,
                                    seed=7, repetition_penalty=1.5, stop=("a", "b")),
     }  # fmt: skip

@@ -46,6 +46,16 @@ REFUSED = {
     "sampling.repetition_penalty": {
         "task": "visionq.vqa", "question": "Why?", "sampling": {"repetition_penalty": 1e-40}
     },
+    "media_options: min_pixels: 9 is above max_pixels, 8": {
+        "task": "visionq.vqa", "question": "Why?", "media_options": {"min_pixels": 9, "max_pixels": 8}
+    },
+    "media_options.max_pixels: Input should be greater than or equal to 1 (got 0)": {
+        "task": "visionq.vqa", "question": "Why?", "media_options": {"max_pixels": 0}
+    },
+    "media_options.min_pixels: Input should be less than or equal to 268435456 (got 268435457)": {
+        "task": "visionq.vqa", "question": "Why?", "media_options": {"min_pixels": 2**28 + 1}
+    },
+    "media_options.size: ": {"task": "visionq.vqa", "question": "Why?", "media_options": {"size": 1}},
     "deadline_s: cannot be written as JSON": {"task": "visionq.vqa", "question": "Why?", "deadline_s": math.nan},
     "sampling.seed: cannot be written as JSON": {
         "task": "visionq.vqa", "question": "Why?", "sampling": {"seed": math.inf}
@@ -120,6 +130,8 @@ def test_a_number_that_json_does_not_know_is_refused_in_raw_text_too(field: str,
     [
         ("priority", "true"), ("priority", '"5"'), ("priority", "5.5"), ("deadline_s", "true"), ("deadline_s", '"5"'),
         ("sampling.seed", "true"), ("sampling.top_k", '"1"'), ("sampling.temperature", '"0.5"'), ("question", "5"),
+        ("media_options.max_pixels", "true"), ("media_options.max_pixels", '"5"'), ("media_options.max_pixels", "5.5"),
+        ("media_options", "5"),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(place: str, value: str) -> None:
@@ -149,6 +161,17 @@ def test_a_job_of_the_limit_is_read_and_one_byte_more_is_not() -> None:
     assert isinstance(parse_job(fits), VqaJob)
     with pytest.raises(InvalidJob, match=rf"{MAX_JOB_BYTES + 1} bytes of JSON, the limit is {MAX_JOB_BYTES}"):
         parse_job(fits | {"question": fits["question"] + "x"})
+
+
+def test_media_options_that_ask_nothing_leave_a_job_as_it_was() -> None:
+    plain = parse_job({"task": "visionq.vqa", "question": "Why?"})
+    for nothing in (None, {}, {"min_pixels": None}):
+        job = parse_job({"task": "visionq.vqa", "question": "Why?", "media_options": nothing})
+        assert (job.to_json(), digest(job)) == (plain.to_json(), digest(plain))
+    assert "media_options" not in plain.to_json()
+    asked = parse_job('{"task": "visionq.vqa", "question": "Why?", "media_options": {"max_pixels": 1e3}}')
+    assert '"media_options":{"max_pixels":1000}' in asked.to_json()
+    assert digest(asked) != digest(plain)
 
 
 def test_the_task_of_a_celery_message_completes_its_fields() -> None:

@@ -110,6 +110,7 @@ def test_a_prompt_is_what_the_family_documents(name: str, loaded_family: Loaded,
         assert torch.equal(inputs.tensors[tensor], expected[tensor]), tensor
     assert inputs.tensors["attention_mask"].all()
     assert "labels" not in inputs.tensors
+    assert inputs.num_media_tokens == {"git": 0, "blip2": 4, "paligemma": 16}[name]
     decoded = loaded.tokenizer.decode(inputs.tensors["input_ids"][0])
     tokens = {"git": "[CLS]a photo of", "blip2": "<image>" * 4 + "<s>a photo of"}
     assert decoded == tokens.get(name, "<image>" * 16 + "<bos>a photo of\n")
