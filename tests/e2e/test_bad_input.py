@@ -115,6 +115,22 @@ def test_a_foreign_bucket_is_refused_without_being_read(
     assert "private" in failure.value.message
 
 
+def test_limits_for_pixels_reach_the_model_and_what_cannot_be_had_is_refused(
+    demo_worker: WorkerProcess, client: Client, s3_client: S3Client
+) -> None:
+    """The demo's pictures are 64×64 pixels in patches of 16."""
+    s3_client.put_object(Bucket="media", Key="good.jpg", Body=picture())
+    whole = client.caption("s3://media/good.jpg").result(timeout=60)
+    small = client.caption("s3://media/good.jpg", media_options={"max_pixels": 256}).result(timeout=60)
+    assert whole.text != small.text, "one patch of a picture is another picture"
+    assert client.caption("s3://media/good.jpg").result(timeout=60).text == whole.text
+    for number, options in ((5000, {"min_pixels": 5000}), (2**28, {"min_pixels": 2**28, "max_pixels": 2**28})):
+        with pytest.raises(JobFailed, match="media_options") as failure:
+            client.caption("s3://media/good.jpg", media_options=options).result(timeout=60)
+        assert failure.value.code == "invalid_request"
+        assert str(number) in failure.value.message
+
+
 def test_a_question_longer_than_the_context_names_both_numbers(demo_worker: WorkerProcess, client: Client) -> None:
     with pytest.raises(JobFailed) as failure:
         client.vqa(question="how many stars? " * 2000, max_new_tokens=8).result(timeout=60)

@@ -21,19 +21,21 @@ TOKEN = "hf_" + "T0ken" * 6
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: Tells of every kind of file that a revision has one of its own.
 TELL = """
+import os
 from worker.models.loader import load
 from worker.settings import WorkerSettings
-loaded = load(WorkerSettings())
-print(
-    loaded.model.config.default_caption_prompt,
-    float(loaded.model.lm_head.weight.sum()),
-    loaded.model.generation_config.repetition_penalty,
-    loaded.processor.image_processor.image_mean[0],
-    loaded.tokenizer.model_max_length,
-    loaded.processor.chat_template[:5],
-    loaded.capabilities.template_source,
-    sep="|",
-)
+for revision in os.environ["REVISIONS"].split(","):
+    loaded = load(WorkerSettings(model_revision=revision))
+    print(
+        loaded.model.config.default_caption_prompt,
+        float(loaded.model.lm_head.weight.sum()),
+        loaded.model.generation_config.repetition_penalty,
+        loaded.processor.image_processor.image_mean[0],
+        loaded.tokenizer.model_max_length,
+        loaded.processor.chat_template[:5],
+        loaded.capabilities.template_source,
+        sep="|",
+    )
 """
 PROGRAM = """
 import sys
@@ -210,11 +212,8 @@ def test_every_file_of_a_hub_checkpoint_is_read_at_the_named_revision(
     tmp_path: Path, two_revisions: dict[str, str]
 ) -> None:
     named = {"": "main", "main": "main", "v1": "v1", "2" * 40: "v1", "1" * 40: "main"}
-    for revision, name in named.items():
-        done = load(
-            None, tmp_path, "nobody/tiny", TELL, VISIONQ_MODEL_REVISION=revision, HF_HUB_OFFLINE="1"
-        )  # fmt: skip
-        assert done.stdout.strip() == two_revisions[name], done.stderr
+    done = load(None, tmp_path, "nobody/tiny", TELL, REVISIONS=",".join(named), HF_HUB_OFFLINE="1")
+    assert done.stdout.splitlines() == [two_revisions[name] for name in named.values()], done.stderr
 
 
 def test_a_revision_that_the_hub_does_not_have_is_refused_by_the_variable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedClip
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel, load
-from worker.prompting.pixels import AsItIs, LongestEdge, NumTiles
+from worker.prompting.pixels import AsItIs, LongestEdge, NumTiles, PixelCounts
 from worker.prompting.prepare import PromptBuilder
 from worker.settings import WorkerSettings
 
@@ -93,6 +94,29 @@ def test_pictures_are_what_the_processor_makes_of_the_same_limits_and_answered_a
             prompts.append(inputs)
     said, expected = answers(loaded_family(name), prompts)
     assert said == expected
+
+
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("size", [(64, 64), (200, 50), (300, 300), (20, 30), (7, 7), (30, 40)], ids=str)
+def test_no_picture_gets_more_than_asked_though_the_checkpoints_own_least_is_rounded_up(
+    name: str, size: tuple[int, int], builder_of: Builders
+) -> None:
+    for most in (64, 256, 257, 300, 500, 900, 1100, 2000, 100_000):
+        inputs = builder_of(name).prepare(*asked(1, size), MediaOptions(max_pixels=most))
+        _, height, width = inputs.tensors["image_grid_thw"][0].tolist()
+        assert height * width * 64 <= max(most, 256 if size != (200, 50) else 1024)
+
+
+@pytest.mark.parametrize(("patch", "least"), [(14, 3136), (16, 65_536)])
+def test_real_sizes_are_tried_with_small_pictures(patch: int, least: int, loaded_family: Loaded) -> None:
+    loaded = loaded_family("qwen2-vl")
+    processor = AutoProcessor.from_pretrained(loaded.model.name_or_path)
+    size = {"shortest_edge": least, "longest_edge": 16_777_216}
+    processor.image_processor = transformers.Qwen2VLImageProcessor(size=size, patch_size=patch)
+    unit = (2 * patch) ** 2
+    limits = PromptBuilder(replace(loaded, processor=processor)).limits
+    assert limits.pictures == PixelCounts(least, 16_777_216, unit)
+    assert limits.clips is not None
 
 
 @pytest.mark.parametrize("name", QWEN)

@@ -73,6 +73,7 @@ class _Trials:
         try:
             whole = self._pixels(_picture((width, height)), {})
             trials = [((width, height), limits) for limits in _limits(whole)]
+            trials.append(((width, height), MediaOptions(max_pixels=1)))
             trials += [(size, next(_limits(whole))) for size in ((width, height // 3), (width // 3, height))]
             if way.takes_min:
                 trials += [(size, MediaOptions(min_pixels=whole // 4, max_pixels=whole)) for size in ((9, 9), (24, 9))]

@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from api_stub.contract.media_options import MediaOptions
 
 Arguments = Mapping[str, Any]
+
+#: A longer "edge" is a number of pixels.
+MAX_EDGE: Final = 4096
 
 
 class Way(Protocol):
@@ -49,7 +52,7 @@ def ways_for_pictures(processor: ProcessorMixin, config: PreTrainedConfig) -> li
         frames = _product(images, "temporal_patch_size")
         # GLM counts a picture as the frames of a clip that it is copied to.
         ways += [PixelCounts(size["shortest_edge"], size["longest_edge"], least, factor) for factor in {1, frames}]
-    if "longest_edge" in size:
+    if size.get("longest_edge", MAX_EDGE + 1) <= MAX_EDGE:
         patch = _product(processor, "patch_size", "spatial_merge_size")
         if patch == 1:
             patch = _product(getattr(config, "vision_config", None), "patch_size")
@@ -99,7 +102,8 @@ class PixelCounts:
     def arguments(self, limits: MediaOptions, num_frames: Sequence[int] = ()) -> Arguments:
         least, most = self._counted_as(num_frames)
         longest = self.own_max if limits.max_pixels is None else limits.max_pixels * least
-        shortest = self.own_min if limits.min_pixels is None else limits.min_pixels * most
+        # Edges are rounded up to the least: a small picture must not get more than the most by that.
+        shortest = min(self.own_min, max(1, longest // 4)) if limits.min_pixels is None else limits.min_pixels * most
         if limits.max_pixels is None and shortest > longest:
             raise ValueError(f"min_pixels of {limits.min_pixels} is above the checkpoint's own most, {longest // most}")
         fixed = self.fixed if limits.max_pixels is not None else {}
