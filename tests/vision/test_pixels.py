@@ -98,9 +98,7 @@ def test_pictures_are_what_the_processor_makes_of_the_same_limits_and_answered_a
 
 @pytest.mark.parametrize("name", QWEN)
 @pytest.mark.parametrize("size", [(64, 64), (200, 50), (300, 300), (20, 30), (7, 7), (30, 40)], ids=str)
-def test_no_picture_gets_more_than_asked_though_the_checkpoints_own_least_is_rounded_up(
-    name: str, size: tuple[int, int], builder_of: Builders
-) -> None:
+def test_no_picture_gets_more_pixels_than_asked(name: str, size: tuple[int, int], builder_of: Builders) -> None:
     for most in (64, 256, 257, 300, 500, 900, 1100, 2000, 100_000):
         inputs = builder_of(name).prepare(*asked(1, size), MediaOptions(max_pixels=most))
         _, height, width = inputs.tensors["image_grid_thw"][0].tolist()
@@ -108,15 +106,22 @@ def test_no_picture_gets_more_than_asked_though_the_checkpoints_own_least_is_rou
 
 
 @pytest.mark.parametrize(("patch", "least"), [(14, 3136), (16, 65_536)])
-def test_real_sizes_are_tried_with_small_pictures(patch: int, least: int, loaded_family: Loaded) -> None:
+def test_a_checkpoints_own_least_near_the_limit_gives_small_pictures_no_more(
+    patch: int, least: int, loaded_family: Loaded
+) -> None:
     loaded = loaded_family("qwen2-vl")
     processor = AutoProcessor.from_pretrained(loaded.model.name_or_path)
     size = {"shortest_edge": least, "longest_edge": 16_777_216}
     processor.image_processor = transformers.Qwen2VLImageProcessor(size=size, patch_size=patch)
     unit = (2 * patch) ** 2
-    limits = PromptBuilder(replace(loaded, processor=processor)).limits
-    assert limits.pictures == PixelCounts(least, 16_777_216, unit)
-    assert limits.clips is not None
+    builder = PromptBuilder(replace(loaded, processor=processor))
+    assert builder.limits.pictures == PixelCounts(least, 16_777_216, unit)
+    assert builder.limits.clips is not None
+    for most in (least // 2, least + least // 8, 2 * least):
+        for shown in ((30, 40), (90, 90), (300, 200)):
+            inputs = builder.prepare(*asked(1, shown), MediaOptions(max_pixels=most))
+            _, height, width = inputs.tensors["image_grid_thw"][0].tolist()
+            assert height * width * patch**2 <= most, "edges are rounded up to the least"
 
 
 @pytest.mark.parametrize("name", QWEN)

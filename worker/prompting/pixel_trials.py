@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
@@ -32,7 +33,10 @@ ROUNDING: Final = 4
 #: Odd numbers of frames too: some families look at pairs.
 FRAMES: Final = (3, 4, 5)
 #: What a processor raises for arguments that mean nothing to it.
-_REFUSALS: Final = (InvalidRequest, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError)
+_REFUSALS: Final = (
+    InvalidRequest, StrictDataclassError, ValueError, TypeError, RuntimeError, LookupError, AttributeError,
+    ArithmeticError, MemoryError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

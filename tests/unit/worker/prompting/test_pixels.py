@@ -241,10 +241,22 @@ class Forgetful(transformers.Idefics2ImageProcessorPil):
         return super().preprocess(images, **options)
 
 
-def test_a_processor_that_takes_a_limit_and_does_not_keep_it_is_refused(loaded_family: Loaded) -> None:
+class Generous(transformers.Idefics2ImageProcessorPil):
+    """Gives pictures somewhat more than is asked."""
+
+    def preprocess(self, images: Sequence[Image.Image], **options: object) -> object:
+        edges = dict(options.pop("size", None) or {})
+        more = {name: edge + edge // 4 for name, edge in edges.items()}
+        return super().preprocess(images, size=more or dict(self.size), **options)
+
+
+@pytest.mark.parametrize("image_processor", [Forgetful, Generous])
+def test_a_processor_that_takes_a_limit_and_does_not_keep_it_is_refused(
+    image_processor: type[transformers.Idefics2ImageProcessorPil], loaded_family: Loaded
+) -> None:
     loaded = loaded_family("idefics2")
     processor = AutoProcessor.from_pretrained(loaded.model.name_or_path)
-    processor.image_processor = Forgetful(size={"shortest_edge": 24, "longest_edge": 56})
+    processor.image_processor = image_processor(size={"shortest_edge": 24, "longest_edge": 56})
     assert PromptBuilder(replace(loaded, processor=processor)).limits.pictures is None
 
 
