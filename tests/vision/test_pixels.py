@@ -217,13 +217,35 @@ def internvl() -> ProcessorMixin:
     )  # fmt: skip
 
 
+def aya() -> ProcessorMixin:
+    words = "<image> <|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> TILE TILE_GLOBAL"
+    tiles = transformers.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=6)
+    return transformers.AyaVisionProcessor(
+        tiles, with_words(words), patch_size=14, img_size=28, chat_template=IDEFICS_TURNS
+    )
+
+
+def glm4v() -> ProcessorMixin:
+    tokens = [f"<|{kind}|>" for kind in ("image", "video")]
+    tokens += [f"<|{end}_of_{kind}|>" for end in ("begin", "end") for kind in ("image", "video")]
+    size = {"shortest_edge": 2 * 784, "longest_edge": 2 * 784 * 1000}
+    return transformers.Glm4vProcessor(
+        transformers.Glm4vImageProcessor(size=size), with_words(" ".join(tokens)), transformers.Glm4vVideoProcessor(),
+        chat_template=IDEFICS_TURNS.replace("<image>", "<|image|>"),
+    )  # fmt: skip
+
+
 FOREIGN: dict[str, tuple[Callable[[], ProcessorMixin], object]] = {
     "pixtral": (lambda: pixtral(1), LongestEdge(None, 256, 16)),
     "mistral3": (lambda: pixtral(2), LongestEdge(None, 256, 32)),
+    "aya": (aya, NumTiles(28 * 28, 6)),
+    # It counts a picture as two frames.
+    "glm4v": (glm4v, PixelCounts(2 * 784, 2 * 784 * 1000, 784, factor=2)),
     "internvl": (internvl, NumTiles(32 * 32, 12)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(("make", "way"), FOREIGN.values(), ids=FOREIGN.keys())
 def test_processors_of_other_families_are_found_out_by_trial(
     make: Callable[[], ProcessorMixin], way: object, loaded_family: Loaded

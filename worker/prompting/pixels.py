@@ -51,7 +51,7 @@ def ways_for_pictures(processor: ProcessorMixin, config: PreTrainedConfig) -> li
         least = _product(images, "patch_size", "merge_size") ** 2
         frames = _product(images, "temporal_patch_size")
         # GLM counts a picture as the frames of a clip that it is copied to.
-        ways += [PixelCounts(size["shortest_edge"], size["longest_edge"], least, factor) for factor in {1, frames}]
+        ways += [PixelCounts(size["shortest_edge"], size["longest_edge"], least, factor) for factor in (1, frames)]
     if size.get("longest_edge", MAX_EDGE + 1) <= MAX_EDGE:
         patch = _product(processor, "patch_size", "spatial_merge_size")
         if patch == 1:
