@@ -7,6 +7,7 @@ from typing import Final
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalBody, RetryReason
+from api_stub.contract.job import Job
 from api_stub.contract.result import Usage
 from api_stub.ledger.rows import Claim
 from worker.answers import Answer
@@ -22,13 +23,14 @@ FIRST_RETRY_PAUSE_S: Final = 2.0
 MAX_RETRY_PAUSE_S: Final = 60.0
 
 
-def used(inputs: ModelInputs, num_completion_tokens: int) -> Usage:
-    """Return what a prompt and its answer cost."""
+def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
+    """Return what a prompt and its answer cost; readers of the last release know nothing of media tokens."""
     return Usage(
         prompt_tokens=inputs.num_prompt_tokens,
         completion_tokens=num_completion_tokens,
         images=inputs.num_images,
         frames=inputs.num_frames,
+        media_tokens=None if job.media_options is None else inputs.num_media_tokens,
     )
 
 

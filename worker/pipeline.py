@@ -129,7 +129,7 @@ class Pipeline:
         try:
             job = self._read(attempt, problem)
             inputs = self._prepare(attempt, job, watch)
-            usage = used(inputs, 0)
+            usage = used(job, inputs, 0)
             finish = self._generate(attempt, job, inputs, answer, watch)
             self._meter.answered(watch.first_token_s(finish))
             return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
@@ -230,7 +230,7 @@ class Pipeline:
             model=job.model,
             text=answer.text,
             finish_reason=finish.reason,
-            usage=used(inputs, finish.num_completion_tokens),
+            usage=used(job, inputs, finish.num_completion_tokens),
             timings=watch.timings(finish),
             attempt=attempt.claim.attempt,
             metadata=job.metadata,

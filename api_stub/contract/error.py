@@ -10,7 +10,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import ReadModel
 
 
 class ErrorCode(StrEnum):
@@ -53,7 +53,7 @@ _SECRETIVE: Final = frozenset({"webhook", "media", "uri", "metadata"})
 _UNKNOWN: Final = frozenset({"extra_forbidden", "json_invalid"})
 
 
-class ErrorInfo(WireModel):
+class ErrorInfo(ReadModel):
     """A coded error. `retryable`: the same job may succeed when it is submitted again."""
 
     code: ErrorCode

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import Result, Usage
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import ReadModel
 
 VERSION: Final = 1
 
@@ -37,7 +37,7 @@ class RetryReason(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
 
 
-class QueuedBody(WireModel):
+class QueuedBody(ReadModel):
     """The job is in the ledger."""
 
     type: Literal["job.queued"] = "job.queued"
@@ -45,7 +45,7 @@ class QueuedBody(WireModel):
     priority: int
 
 
-class StartedBody(WireModel):
+class StartedBody(ReadModel):
     """A worker claimed the job; a new attempt begins."""
 
     type: Literal["job.started"] = "job.started"
@@ -53,7 +53,7 @@ class StartedBody(WireModel):
     model: str
 
 
-class ProgressBody(WireModel):
+class ProgressBody(ReadModel):
     """How far a stage is; `total` is 0 when it is not known."""
 
     type: Literal["job.progress"] = "job.progress"
@@ -62,7 +62,7 @@ class ProgressBody(WireModel):
     total: int
 
 
-class DeltaBody(WireModel):
+class DeltaBody(ReadModel):
     """New text. `offset`: Unicode code points of this attempt's text before it. `num_tokens`: tokens it stands for."""
 
     type: Literal["output.delta"] = "output.delta"
@@ -71,21 +71,21 @@ class DeltaBody(WireModel):
     num_tokens: int
 
 
-class RetryingBody(WireModel):
+class RetryingBody(ReadModel):
     """The attempt ended without a result and the job is queued again; readers drop the attempt's text."""
 
     type: Literal["job.retrying"] = "job.retrying"
     reason: RetryReason
 
 
-class CompletedBody(WireModel):
+class CompletedBody(ReadModel):
     """The answer. The last event."""
 
     type: Literal["job.completed"] = "job.completed"
     result: Result
 
 
-class _UnansweredBody(WireModel):
+class _UnansweredBody(ReadModel):
     error: ErrorInfo
     partial_text: str = ""
     usage: Usage = Usage()
@@ -109,7 +109,7 @@ class ExpiredBody(_UnansweredBody):
     type: Literal["job.expired"] = "job.expired"
 
 
-class GapBody(WireModel):
+class GapBody(ReadModel):
     """Made by a gateway for a reader too slow to be whole: events `from` … `to` are missing."""
 
     type: Literal["stream.gap"] = "stream.gap"
@@ -117,7 +117,7 @@ class GapBody(WireModel):
     to: int
 
 
-class _Envelope(WireModel):
+class _Envelope(ReadModel):
     v: Literal[1] = VERSION
     job_id: str
     seq: int = Field(ge=1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.job import TaskName
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import ReadModel
 
 
 class FinishReason(StrEnum):
@@ -22,16 +22,20 @@ class FinishReason(StrEnum):
     STOP_SEQUENCE = "stop_sequence"
 
 
-class Usage(WireModel):
-    """What the job cost the model. Images count stills only; frames are those sampled from clips."""
+class Usage(ReadModel):
+    """What the job cost the model. Images count stills only; frames are those sampled from clips.
+
+    `media_tokens`: how many of the prompt's tokens stand for media; told for jobs with `media_options`.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     images: int = 0
     frames: int = 0
+    media_tokens: int | None = None
 
 
-class Timings(WireModel):
+class Timings(ReadModel):
     """Seconds per stage of the attempt that finished the job; `total_s` counts from submit."""
 
     queued_s: float = 0.0
@@ -42,7 +46,7 @@ class Timings(WireModel):
     total_s: float = 0.0
 
 
-class Result(WireModel):
+class Result(ReadModel):
     """The answer of a completed job."""
 
     job_id: str

@@ -6,10 +6,10 @@ from api_stub.contract.error import ErrorInfo
 from api_stub.contract.job import TaskName
 from api_stub.contract.result import Result, Usage
 from api_stub.contract.status import JobStatus
-from api_stub.contract.wire import WireModel
+from api_stub.contract.wire import ReadModel
 
 
-class JobView(WireModel):
+class JobView(ReadModel):
     """A job as the ledger knows it. Times are Redis' clock in seconds since 1970.
 
     `position`: how many jobs of the model are served before this one, as far as can be told now; absent for a job that

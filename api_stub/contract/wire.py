@@ -1,4 +1,8 @@
-"""The base of every wire type: frozen, closed (an unknown field is an error), JSON without absent values."""
+"""The bases of every wire type: frozen, JSON without absent values.
+
+What comes from producers is closed: an unknown field is an error. What readers get of workers and gateways is open:
+fields that a later release adds are ignored.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +27,9 @@ class WireModel(BaseModel):
     def to_json(self) -> str:
         """Return the canonical JSON of this value."""
         return self.model_dump_json(exclude_none=True, by_alias=True)
+
+
+class ReadModel(WireModel):
+    """A result, event or view. Readers one release older than the writer ignore what they do not know."""
+
+    model_config = ConfigDict(extra="ignore")

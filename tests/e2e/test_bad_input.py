@@ -123,6 +123,9 @@ def test_limits_for_pixels_reach_the_model_and_what_cannot_be_had_is_refused(
     whole = client.caption("s3://media/good.jpg").result(timeout=60)
     small = client.caption("s3://media/good.jpg", media_options={"max_pixels": 256}).result(timeout=60)
     assert whole.text != small.text, "one patch of a picture is another picture"
+    assert whole.usage.media_tokens is None, "jobs that ask for nothing new get what they got before"
+    assert small.usage.media_tokens is not None
+    assert 0 < small.usage.media_tokens < small.usage.prompt_tokens
     assert client.caption("s3://media/good.jpg").result(timeout=60).text == whole.text
     for number, options in ((5000, {"min_pixels": 5000}), (2**28, {"min_pixels": 2**28, "max_pixels": 2**28})):
         with pytest.raises(JobFailed, match="media_options") as failure:

@@ -7,7 +7,7 @@ import json
 import pytest
 from jsonschema import Draft202012Validator
 
-from api_stub.contract.error import ErrorInfo
+from api_stub.contract.error import ErrorInfo, InvalidJob
 from api_stub.contract.event import parse_event
 from api_stub.contract.job import parse_job
 from api_stub.contract.result import Result
@@ -47,6 +47,25 @@ def test_agreed_json_is_still_read_without_loss(name: str) -> None:
 def test_agreed_json_fits_the_exported_schema(name: str) -> None:
     validator = Draft202012Validator(schemas()[kind_of(name)])
     assert list(validator.iter_errors(json.loads(golden_file(name).read_text(encoding="utf-8")))) == []
+
+
+def with_more(value: object) -> object:
+    """Return JSON with a field more in every object."""
+    if isinstance(value, dict):
+        return {name: each if name == "metadata" else with_more(each) for name, each in value.items()} | {"new": [1]}
+    return [with_more(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if kind_of(name) != "job"])
+def test_readers_ignore_fields_that_a_later_release_adds(name: str) -> None:
+    later = json.dumps(with_more(json.loads(golden_file(name).read_text(encoding="utf-8"))))
+    assert KINDS[kind_of(name)](later) == SAMPLES[name]
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if kind_of(name) == "job"])
+def test_a_field_that_nobody_knows_makes_a_job_invalid(name: str) -> None:
+    with pytest.raises(InvalidJob, match="new"):
+        parse_job(golden_file(name).read_text(encoding="utf-8").rstrip("}\n") + ', "new": 1}')
 
 
 def test_every_golden_file_has_a_sample_and_every_kind_a_file() -> None:
