@@ -137,7 +137,7 @@ def bare_webp(content: bytes) -> Bare:
         if kind in _WEBP_PIXELS and not has_frame:
             has_frame = kind in _WEBP_FRAMES
             chunk = bytearray(content[at:end])
-            if kind == b"VP8X" and length:
+            if kind == b"VP8X" and len(chunk) > 8:
                 chunk[8] &= ~_WEBP_METADATA_FLAGS
             kept += chunk + bytes(len(chunk) % 2 if len(chunk) == 8 + length else 0)
         elif kind == b"EXIF":

@@ -25,6 +25,7 @@ from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
 from worker.media.bare import BARE, Bare
 from worker.media.jpeg import Jpeg, read_jpeg
 from worker.media.orientation import upright
+from worker.media.png import lacks_pixels
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import HEAD_BYTES, MediaFormat, sniff
 from worker.media.types import DecodedImage
@@ -78,11 +79,12 @@ def decode_image(path: Path, policy: MediaPolicy) -> DecodedImage:
         raise MediaUnsupported(f"an image is due here, the object is a {found.value} video")
     if found is MediaFormat.WEBP:  # its decoder sets a canvas aside as soon as the file is opened
         check_size(_webp_canvas(content[:_WEBP_HEADER_BYTES]), policy, policy.max_image_pixels)
-    still: Jpeg | Bare = read_jpeg(content) if found is MediaFormat.JPEG else BARE[found](content)
-    del content
+    still: Jpeg | Bare = Bare(b"")
     try:
+        still = read_jpeg(content) if found is MediaFormat.JPEG else BARE[found](content)
+        del content
         image = _pixels(reader, still.content, policy)
-        if isinstance(still, Jpeg) and not _is_whole(still, image, policy):
+        if not _is_whole(found, still, image, policy):
             raise MediaCorrupt(f"the {found.value} image cannot be decoded: image file is truncated")
         return DecodedImage(_rgb(upright(image, still.orientation)))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -102,11 +104,13 @@ def _pixels(reader: type[ImageFile.ImageFile], content: bytes, policy: MediaPoli
         return image
 
 
-def _is_whole(jpeg: Jpeg, image: Image.Image, policy: MediaPolicy) -> bool:
-    """Whether no pixel is missing; decoded again only where that is in doubt."""
+def _is_whole(found: MediaFormat, still: Jpeg | Bare, image: Image.Image, policy: MediaPolicy) -> bool:
+    """Whether no pixel is missing; decoded again only where that is in doubt. Other formats' decoders see to it."""
+    if not isinstance(still, Jpeg):
+        return found is not MediaFormat.PNG or not lacks_pixels(still.content, image)
     last = image.getpixel((image.width - 1, image.height - 1))
     bands = last if isinstance(last, tuple) else (int(last or 0),)
-    return not jpeg.is_doubtful(bands) or jpeg.is_whole(
+    return not still.is_doubtful(bands) or still.is_whole(
         lambda content: _pixels(JpegImageFile, content, policy).tobytes()
     )
 

@@ -20,6 +20,7 @@ _JPEG_LS: Final = 0xF7
 _TABLES: Final = frozenset({_DHT, 0xCC, _DQT, 0xDC, _DRI, 0xDE, 0xDF})
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {_DHT, 0xC8, 0xCC}
 _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_ARITHMETIC: Final = frozenset(range(0xC9, 0xD0)) - {0xCC}
 #: What libjpeg decodes for certain: baseline, extended and progressive, in Huffman codes.
 _COMMON: Final = frozenset({0xC0, 0xC1, 0xC2})
 _RARE: Final = {0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical", _JPEG_LS: "JPEG-LS"}
@@ -75,11 +76,16 @@ class Jpeg:
         return f"{_RARE.get(self.frame.process, 'arithmetic')} coding, {self.frame.precision} bits"
 
     def is_doubtful(self, last_pixel: tuple[int, ...]) -> bool:
-        """Whether pixels may be missing: no end marker, too little data, or libjpeg's grey at the very end, with which
-        pictures may also end by themselves."""
-        is_whole = self.has_end and self._has_scans() and self._has_restarts()
-        is_progressive = self.frame is not None and self.frame.process in _PROGRESSIVE  # then a scan would be missing
-        return not is_whole or (not is_progressive and all(band in _MID_GREY for band in last_pixel))
+        """Whether pixels may be missing: no end marker, too little data, several scans, of which the last may be cut
+        and show nothing, or libjpeg's grey at the very end, with which pictures may also end by themselves.
+
+        Arithmetic codes are believed when they have an end marker: their encoders leave out zeros at the end.
+        """
+        if not (self.has_end and self._has_scans() and self._has_restarts()):
+            return True
+        if self.frame is not None and self.frame.process in _ARITHMETIC:
+            return False
+        return len(self.scans) > 1 or _is_mid_grey(last_pixel)
 
     def is_whole(self, pixels: Callable[[bytes], bytes]) -> bool:
         """Whether no pixel is missing; `pixels` decodes a file, and is asked two times or more.
@@ -89,8 +95,8 @@ class Jpeg:
         """
         if not self._has_restarts():
             return False
-        if self.has_end:  # what may be missing is much
-            return not _depends_on_continuation(self.data, pixels, _PADDINGS[:2])
+        if self.has_end:  # what may be missing is much; but a progressive file may leave details out
+            return self._has_components() and not _depends_on_continuation(self.data, pixels, _PADDINGS[:2])
         data = self.data.rstrip(b"\xff")
         shorn = data.rstrip(b"\x00")
         if len(data) - len(shorn) > _LAST_ZEROS:  # a file that was cut may be filled up with zeros
@@ -117,12 +123,17 @@ class Jpeg:
             num_units = _ceil(width, 8 * across) * _ceil(height, 8 * down)
         return len(_RESTART.findall(self.last_scan)) >= _ceil(num_units, self.interval) - 1
 
+    def _has_components(self) -> bool:
+        """Whether the scans bring every component, at least roughly."""
+        begun = {one for components, first, _, _ in self.scans if first == 0 for one in components}
+        return self.frame is not None and begun >= set(self.frame.components)
+
     def _has_scans(self) -> bool:
         """Whether the scans bring every coefficient of every component to its last bit (T.81, G.1.1.1)."""
         if self.frame is None:
             return False
         if self.frame.process not in _PROGRESSIVE:
-            return {one for scan in self.scans for one in scan[0]} >= set(self.frame.components)
+            return self._has_components()
         finished: dict[int, set[int]] = {one: set() for one in self.frame.components}
         for components, first, last, low in self.scans:
             for one in components:
@@ -215,6 +226,14 @@ def _depends_on_continuation(
 ) -> bool:
     first = pixels(data + paddings[0] + _END)
     return any(pixels(data + padding + _END) != first for padding in paddings[1:])
+
+
+def _is_mid_grey(pixel: tuple[int, ...]) -> bool:
+    """Whether a pixel has a missing one's brightness; its colour may come from its neighbours (subsampled chroma)."""
+    if len(pixel) == 3:  # T.871, 7
+        red, green, blue = pixel
+        return round(0.299 * red + 0.587 * green + 0.114 * blue) in _MID_GREY
+    return all(band in _MID_GREY for band in pixel)
 
 
 def _ceil(number: int, by: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.corpus.blocks import PNG_MAGIC, chunk, png_chunk
+from tests.corpus.blocks import PNG_MAGIC, chunk, png, png_chunk
 from worker.errors import MediaCorrupt, MediaUnsupported
 from worker.media.image import decode_image
 from worker.media.policy import MediaPolicy
@@ -151,6 +151,37 @@ def test_a_png_that_lost_pixels_is_corrupt_wherever_it_is_cut(decode: Decode) ->
             decode(whole[:place])
 
 
+@pytest.mark.parametrize("lace", [0, 1], ids=["rows", "passes"])
+def test_a_png_whose_data_end_before_its_last_row_is_corrupt(decode: Decode, lace: int) -> None:
+    width, height = 16, 9
+    row = b"\x00" + bytes(range(1, 1 + 3 * width))
+    passes = ((2, 2), (2, 2), (4, 1), (4, 3), (8, 2), (8, 5), (16, 4))  # Adam7's: pixels and rows
+    widths = [pixels for pixels, rows in passes for _ in range(rows)] if lace else [width] * height
+    rows = [row[: 1 + 3 * pixels] for pixels in widths]
+    assert decode(png(width, height, zlib.compress(b"".join(rows)), lace=lace)).size == (width, height)
+    for num_rows in range(len(rows)):
+        with pytest.raises(MediaCorrupt, match="cannot be decoded"):
+            decode(png(width, height, zlib.compress(b"".join(rows[:num_rows])), lace=lace))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
+def test_a_cut_png_that_is_filled_up_with_zeros_is_corrupt(decode: Decode, mode: str) -> None:
+    whole = saved(picture((40, 30)).convert(mode), "PNG")
+    first, end = whole.index(b"IDAT") + 8, whole.index(b"IEND") - 12
+    for place in np.linspace(first, end, 60).astype(int):
+        with pytest.raises(MediaCorrupt):
+            decode(whole[:place] + bytes(len(whole) - place))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+def test_a_black_png_and_one_with_a_wrong_checksum_are_whole(decode: Decode, mode: str) -> None:
+    still = Image.new(mode, (30, 20))
+    whole = bytearray(saved(still, "PNG"))
+    seen = decode(bytes(whole)).tobytes()
+    whole[whole.index(b"IEND") - 5] ^= 1
+    assert decode(bytes(whole)).tobytes() == seen
+
+
 PROFILE_HEAD = b"ICC_PROFILE\x00"
 JPEG_METADATA = {
     "EXIF nonsense": segment(0xE1, b"Exif\x00\x00II*\x00\xff\xff\xff\xff"),
@@ -234,6 +265,26 @@ def test_a_jpeg_cut_anywhere_is_corrupt_or_every_pixel_is_right(decode: Decode, 
             continue
 
 
+def test_a_progressive_jpeg_that_lost_the_end_of_its_last_scan_is_corrupt_though_it_has_an_end_marker(
+    decode: Decode,
+) -> None:
+    for still in (picture((40, 30)), picture((40, 30), "L")):
+        whole = saved(still, "JPEG", progressive=True)
+        last = whole.rindex(b"\xff\xda") + 20
+        for place in range(last, len(whole) - 4):
+            with pytest.raises(MediaCorrupt, match="truncated"):
+                decode(whole[:place] + b"\xff\xd9")
+
+
+def test_a_jpeg_that_lost_its_last_blocks_is_corrupt_though_colours_of_others_reach_into_them(decode: Decode) -> None:
+    down, across = np.mgrid[0:33, 0:65]
+    waves = [np.sin(across / 7 + band) * 60 + np.cos(down / 5 - band) * 60 + 128 for band in range(3)]
+    whole = saved(Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8)), "JPEG", quality=80)
+    for place in range(whole.index(b"\xff\xda") + 20, len(whole) - 12):
+        with pytest.raises(MediaCorrupt, match="cannot be decoded"):
+            decode(whole[:place] + b"\xff\xd9")
+
+
 @pytest.mark.parametrize("grey", range(124, 133))
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_picture_that_ends_in_mid_grey_is_whole(decode: Decode, mode: str, grey: int) -> None:
@@ -287,6 +338,15 @@ def test_webp_metadata_never_reject_pixels(decode: Decode, metadata: bytes) -> N
     assert decode(riff(plain, metadata)).tobytes() == picture().tobytes()
     turned = decode(riff(plain, chunk(b"EXIF", EXIF), metadata))
     assert turned.tobytes() == picture().transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_webp_cut_anywhere_is_corrupt(decode: Decode, mode: str) -> None:
+    whole = saved(picture((20, 10), mode), "WEBP", lossless=mode == "RGB", exif=b"Exif\x00\x00" + EXIF)
+    end = whole.index(b"EXIF")
+    for place in range(12, end - 1):
+        with pytest.raises(MediaCorrupt):
+            decode(whole[:place])
 
 
 def test_a_webp_animation_cut_behind_its_first_frame_shows_it(decode: Decode) -> None:
