@@ -40,7 +40,9 @@ def read_matroska(tables: Tables) -> Streams | None:
         if part.kind != _TRACK:
             continue
         track = {one.kind: one for one in _elements(tables, part.start, part.end)}
-        kind = _number(tables, track.get(_KIND))
+        if _KIND not in track:  # hidden behind what cannot be followed
+            raise Unreadable
+        kind = _number(tables, track[_KIND])
         num_sounds += kind == _SOUND
         num_others += kind not in (_SOUND, _PICTURES)
         if kind == _PICTURES:
@@ -51,14 +53,17 @@ def read_matroska(tables: Tables) -> Streams | None:
 
 
 def _elements(tables: Tables, start: int, end: int) -> Iterator[Part]:
-    """Yield elements; one of unknown size reaches to the end of what it is in. Raises Unreadable."""
+    """Yield elements up to what is none; one of unknown size reaches to the end of what it is in.
+
+    Raises Unreadable when there are too many.
+    """
     at = start
     while at < end:
         tables.count()
         head = tables.read(at, 12)
         id_bytes = 9 - head[0].bit_length() if head and head[0] else 9
         if id_bytes > 4 or len(head) <= id_bytes or not head[id_bytes]:
-            raise Unreadable
+            return
         size_bytes = 9 - head[id_bytes].bit_length()
         size = int.from_bytes(head[id_bytes : id_bytes + size_bytes], "big") & ((1 << 7 * size_bytes) - 1)
         content = at + id_bytes + size_bytes

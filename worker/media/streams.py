@@ -113,6 +113,22 @@ _PICTURES, _SOUND = b"vide", b"soun"
 _ENCRYPTED: Final = frozenset({b"encv", b"drmi"})
 _ENTRY_BYTES: Final = 86  # a visual sample entry before its boxes: ISO 14496-12, 12.1.3
 _METADATA: Final = frozenset({b"udta", b"meta", b"uuid"})
+#: What of a movie its pictures need, by the box that it is in: ISO 14496-12, 6.2.3. The rest only describes them.
+_NEEDED: Final = {
+    b"moov": frozenset({b"mvhd", b"trak", b"mvex"}),
+    b"trak": frozenset({b"tkhd", b"mdia", b"edts"}),
+    b"mdia": frozenset({b"mdhd", b"hdlr", b"minf"}),
+    b"minf": frozenset({b"vmhd", b"smhd", b"gmhd", b"nmhd", b"sthd", b"hdlr", b"dinf", b"stbl"}),
+    b"stbl": frozenset(
+        {b"stsd", b"stts", b"ctts", b"cslg", b"stsc", b"stsz", b"stz2", b"stco", b"co64", b"stss", b"stps"}
+    ),
+}
+#: In a description of pictures: their light, colours, fields, eyes and layers.
+_DESCRIBING: Final = frozenset(
+    {b"clli", b"CoLL", b"mdcv", b"SmDm", b"amve", b"dvcC", b"dvvC", b"dvwC", b"fiel", b"hfov", b"vexu", b"st3d",
+     b"sv3d", b"uuid", b"colr", b"btrt", b"gama", b"chrm"}
+)  # fmt: skip
+_PIXEL_ASPECT, _PIXEL_ASPECT_BYTES = b"pasp", 8
 _IDENTITY: Final = (1.0, 0.0, 0.0, 1.0)
 
 
@@ -147,13 +163,16 @@ def read_mp4(tables: Tables) -> Streams | None:
         if part.kind == b"mvhd":
             matrix = _matrix(tables.content(part), 36, 48)
         elif part.kind in _METADATA:
-            metadata.append(part.type_at)
             has_cover = has_cover or _has_cover(tables, part)
         elif part.kind == b"trak":
             tracks.append(_track(tables, part))
-            metadata += [one.type_at for one in tables.boxes(part.start, part.end) if one.kind in _METADATA]
+    metadata += _not_needed(tables, movie)
     chapters = frozenset().union(*(track.chapters for track in tracks))
     pictures = [track for track in tracks if track.handler == _PICTURES]
+    described = [one for track in pictures for one in _description(tables, track.box)]
+    metadata += [one.type_at for one in described if one.kind in _DESCRIBING]
+    # FFmpeg would take the bytes behind for the rest of it.
+    short = [one for one in described if one.kind == _PIXEL_ASPECT and one.end - one.start < _PIXEL_ASPECT_BYTES]
     return Streams(
         pictures=tuple(
             PictureStream(track.codec, of_matrix(*_product(track.matrix, matrix)), track.is_encrypted)
@@ -166,6 +185,7 @@ def read_mp4(tables: Tables) -> Streams | None:
         in_the_way=(
             *(metadata if has_cover else ()),
             *(track.box.type_at for track in pictures if track.number in chapters),
+            *(one.type_at for one in short),
         ),
         metadata=tuple(metadata),
     )
@@ -202,6 +222,22 @@ def _codec(tables: Tables, described: Part) -> tuple[str, bool]:
         original = tables.find(inner, b"sinf", b"frma")
         code = tables.content(original)[:4] if original else code
     return code.decode("latin-1"), is_encrypted
+
+
+def _not_needed(tables: Tables, part: Part) -> Iterator[int]:
+    """Yield where boxes stand, at any depth, that the pictures of a movie do not need."""
+    for one in tables.boxes(part.start, part.end):
+        if one.kind not in _NEEDED[part.kind]:
+            yield one.type_at
+        elif one.kind in _NEEDED:
+            yield from _not_needed(tables, one)
+
+
+def _description(tables: Tables, track: Part) -> Iterator[Part]:
+    """Yield the boxes in the descriptions of a track of pictures."""
+    described = tables.find(track, b"mdia", b"minf", b"stbl", b"stsd")
+    for entry in tables.boxes(described.start + 8, described.end) if described else ():
+        yield from tables.boxes(entry.start + _ENTRY_BYTES - 8, entry.end)
 
 
 def _has_cover(tables: Tables, part: Part) -> bool:

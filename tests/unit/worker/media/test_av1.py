@@ -133,6 +133,15 @@ def test_av1_is_turned_mirrored_and_made_square_like_every_clip(tmp_path: Path, 
     assert np.abs(np.asarray(seen).astype(int) - np.asarray(wanted)).mean() < 12
 
 
+def test_av1_is_decoded_whatever_stands_in_the_metadata_of_its_track(tmp_path: Path) -> None:
+    content = written("matroska", [n * 40 for n in range(20)])
+    void = b"\xec\x01" + bytes(6) + b"\x02" + bytes(2)  # which the writer leaves in the track
+    assert content.count(void, content.index(b"V_AV1"), content.index(b"\x63\xa2")) == 1
+    broken = b"\x6d\x80\x88" + bytes(8)  # encodings of nothing
+    path = kept(tmp_path / "clip", content.replace(void, broken))
+    assert numbers(sample(path, 2)) == [0, 19]
+
+
 def test_the_limits_of_av1_are_the_policys() -> None:
     with pytest.raises(MediaTooLarge, match="the limit is 6 s"):
         sample(AV1, 4, MediaPolicy(frozenset(), max_video_seconds=6.0))

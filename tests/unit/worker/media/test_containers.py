@@ -366,6 +366,46 @@ def test_metadata_of_a_clip_never_reject_its_pictures(
         assert [number_of(frame) for frame in clip.frames] == [0, 19]
 
 
+def beside(kind: bytes, metadata: bytes) -> Callable[[bytes], bytes]:
+    """Put a box behind each one of a kind."""
+    return lambda content: in_tracks(content, kind, lambda body: box(kind, body) + metadata)
+
+
+def described_by(metadata: bytes) -> Callable[[bytes], bytes]:
+    """Put a box behind those of the description of the pictures."""
+
+    def longer(body: bytes) -> bytes:
+        (length,) = struct.unpack_from(">I", body, 8)
+        return box(b"stsd", body[:8] + box(body[12:16], body[16 : 8 + length] + metadata) + body[8 + length :])
+
+    return lambda content: in_tracks(content, b"stsd", longer)
+
+
+DEEP = {
+    "keys of a movie in clear": beside(b"mvhd", box(b"pssh", b"\xff" * 40)),
+    "an id of a track": beside(b"mdhd", box(b"uuid", bytes(8))),
+    "dependencies": beside(b"stsz", box(b"sdtp")),
+    **{
+        f"{name} of pictures": described_by(box(name.encode(), b"\x01"))
+        for name in ("clli", "CoLL", "mdcv", "SmDm", "amve", "dvcC", "dvvC", "fiel", "hfov", "vexu", "st3d", "sv3d")
+    },
+    "an id of pictures": described_by(box(b"uuid", bytes(8))),
+    "layers of pictures": described_by(box(b"vexu", b"\xff" * 40)),
+    "a pixel aspect cut": described_by(box(b"pasp", b"\x00")),
+    "no pixel aspect": described_by(box(b"pasp")),
+}
+
+
+@pytest.mark.parametrize("describe", DEEP.values(), ids=DEEP)
+@pytest.mark.parametrize("container", ["mp4", "mov"])
+def test_metadata_inside_a_track_never_reject_its_pictures(
+    sample, written, container: str, describe: Callable[[bytes], bytes]
+) -> None:
+    clip = sample(describe(written[container]))
+    assert [number_of(frame) for frame in clip.frames] == [0, 19]
+    assert clip.frames[0].size == SIZE
+
+
 def test_streams_of_real_encoders_are_read_as_before() -> None:
     for path, num_frames in ((B_FRAMES, 240), (VARIABLE_RATE, 160)):
         assert number_of(sample_clip(path, 2, POLICY, should_stop=go_on).frames[1]) == num_frames - 1
