@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from worker.errors import MediaUnsupported
+from worker.media.avi import read_avi
 from worker.media.clip_file import ClipFile
 from worker.media.codecs import AV1, described, is_decoded, plain_name
 from worker.media.matroska import read_matroska
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
-from worker.media.streams import PictureStream, Streams, Tables, Unreadable, read_avi, read_mp4
+from worker.media.streams import PictureStream, Streams, Tables, Unreadable, read_mp4
 
 _READERS: Final = {
     MediaFormat.MP4: read_mp4,

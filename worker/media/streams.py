@@ -147,11 +147,14 @@ def read_mp4(tables: Tables) -> Streams | None:
     """MP4 and QuickTime: ISO 14496-12 and Apple's QuickTime File Format."""
     movie: Part | None = None
     metadata: list[int] = []
-    for part in tables.boxes(0, tables.num_bytes):
-        if part.kind == b"moov":
-            movie = movie or part
-        elif part.kind in _METADATA:
-            metadata.append(part.type_at)
+    try:
+        for part in tables.boxes(0, tables.num_bytes):
+            if part.kind == b"moov":
+                movie = movie or part
+            elif part.kind in _METADATA:
+                metadata.append(part.type_at)
+    except Unreadable:  # many fragments, say: what they are is in the movie
+        tables.num_parts = 0
     if movie is None:
         return None
     tracks: list[_Track] = []
@@ -265,34 +268,3 @@ def _product(first: tuple[float, ...], then: tuple[float, ...]) -> tuple[float, 
     a, b, c, d = first
     e, f, g, h = then
     return a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h
-
-
-def read_avi(tables: Tables) -> Streams | None:
-    """AVI: Microsoft's RIFF reference; it knows no orientation."""
-    pictures, num_sounds, num_others = [], 0, 0
-    header = next((one for one in _chunks(tables, 12, tables.num_bytes) if one.kind == b"LISThdrl"), None)
-    if header is None:
-        return None
-    for stream in _chunks(tables, header.start, header.end):
-        if stream.kind != b"LISTstrl":
-            continue
-        parts = {one.kind: tables.content(one) for one in _chunks(tables, stream.start, stream.end)}
-        kind, form = parts.get(b"strh", b"")[:8], parts.get(b"strf", b"")
-        if kind[:4] in (b"vids", b"iavs"):
-            pictures.append(PictureStream((form[16:20] or kind[4:8]).decode("latin-1"), None))
-        num_sounds += kind[:4] == b"auds"
-        num_others += kind[:4] in (b"txts", b"mids")
-    return Streams(tuple(pictures), num_sounds, num_others)
-
-
-def _chunks(tables: Tables, start: int, end: int) -> Iterator[Part]:
-    """Yield RIFF chunks; of a list, the kind is `LIST` and the list's own."""
-    at = start
-    while at + 8 <= end:
-        tables.count()
-        head = tables.read(at, 12)
-        length, is_list = int.from_bytes(head[4:8], "little"), head[:4] == b"LIST"
-        yield Part(
-            head[:4] + (head[8:12] if is_list else b""), at, at + (12 if is_list else 8), min(end, at + 8 + length)
-        )
-        at += 8 + length + length % 2

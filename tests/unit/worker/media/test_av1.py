@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.corpus.blocks import box
 from tests.unit.worker.media.drawn_clips import AV1, SIZE, drawn_frame, number_of
 from tests.unit.worker.media.test_containers import MATRICES, cover, fixed, in_movie, with_matrix, with_pixel_aspect
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
@@ -140,6 +141,12 @@ def test_av1_is_decoded_whatever_stands_in_the_metadata_of_its_track(tmp_path: P
     broken = b"\x6d\x80\x88" + bytes(8)  # encodings of nothing
     path = kept(tmp_path / "clip", content.replace(void, broken))
     assert numbers(sample(path, 2)) == [0, 19]
+
+
+def test_av1_is_known_in_a_file_of_very_many_boxes(tmp_path: Path) -> None:
+    content = with_matrix(AV1.read_bytes(), fixed(MATRICES[2][0]))
+    few, many = (sample(kept(tmp_path / "clip", content + box(b"free") * count), 2) for count in (0, 120_000))
+    assert [frame.tobytes() for frame in many.frames] == [frame.tobytes() for frame in few.frames]
 
 
 def test_the_limits_of_av1_are_the_policys() -> None:
