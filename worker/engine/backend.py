@@ -27,6 +27,7 @@ from worker.engine.kv_slots import FULL, SLIDING
 from worker.engine.proof import Reference, first_line, prove, references, trial_length
 from worker.engine.runner_paged import PagedRunner
 from worker.engine.runner_slots import SlotRunner
+from worker.engine.tolerance import computing_dtype
 from worker.engine.vision import VisionConfig, VisionStage
 from worker.errors import CannotStart
 from worker.models.inputs import ModelInputs
@@ -113,7 +114,7 @@ def _slot_runner(
     """Prove rows on a few short ones. Raises Unsuited."""
     num_rows = min(max_num_seqs, len(expected) + 1)
     trial = SlotRunner(entrances, VisionStage(entrances, vision), num_rows, trial_length(expected))
-    prove(trial, expected, num_rows, entrances.model.dtype)
+    prove(trial, expected, num_rows, computing_dtype(entrances.model))
     return SlotRunner(entrances, VisionStage(entrances, vision), max_num_seqs, max_model_len, why_not_paged)
 
 
@@ -172,7 +173,7 @@ def _prove_paged(
         reuses_prefixes=config.reuses_prefixes,
         forward=FlatForward(entrances, kv, kernels, compiles=config.compiles),
     )
-    prove(trial, expected, num_rows, entrances.model.dtype)
+    prove(trial, expected, num_rows, computing_dtype(entrances.model))
 
 
 def _graphs(

@@ -99,7 +99,7 @@ def trial_length(expected: Sequence[Reference]) -> int:
 def prove(runner: Runner, expected: Sequence[Reference], max_num_seqs: int, dtype: torch.dtype) -> None:
     """Let the runner answer the prompts together; raise Unsuited when it does not answer as `expected`.
 
-    dtype: the model's, whose tolerance holds. The runner must be idle, and is idle afterwards. Raises
+    dtype: what the model computes in; its tolerance holds. The runner must be idle, and is idle afterwards. Raises
     torch.AcceleratorError when the device is lost.
     """
     longest = max((each.inputs.num_prompt_tokens for each in expected), default=0)

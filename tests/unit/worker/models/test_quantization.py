@@ -131,6 +131,20 @@ def test_the_demo_answers_from_quantised_weights(kind: Quantization) -> None:
     assert "square" in report.split("answer", 1)[1]
 
 
+@pytest.mark.parametrize(("kind", "is_packed"), WAYS)
+@pytest.mark.parametrize("name", ["llava"])
+def test_a_family_starts_from_quantised_weights_in_the_type_that_is_usual_on_a_processor(
+    name: str,
+    kind: Quantization,
+    is_packed: bool,
+    tiny_checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pack(monkeypatch, is_packed)
+    report = check(WorkerSettings(model=str(tiny_checkpoint(name)), quantization=kind, dtype=Dtype.FLOAT32))
+    assert f"{kind}: " in report
+
+
 @pytest.mark.parametrize(("kind", "tolerance"), [(KINDS[0], 0.02), (KINDS[1], 0.3)])
 def test_quantised_weights_say_nearly_the_same(kind: Quantization, tolerance: float) -> None:
     image = Image.new("RGB", (64, 64), "white")
