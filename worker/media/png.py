@@ -20,7 +20,9 @@ _NUM_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _PASSES: Final = (
     (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
 )  # fmt: skip
+#: Bytes unpacked, and packed, at once: what is left of the latter is copied every time.
 _PIECE_BYTES: Final = 256 * 1024
+_PACKED_BYTES: Final = 16 * 1024
 
 
 def lacks_pixels(content: bytes, image: Image.Image) -> bool:
@@ -62,11 +64,11 @@ def _num_bytes(width: int, height: int, bits: int, colour: int, interlace: int) 
     return total
 
 
-def _brings(pieces: Iterator[memoryview], num_bytes: int, *, to_its_end: bool) -> bool:
+def _brings(chunks: Iterator[memoryview], num_bytes: int, *, to_its_end: bool) -> bool:
     """Whether packed data hold so many bytes; `to_its_end`: and lead to their own, right, checksum."""
     unpacker, found = zlib.decompressobj(), 0
     try:
-        for piece in pieces:
+        for piece in (chunk[at : at + _PACKED_BYTES] for chunk in chunks for at in range(0, len(chunk), _PACKED_BYTES)):
             left: bytes | memoryview = piece
             while left and not unpacker.eof:
                 found += len(unpacker.decompress(left, _PIECE_BYTES))
