@@ -25,6 +25,7 @@ from worker.engine.request import GenerationRequest, Request
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.tolerance import TOLERANCE
 from worker.errors import CannotStart
+from worker.models.context import max_context
 from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,20 @@ class Reference:
 
 
 def references(entrances: Entrances, trials: Sequence[ModelInputs], max_model_len: int) -> list[Reference]:
-    """Ask the model's own `generate` about the trial prompts that fit `max_model_len`, in their order.
+    """Ask the model's own `generate` about the trial prompts that `_chosen` takes, in their order.
 
-    Without any, prompts of plain token ids are taken, for models whose forward takes text alone. Raises CannotStart
-    when `generate` itself fails on the first prompt; of the others, those on which it fails are left out. Raises
-    Unsuited for a model that keeps another state than keys and values between tokens.
+    Without any trials, prompts of plain token ids are taken, for models whose forward takes text alone. Raises
+    CannotStart when `generate` itself fails on the first prompt, or when no trial fits the model's context; of the
+    others, those on which it fails are left out. Raises Unsuited for a model that keeps another state than keys and
+    values between tokens.
     """
-    prompts = [each for each in trials or _plain(entrances) if each.num_prompt_tokens + NUM_TOKENS <= max_model_len]
+    prompts = _chosen(trials or _plain(entrances), max_model_len, max_context(entrances.model.config))
+    if trials and not prompts:
+        shortest = min(each.num_prompt_tokens for each in trials)
+        raise CannotStart(
+            f"VISIONQ_MODEL: the shortest trial prompt takes {shortest} tokens and {NUM_TOKENS} for its answer, more "
+            f"than the model's context of {max_context(entrances.model.config)}; nothing can be proven"
+        )
     found: list[Reference] = []
     for prompt in prompts:
         try:
@@ -186,12 +194,45 @@ class _Proof:
             positions = [request.first_position + step for step in range(len(expected.positions))]
             if positions != list(expected.positions):
                 raise Unsuited(f"its tokens would stand at {positions}, generate puts them at {expected.positions}")
-        wanted = expected.logits[number]
-        error = float((logits - wanted).abs().max() / wanted.abs().max())
+        error = _difference(logits, expected.logits[number])
         # Not a number is no agreement.
         if not error <= self._tolerance:
             raise Unsuited(f"logits of token {number + 1} differ from generate's by {error:.1e} of the largest")
         self.largest_error = max(self.largest_error, error)
+
+
+def _difference(logits: Tensor, wanted: Tensor) -> float:
+    """Return how far logits [V] lie apart, as a share of the largest that may be chosen; NaN when that is no number.
+
+    Models put those of tokens that must not be chosen at the lowest number, or far below the others: such a one is
+    measured by itself and is no measure for the others.
+    """
+    ordinary = wanted[wanted > torch.finfo(wanted.dtype).min / 2]
+    likely = ordinary.topk(-(-len(ordinary) // 8)).values.abs()
+    if not (len(likely) and bool(likely.isfinite().all())):
+        return float("nan")
+    apart = (logits - wanted).abs() / wanted.abs().clamp(min=likely.max())
+    return float(torch.where(logits == wanted, 0.0, apart).max())
+
+
+def _chosen(trials: Sequence[ModelInputs], max_model_len: int, context: int | None) -> list[ModelInputs]:
+    """Return the prompts that fit `max_model_len`, and of each kind that has none the shortest that fits the model.
+
+    A limit below the trials' lengths still lets other prompts of their kind in, about smaller pictures or with less
+    text. Prompts are of one kind when the model is handed the same arguments for them.
+    """
+    fitting = {number for number, each in enumerate(trials) if _length(each) <= max_model_len}
+    shortest: dict[frozenset[str], int] = {}
+    for number, each in enumerate(trials):
+        kind = frozenset(each.tensors)
+        if kind not in shortest or _length(each) < _length(trials[shortest[kind]]):
+            shortest[kind] = number
+    fitting |= {number for number in shortest.values() if context is None or _length(trials[number]) <= context}
+    return [trials[number] for number in sorted(fitting)]
+
+
+def _length(inputs: ModelInputs) -> int:
+    return inputs.num_prompt_tokens + NUM_TOKENS
 
 
 def _num_entries(cache: Cache | None) -> int:

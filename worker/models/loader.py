@@ -7,7 +7,7 @@ checkpoint ends as CannotStart with the variable's name. A folder is loaded with
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from worker.errors import CannotStart
 from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
 from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization
+from worker.models.context import max_context, max_positions
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, read_generation_defaults
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
@@ -250,30 +251,15 @@ def _probe(
 
 
 def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:
-    """Return the positions of the text model, as far as they do not depend on how long a sequence is.
-
-    Beyond the length it was first trained on, `longrope` turns all keys of a batch by other frequencies (Ding et al.:
-    LongRoPE, 2024): one long request would change the answers of the others.
-    """
-    text_config = model.config.get_text_config(decoder=True)
-    max_context = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(max_context, int):
+    positions, context = max_positions(model.config), max_context(model.config)
+    if positions is None or context is None:
         raise CannotStart(
             f"VISIONQ_MODEL={settings.model}: the text config of {type(model).__name__} has no max_position_embeddings"
         )
-    first_trained: list[int] = [
-        rope["original_max_position_embeddings"] for rope in _ropes(text_config) if rope["rope_type"] == "longrope"
-    ]
-    if first_trained and min(first_trained) < max_context:
-        facts = {"action": "load", "max_context": min(first_trained), "max_position_embeddings": max_context}
+    if context < positions:
+        facts = {"action": "load", "max_context": context, "max_position_embeddings": positions}
         logger.warning("context bounded: longer sequences would change the positions of others", extra=facts)
-    return min([max_context, *first_trained])
-
-
-def _ropes(text_config: PreTrainedConfig) -> list[Mapping[str, Any]]:
-    """Return the parameters of the rotary positions, of each layer type where they differ."""
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    return [each for each in (parameters, *parameters.values()) if isinstance(each, Mapping) and "rope_type" in each]
+    return context
 
 
 def _generation(settings: WorkerSettings, model: PreTrainedModel) -> GenerationDefaults:

@@ -191,6 +191,68 @@ def test_a_decoder_with_ways_of_its_own_is_refused_by_each_back_end(
         build_runner(tiny.model, 4, MAX_MODEL_LEN, BACKENDS[backend])
 
 
+@contextmanager
+def logits_put_at(model: PreTrainedModel, value: float) -> Iterator[None]:
+    """Let a LLaVA put the logits of some tokens that must not be chosen far away for the block, as Chameleon does."""
+
+    def put(_module: torch.nn.Module, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.arange(5, 9), value)
+
+    hook = model.lm_head.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [LOWEST, -torch.inf, -1e4])
+def test_logits_of_forbidden_tokens_do_not_hide_that_the_others_are_wrong(
+    value: float, backend: str, tiny_model: Callable[[str], TinyModel]
+) -> None:
+    tiny = tiny_model("llava")
+    trials = trials_of(tiny)
+    with logits_put_at(tiny.model, value):
+        assert build_runner(tiny.model, 4, MAX_MODEL_LEN, BACKENDS[backend], trials=trials).kv_backend == backend
+        for decoder in (CountsItself, Remembers, LooksAtTheBatch):
+            with decoding_by(tiny.model, decoder), pytest.raises(CannotStart, match="cannot be served here"):
+                build_runner(tiny.model, 4, MAX_MODEL_LEN, BACKENDS[backend], trials=trials)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_logits_prove_nothing(backend: str, tiny_model: Callable[[str], TinyModel]) -> None:
+    tiny = tiny_model("llava")
+    with logits_put_at(tiny.model, torch.inf), pytest.raises(CannotStart, match="cannot be served here"):
+        build_runner(tiny.model, 4, MAX_MODEL_LEN, BACKENDS[backend], trials=trials_of(tiny))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_model_len", [8, 30, 64])
+def test_a_limit_below_the_trial_prompts_spares_no_kind_of_prompt_its_proof(
+    max_model_len: int, backend: str, tmp_path: Path
+) -> None:
+    """Jobs about smaller pictures, or with less text, still fit."""
+    loaded = load(WorkerSettings(model=str(save(mllama, tmp_path))))
+    trials = trial_prompts(PromptBuilder(loaded), loaded.capabilities)
+    with pytest.raises(CannotStart, match="MllamaForConditionalGeneration cannot be served here"):
+        build_runner(loaded.model, 4, max_model_len, BACKENDS[backend], trials=trials)
+
+
+def test_a_model_whose_context_holds_no_trial_prompt_is_refused(tiny_model: Callable[[str], TinyModel]) -> None:
+    tiny = tiny_model("llava")
+    config = tiny.model.config.get_text_config()
+    before, trials = config.max_position_embeddings, trials_of(tiny)
+    config.max_position_embeddings = 20
+    try:
+        with pytest.raises(CannotStart, match="more than the model's context of 20"):
+            build_runner(tiny.model, 4, 20, PAGED, trials=trials)
+    finally:
+        config.max_position_embeddings = before
+
+
 def test_each_back_end_is_judged_by_itself(tiny_model: Callable[[str], TinyModel]) -> None:
     """Rows hand no positions to prefill, for which this decoder counts otherwise than for those of `generate`."""
     tiny = tiny_model("llava")
