@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from os.path import lexists
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +29,10 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_FILES: Final = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 #: Buffers that older files hold and current models compute; nothing is lost with them.
 _COMPUTED_BUFFERS: Final = re.compile(
-    r"(^|\.)(inv_freq|position_ids|num_batches_tracked|masked_bias|relative_position_index)$"
+    r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|num_batches_tracked|masked_bias|relative_position_index)$"
 )
+#: Parts that a tower or a decoder may leave unused: for training, for scores of whole pictures, for guessing ahead.
+_UNUSED_PARTS: Final = re.compile(r"(^|_)(heads?|pooler|classifier|score|mtp)($|_)")
 #: Parameters that adapters add, by the names that PEFT gives them.
 _ADAPTER_WEIGHTS: Final = re.compile(r"(^|\.)(lora_|ia3_|base_layer\.|modules_to_save\.)")
 
@@ -40,21 +43,21 @@ def refuse_adapters(name: str, source: str | Path, revision: str | None = None) 
     With peft installed transformers would serve the adapter, without it the bare base model.
     """
     for file in ADAPTER_FILES:
-        path = _file(source, file, revision)
+        path = stored_file(source, file, revision)
         if path is not None:
-            raise adapter_refused(name, path.read_bytes() if file == ADAPTER_CONFIG else b"")
+            raise adapter_refused(name, _content(path) if file == ADAPTER_CONFIG else b"")
 
 
 def adapter_refused(name: str, adapter_config: bytes = b"") -> CannotStart:
     """Return the refusal of an adapter; `adapter_config` is what its file of that name holds, the base's name too."""
     try:
         fields = json.loads(adapter_config or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = {}
     kind, base = "LoRA", "a model that its adapter_config.json does not name"
     if isinstance(fields, Mapping):
         base = str(fields.get("base_model_name_or_path") or base)
-        kind = {"LORA": "LoRA"}.get(str(fields.get("peft_type", "LORA")), str(fields.get("peft_type")))
+        kind = str(fields.get("peft_type") or "LORA").replace("LORA", "LoRA")
     return CannotStart(
         f"VISIONQ_MODEL={name}: a {kind} adapter of {base}; adapters are not served, merge it into its base model and "
         "name the folder of the merged checkpoint"
@@ -82,8 +85,8 @@ def check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Any]) 
     """Raise CannotStart unless the file held every weight of the model, and all of its weights belong to the model.
 
     report: the loading report of `from_pretrained`. Tied weights are not missing. Weights that are left over are
-    refused when they belong to a part of this model (a bias that the config says is not there, a layer more than the
-    config counts); others, such as heads for training, are named once in the log.
+    refused when they belong to a part of this model (a bias or norm that the config says is not there, a layer more
+    than the config counts); others, such as heads for training, are named once in the log.
     """
     missing = sorted(report["missing_keys"])
     misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
@@ -107,10 +110,17 @@ def check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Any]) 
 
 def _dropped(model: PreTrainedModel, keys: list[str]) -> Iterator[str]:
     """Yield the keys that belong to a module which the model has, or to a further one of a list that it has."""
-    owners = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
+    modules = {name for name, _ in model.named_modules()}
     places = {_any_number(key) for key, _ in model.named_parameters()}
     for key in keys:
-        if key.rpartition(".")[0] in owners or _any_number(key) in places:
+        names = key.split(".")
+        num_known = max(count for count in range(len(names)) if ".".join(names[:count]) in modules)
+        owner, part = ".".join(names[:num_known]), names[num_known]
+        # What stands beside the towers and the decoder is none of theirs; a lone parameter belongs to its owner.
+        is_apart = owner in ("", model.base_model_prefix) and num_known < len(names) - 1
+        is_in_a_layer = any(name.isdecimal() for name in names[:num_known])
+        is_unused = not is_in_a_layer and _UNUSED_PARTS.search(part)
+        if _any_number(key) in places or (owner and not (is_apart or is_unused)):
             yield key
 
 
@@ -126,6 +136,13 @@ def _quant_method(fields: Mapping[str, Any]) -> str:
     return str(getattr(method, "value", method) or "")
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield config
     for name in config.sub_configs:
@@ -134,9 +151,10 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _configs(part)
 
 
-def _file(source: str | Path, file: str, revision: str | None) -> Path | None:
+def stored_file(source: str | Path, file: str, revision: str | None = None) -> Path | None:
+    """Return where a folder or hub checkpoint has a file, whether it can be read or not; None: it has none."""
     if isinstance(source, Path):
-        return source / file if (source / file).is_file() else None
+        return source / file if lexists(source / file) else None
     found = cached_file(
         source,
         file,

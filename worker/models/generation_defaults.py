@@ -104,11 +104,19 @@ def read_generation_defaults(model: PreTrainedModel) -> GenerationDefaults:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: of the generation config, else the config, else the tokenizer."""
+    """Return the tokens that end an answer: of the generation config, else the config, else the tokenizer.
+
+    Raises CannotStart for what is no token id.
+    """
     for source in (model.generation_config, model.config, tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
-            return list(found) if isinstance(found, (list, tuple)) else [found]
+            try:
+                return list(_END_TOKENS.validate_python(found))
+            except ValidationError as error:
+                raise CannotStart(
+                    f"VISIONQ_MODEL: {type(source).__name__}: eos_token_id: {error.errors()[0]['msg']}, got {found!r}"
+                ) from error
     return []
 
 
@@ -136,13 +144,19 @@ def _parsed(name: str, value: object) -> object:
 
 
 def _check_forced(defaults: GenerationDefaults, model: PreTrainedModel) -> None:
-    """A token that the model cannot choose can be banned, but not forced."""
+    """A token that the model cannot choose, or must not, can be banned, but not forced."""
     vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         beyond = [token for token in getattr(defaults, name) if vocab_size is not None and token >= vocab_size]
         if beyond:
             raise CannotStart(
                 f"VISIONQ_MODEL: generation_config: {name}: {beyond[0]} is beyond the model's {vocab_size} tokens; "
+                "VISIONQ_GENERATION_CONFIG=off serves the checkpoint without its generation config"
+            )
+        forced = set(getattr(defaults, name))
+        if forced and forced <= set(defaults.suppress_tokens):
+            raise CannotStart(
+                f"VISIONQ_MODEL: generation_config: {name}: {sorted(forced)} are all in suppress_tokens; "
                 "VISIONQ_GENERATION_CONFIG=off serves the checkpoint without its generation config"
             )
 
@@ -173,6 +187,7 @@ _Tokens = tuple[_Whole, ...]
 _Sequence = Annotated[tuple[_Token, ...], Field(min_length=1)]
 _Forced = Annotated[tuple[_Token, ...], BeforeValidator(_listed)]
 
+_END_TOKENS: Final[TypeAdapter[tuple[int, ...]]] = TypeAdapter(Annotated[tuple[_Whole, ...], BeforeValidator(_listed)])
 _TYPES: Final[Mapping[str, TypeAdapter[Any]]] = {
     "min_length": TypeAdapter(_Count),
     "min_new_tokens": TypeAdapter(_Count),

@@ -23,19 +23,21 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from worker.errors import CannotStart
 from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
-from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization
+from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization, stored_file
 from worker.models.context import max_context, max_positions
-from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, read_generation_defaults
+from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
 from worker.models.remote import download
@@ -92,6 +94,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     )
     processor = _load_processor(settings, source, revision)
     template = settle_template(settings, processor, source)
+    _check_generation_config(settings, source, revision)
     model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
     return LoadedModel(
         model=model,
@@ -102,7 +105,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         dtype=dtype,
         attention=str(model.config._attn_implementation),
         max_context=_max_context(settings, model),
-        generation=_generation(settings, model),
+        generation=_generation(settings, model, processor),
     )
 
 
@@ -262,8 +265,16 @@ def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:
     return context
 
 
-def _generation(settings: WorkerSettings, model: PreTrainedModel) -> GenerationDefaults:
+def _check_generation_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> None:
+    """Refuse a file that cannot be read: transformers would go on without it, and without its end tokens."""
+    if stored_file(source, GENERATION_CONFIG_NAME, revision) is not None:
+        with _refusing(settings, f"its {GENERATION_CONFIG_NAME} cannot be read"):
+            GenerationConfig.from_pretrained(source, revision=revision, local_files_only=isinstance(source, Path))
+
+
+def _generation(settings: WorkerSettings, model: PreTrainedModel, processor: ProcessorMixin) -> GenerationDefaults:
     """Return the checkpoint's defaults and say once which of its wishes are not followed."""
+    eos_token_ids(model, processor.tokenizer)  # refuses what are no tokens
     if settings.generation_config == "off":
         return NEUTRAL
     defaults = read_generation_defaults(model)

@@ -101,6 +101,32 @@ def test_a_bias_that_the_config_denies_is_refused(own_checkpoint: Checkpoints) -
     assert refusal(folder).endswith(f"1 have no place (first: {key}.bias)")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.language_model.layers.0.self_attn.q_norm.weight",
+        "model.language_model.layers.0.self_attn.sinks",
+        "model.language_model.layers.0.extra_norm.weight",
+        "model.multi_modal_projector.norm.weight",
+        "model.image_newline",
+    ],
+)
+def test_weights_that_a_part_of_the_model_would_leave_out_are_refused(key: str, own_checkpoint: Checkpoints) -> None:
+    """Those of another family whose config was put beside the file, or of a layer that has more to it."""
+    folder = own_checkpoint("llava")
+    rewrite(folder, lambda weights: weights | {key: torch.ones(16)})
+    assert refusal(folder).endswith(f"1 have no place (first: {key})")
+
+
+@pytest.mark.parametrize(
+    "key", ["mtp.layers.0.norm.weight", "model.vision_tower.pooler.dense.weight", "model.talker.w"]
+)
+def test_parts_that_no_answer_goes_through_may_be_left_over(key: str, own_checkpoint: Checkpoints) -> None:
+    folder = own_checkpoint("llava")
+    rewrite(folder, lambda weights: weights | {key: torch.ones(16)})
+    load(WorkerSettings(model=str(folder)))
+
+
 def test_surplus_weights_of_no_part_of_the_model_are_named_once(
     own_checkpoint: Checkpoints, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,6 +212,8 @@ def test_a_folder_that_is_or_also_holds_an_adapter_is_refused_by_name(
         ('{"peft_type": "IA3", "base_model_name_or_path": "base"}', "a IA3 adapter of base; "),
         ("{", "a LoRA adapter of a model that its adapter_config.json does not name; "),
         ("[1]", "a LoRA adapter of a model that its adapter_config.json does not name; "),
+        ("[" * 100_000, "a LoRA adapter of a model that its adapter_config.json does not name; "),
+        ('{"peft_type": null}', "a LoRA adapter of a model that its adapter_config.json does not name; "),
     ],
 )
 def test_adapters_of_other_kinds_and_broken_ones_are_refused_too(
@@ -194,6 +222,46 @@ def test_adapters_of_other_kinds_and_broken_ones_are_refused_too(
     folder = own_checkpoint("llava")
     (folder / "adapter_config.json").write_text(text)
     assert said in refusal(folder)
+
+
+def test_an_adapter_config_that_cannot_be_read_is_an_adapter_all_the_same(own_checkpoint: Checkpoints) -> None:
+    """A link into a cache whose file is gone."""
+    folder = own_checkpoint("llava")
+    (folder / "adapter_config.json").symlink_to(folder / "nowhere")
+    assert "a LoRA adapter of a model that its adapter_config.json does not name; " in refusal(folder)
+
+
+@pytest.mark.parametrize("switch", ["auto", "off"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"suppress_tokens": 5}', None])
+def test_a_generation_config_that_cannot_be_read_is_refused(
+    text: str | None, switch: str, own_checkpoint: Checkpoints
+) -> None:
+    """transformers goes on without it: answers would run past its end tokens."""
+    folder = own_checkpoint("llava")
+    file = folder / "generation_config.json"
+    file.unlink()
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_text(text)
+    assert "its generation_config.json cannot be read: " in refusal(folder, generation_config=switch)
+
+
+def test_a_checkpoint_without_a_generation_config_is_served(own_checkpoint: Checkpoints) -> None:
+    folder = own_checkpoint("llava")
+    (folder / "generation_config.json").unlink()
+    load(WorkerSettings(model=str(folder)))
+
+
+@pytest.mark.parametrize("switch", ["auto", "off"])
+@pytest.mark.parametrize("value", ["7", [7, "x"], [[1]], True, 1.5])
+def test_end_tokens_that_are_no_tokens_are_refused(value: object, switch: str, own_checkpoint: Checkpoints) -> None:
+    folder = own_checkpoint("llava")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": value}))
+    message = refusal(folder, generation_config=switch)
+    assert "GenerationConfig: eos_token_id: " in message
+    assert message.endswith(f"got {value!r}")
 
 
 def test_a_file_with_unmerged_adapter_weights_is_refused(own_checkpoint: Checkpoints) -> None:
