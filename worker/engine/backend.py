@@ -209,7 +209,9 @@ def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
         raise Unsuited(f"layers of type {', '.join(sorted(unknown))}")
     try:
         layout = _layout(entrances)
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
         raise Unsuited(f"{type(error).__name__} in the trial: {first_line(error)}") from error
     if len(layout) != config.num_hidden_layers:
         raise Unsuited(f"{len(layout)} of {config.num_hidden_layers} layers call the attention function")

@@ -139,7 +139,7 @@ def render(
         )
     except TemplateError as error:
         raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # a template is a program: it may raise whatever it likes
         # transformers' own words would repeat the conversation.
         ending = ", the last turn continued" if conversation.is_continuation else ""
         raise InvalidRequest(f"messages: the model's chat template cannot render them{ending}") from error

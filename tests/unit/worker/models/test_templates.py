@@ -196,6 +196,36 @@ def test_a_folder_or_a_device_is_no_template(tiny_checkpoint: Checkpoints, tmp_p
         assert "there is no such file" in refusal(model=str(tiny_checkpoint("idefics2")), chat_template=path)
 
 
+#: Each raises an error of another kind when it is rendered.
+FAILING = [
+    "{{ 1 / 0 }}",
+    "{{ range(10**9) | list }}",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "{{ {}.x.y }}",
+]
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_a_template_that_fails_is_refused(failing: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    (file := tmp_path / "own.jinja").write_text(IDEFICS_TURNS + failing)
+    message = refusal(model=str(tiny_checkpoint("idefics2")), chat_template=file)
+    assert f"does not show what a user says (VISIONQ_CHAT_TEMPLATE={file})" in message
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_a_template_that_fails_for_one_conversation_refuses_that_one(
+    failing: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    (file := tmp_path / "own.jinja").write_text(
+        IDEFICS_TURNS + "{% if messages | length > 2 %}" + failing + "{% endif %}"
+    )
+    loaded = load(WorkerSettings(model=str(tiny_checkpoint("idefics2")), chat_template=file))
+    assert "What is this?" in prompt(loaded)
+    turns, media = ASKED
+    with pytest.raises(InvalidRequest, match="^messages: the model's chat template "):
+        PromptBuilder(loaded).prepare(turns * 3, media * 3)
+
+
 @pytest.mark.parametrize("text", ['{"chat_template": "x"}', "Hello", "{{ bos_token }}"])
 def test_a_template_that_drops_what_a_user_says_is_refused(
     text: str, tiny_checkpoint: Checkpoints, tmp_path: Path
