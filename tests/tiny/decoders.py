@@ -40,12 +40,17 @@ SERVED: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 #: Decoders that rows alone serve, and why paged blocks do not.
 ROWS_ONLY: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "doge": ({"sliding_window": 100}, "masks of the model's own making"),
     "gemma2": ({"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}, "attention with softcap"),
     "gpt_oss": (
         {"head_dim": 16, "sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
         "attention with s_aux",
     ),
     "gptj": ({"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}, "0 of 3 layers call the attention function"),
+    "phimoe": (
+        {"sliding_window": 100, "num_local_experts": 2},
+        "a layer whose mask looks 100 tokens back, and says None",
+    ),
     "stablelm": ({}, "kv_step"),
 }
 #: Decoders that nobody serves, and what is said of them.

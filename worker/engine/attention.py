@@ -1,9 +1,10 @@
 """Attention over paged keys and values, as a function that transformers' models call in every layer.
 
-It is registered under two names. Under `FLAT` transformers builds no mask: the tokens of many requests lie in one row
+It is registered under three names. Under `FLAT` transformers builds no mask: the tokens of many requests lie in one row
 [1, T] and the step itself says what each may see. Under `PROMPT` one whole prompt runs through the model's own forward
-and the mask is the model's. What a step knows travels as the keyword argument `kv_step` of the model's forward, which
-models hand down to their layers; nothing is global, so engines in one process cannot disturb each other.
+and the mask is the model's. Under `LAYOUT` each layer gets, for its mask, how far back that mask looks. What a step
+knows travels as the keyword argument `kv_step` of the model's forward, which models hand down to their layers; nothing
+is global, so engines in one process cannot disturb each other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from worker.engine.transfer import to_device
 
 FLAT: Final = "visionq_flat"
 PROMPT: Final = "visionq_prompt"
+LAYOUT: Final = "visionq_layout"
 #: Keyword arguments by which transformers' layers ask for other scores: capped, with sinks or biases, of some blocks.
 _SCORE_CHANGES: Final = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mask", "block_indices")
 
@@ -81,9 +83,16 @@ def prompt_mask(*args: Any, allow_is_bidirectional_skip: bool = False, **kwargs:
     return mask
 
 
+def window_mask(*_args: Any, local_size: int | None = None, device: Any = None, **_kwargs: Any) -> Tensor:
+    """Return [1, 1, 1, 1]: the tokens that a mask lets each token look back, 0 for all. Signature as `prompt_mask`."""
+    return torch.full((1, 1, 1, 1), local_size or 0, dtype=torch.long, device=device)
+
+
 AttentionInterface.register(FLAT, paged_attention)
+AttentionInterface.register(LAYOUT, paged_attention)
 AttentionInterface.register(PROMPT, paged_attention)
 AttentionMaskInterface.register(PROMPT, prompt_mask)
+AttentionMaskInterface.register(LAYOUT, window_mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +277,14 @@ class LayoutStep:
     layout: dict[int, LayerShape] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """See `KVStep`; returns zeros."""
+        """See `KVStep`; returns zeros. The call's mask is that of `window_mask`.
+
+        Raises NotImplementedError for a layer whose mask would be missed where none is built.
+        """
+        if call.mask is not None and (call.mask.numel() > 1 or call.mask.dtype != torch.long):
+            raise NotImplementedError("masks of the model's own making")
+        if call.mask is not None and int(call.mask) != (call.window or 0):
+            raise NotImplementedError(f"a layer whose mask looks {int(call.mask)} tokens back, and says {call.window}")
         _, num_heads, _, key_dim = key.shape
         self.layout[layer] = LayerShape(num_heads, key_dim, value.shape[-1], key.dtype, key.device)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel
 
-from worker.engine.attention import FLAT, LayoutStep
+from worker.engine.attention import LAYOUT, LayoutStep
 from worker.engine.cuda_graphs import CudaGraphRecorder, DecodeGraphs, graph_sizes
 from worker.engine.entrances import Entrances
 from worker.engine.faults import Unsuited
@@ -222,7 +222,7 @@ def _layout(entrances: Entrances) -> Mapping[int, LayerShape]:
     device, step = entrances.model.device, LayoutStep()
     positions = torch.arange(PROBE_TOKENS, device=device)
     embeds = entrances.embed((positions + 1) % entrances.text_config.vocab_size)
-    with entrances.attending(FLAT):
+    with entrances.attending(LAYOUT):
         entrances.text_forward(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, kv_step=step)
     return step.layout
 

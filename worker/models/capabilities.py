@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from worker.models.captioner import Captioner, captioner_of
@@ -17,6 +18,9 @@ from worker.models.templates import ChatTemplate
 FALLBACK_CAPTION_PROMPT = "Describe this image."
 #: Attributes by which processors name their placeholders.
 _TOKEN_NAMES: Mapping[str, Sequence[str]] = {"image": ("image_token", "boi_token"), "video": ("video_token",)}
+
+#: A template is a program: what jinja2 and transformers raise, and what its own sums, look-ups and calls do.
+_RENDERING_ERRORS = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 #: What a probing user says, and what stands beside the text in a part and is for nobody to see.
 _WORDS, _HIDDEN = "quux", "xyzzy"
@@ -159,5 +163,5 @@ class _Renderer:
                     list(messages), chat_template=self.template, add_generation_prompt=True
                 )
             )
-        except Exception:  # a template is a program: it may raise whatever it likes
+        except _RENDERING_ERRORS:
             return None
