@@ -106,9 +106,10 @@ def read_generation_defaults(model: PreTrainedModel) -> GenerationDefaults:
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: of the generation config, else the config, else the tokenizer.
 
-    Raises CannotStart for what is no token id.
+    Both configs are those of the model whose `generate` decides. Raises CannotStart for what is no token id.
     """
-    for source in (model.generation_config, model.config, tokenizer):
+    decider = model.language_model if _delegates(model) else model
+    for source in (decider.generation_config, decider.config, tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
             try:

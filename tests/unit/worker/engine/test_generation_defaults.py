@@ -256,6 +256,24 @@ def test_a_model_that_hands_over_to_another_generate_ignores_what_generate_ignor
     assert ignored(caplog) == ["repetition_penalty, suppress_tokens"]
 
 
+def test_the_end_tokens_of_the_model_that_generates_count(tiny_model: Callable[[str], TinyModel], make: Make) -> None:
+    """BLIP-2 hands over to its language model, whose own generation config names the end."""
+    prompts = mixed_inputs(tiny_model("blip2"), 3)
+    told = [tiny_model("blip2").generate(inputs, MAX_NEW_TOKENS) for inputs in prompts]
+    early = make("blip2", {"eos_token_id": [tokens[2] for tokens in told]})
+    for is_inner in (False, True):
+        if is_inner:
+            config = json.loads((early.directory / "config.json").read_text())
+            config["text_config"]["eos_token_id"] = told[0][2]
+            (early.directory / "config.json").write_text(json.dumps(config))
+            early = TinyModel("blip2", early.directory)
+        expected = [early.generate(inputs, MAX_NEW_TOKENS) for inputs in prompts]
+        assert (expected == told) is not is_inner
+        requests = [request(inputs, max_new_tokens=MAX_NEW_TOKENS) for inputs in prompts]
+        answers = run(early, requests)
+        assert [answers.tokens[each.request_id] for each in requests] == expected
+
+
 def random_fields(plain: Plain, chance: random.Random) -> dict[str, Any]:
     """Return some fields at random; tokens are those that answers hold."""
     said = [token for tokens in plain.tokens for token in tokens]
