@@ -38,7 +38,7 @@ from api_stub.contract.media import MediaUri
 from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
 from api_stub.contract.sampling import NEUTRAL, SamplingParams
-from api_stub.contract.wire import WholeNumber, WireModel
+from api_stub.contract.wire import WholeNumber, WireModel, check_depth
 
 MAX_JOB_BYTES = 256 * 1024
 MAX_METADATA_BYTES = 4 * 1024
@@ -113,6 +113,7 @@ class _JobFields(WireModel):
                 raise ValueError(f"metadata: cannot be written as JSON: {error}") from error
             if num_bytes > MAX_METADATA_BYTES:
                 raise ValueError(f"metadata: {num_bytes} bytes of JSON, the limit is {MAX_METADATA_BYTES}")
+            check_depth("metadata", self.metadata)
         if self.messages is not None:
             if self.media:
                 raise ValueError("media: not beside messages; put image and video parts into the messages")
@@ -239,10 +240,16 @@ def _raw(fields: Mapping[str, object] | str | bytes, task: TaskName | None) -> b
         if isinstance(fields, str):
             return fields.encode()
         given = dict(fields) | ({"task": str(task)} if task is not None else {})
-        return _json(given)
+        raw = _json(given)
     except _NO_JSON as error:
         place = "job" if isinstance(fields, str | bytes) else _unwritable(fields)
         raise InvalidJob(f"{place}: cannot be written as JSON: {error}") from error
+    try:
+        for name, value in given.items():  # of what is JSON, so without cycles
+            check_depth(str(name), value)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from error
+    return raw
 
 
 def _unwritable(fields: Mapping[str, object]) -> str:

@@ -6,9 +6,12 @@ fields that a later release adds are ignored.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+#: Objects and lists within each other, of one field. Readers stop at 200, of views in which metadata is a part.
+MAX_DEPTH: Final = 128
 
 
 def _without_point(value: object) -> object:
@@ -33,3 +36,13 @@ class ReadModel(WireModel):
     """A result, event or view. Readers one release older than the writer ignore what they do not know."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+def check_depth(name: str, value: object) -> None:
+    """Raise ValueError for a JSON value, of the field `name`, that is nested deeper than readers can follow."""
+    depth, level = 0, [value]
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        level = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{name}: nested {depth} deep, the limit is {MAX_DEPTH}")

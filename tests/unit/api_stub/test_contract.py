@@ -16,6 +16,7 @@ from api_stub.contract.job import MAX_JOB_BYTES, CaptionJob, TaskName, VqaJob, d
 from api_stub.contract.media import S3Object
 from api_stub.contract.names import is_model_name, model_of_queue, queue
 from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
+from api_stub.contract.wire import MAX_DEPTH
 from tests.golden.samples import EVENTS, JOB_ID
 
 REFUSED = {
@@ -270,3 +271,22 @@ def test_a_model_name_routes_and_nothing_else_does() -> None:
         assert not is_model_name(name)
     with pytest.raises(ValueError, match="not a visionq queue"):
         model_of_queue("celery")
+
+
+def test_metadata_is_nested_no_deeper_than_readers_of_views_can_follow() -> None:
+    def nested(depth: int) -> dict[str, object]:
+        value: dict[str, object] = json.loads('{"a":' * depth + "1" + "}" * depth)
+        return value
+
+    metadata = nested(MAX_DEPTH)
+    job = parse_job({"question": "hello", "metadata": metadata}, TaskName.VQA)
+    completed = next(event for event in EVENTS.values() if isinstance(event, JobCompleted))
+    result = completed.result.model_copy(update={"metadata": job.metadata})
+    event = parse_event(completed.model_copy(update={"result": result}).to_json())
+    assert isinstance(event, JobCompleted)
+    assert event.result.metadata == metadata
+    for fields in ({"metadata": nested(MAX_DEPTH + 1)}, {"colour": nested(700)}):
+        with pytest.raises(InvalidJob, match=rf"^{next(iter(fields))}: nested \d+ deep, the limit is {MAX_DEPTH}"):
+            parse_job({"question": "hello"} | fields, TaskName.VQA)
+    with pytest.raises(InvalidJob, match="metadata: nested 129 deep"):
+        parse_job(json.dumps({"question": "hello", "task": "visionq.vqa", "metadata": nested(MAX_DEPTH + 1)}))
