@@ -1,23 +1,32 @@
-"""kombu's Redis transport, with a guard: a list entry or message that is not well made costs itself and nothing else.
+"""kombu's Redis transport, with a guard: a list entry, whatever it is, costs itself and nothing else.
 
-Unguarded, an exception on the event loop ends the worker, and the entry waits for the next one to end that too. Entries
-that are no JSON are already off the list and are dropped; messages that break whoever receives them are rejected.
+Unguarded, an exception on the event loop ends the worker, and the entry waits for the next one to end that too. So an
+entry is read by `worker.entry`, and what Celery gets is a message made here: well formed, small enough, its body still
+packed. What a requeue puts back is what the producer said, with a delivery tag of our own.
 A Redis that refuses writes for a moment (full, a replica, short of replicas) is asked again.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Empty
 from typing import Any, Final
+from uuid import uuid4
 
 import redis
 from celery.app.amqp import AMQP
 from kombu import Connection
-from kombu.transport.redis import Channel, QoS, Transport
-from kombu.transport.virtual import QoS as LocalQoS
+from kombu.transport.redis import Channel, Transport
+from kombu.transport.virtual import Message
+
+from api_stub.contract import names
+from worker.entry import DropReason, Entry, Unreadable, read_entry
+from worker.held import GuardedQoS
+from worker.knock import STAND_IN, known_task
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +34,7 @@ logger = logging.getLogger(__name__)
 _CONNECTION_FAULTS = (redis.RedisError, OSError)
 
 
+QUEUE_PREFIX: Final = names.queue("")
 #: Before a Redis that refused a command is asked again. The event loop has nothing else to do then.
 REFUSED_PAUSE_S: Final = 0.5
 #: Pauses between two tries to reach the broker. kombu's own grow to half a minute, which jobs wait after an outage.
@@ -44,57 +54,132 @@ class SwiftAMQP(AMQP):
     Connection = SwiftConnection
 
 
-class GuardedQoS(QoS):
-    """Lets go of a message whose acknowledgement Redis refuses: it comes back once more, and its job is over then."""
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An entry on its way to Celery: what it says, and what a requeue puts back."""
 
-    def ack(self, delivery_tag: str) -> None:
-        try:
-            super().ack(delivery_tag)
-        except redis.ResponseError as error:
-            logger.warning("not acknowledged", extra={"action": "acknowledge", "error": str(error)})
-            LocalQoS.ack(self, delivery_tag)
+    entry: Entry
+    envelope: dict[str, object]
+    delivery_tag: str
+    queue: str
 
-    def restore_visible(self, *args: Any, **options: Any) -> None:
-        try:
-            super().restore_visible(*args, **options)
-        except redis.ResponseError as error:  # kombu looks again later; raised while connecting it leaves a socket open
-            logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+
+class EntryMessage(Message):
+    """A message of protocol 2 without eta, expiry, time limit or callbacks: none of them works on this pool.
+
+    Its only argument is the entry, whose body nobody has decoded yet: worker.tasks does, on a thread.
+    """
+
+    def __init__(self, payload: Delivery, channel: Any = None, **options: Any) -> None:
+        entry = payload.entry
+        job_id = entry.job_id or payload.delivery_tag  # until its body is read
+        headers = {
+            "lang": "py", "task": (known_task(entry.task) or STAND_IN).value, "id": job_id, "root_id": job_id,
+            "parent_id": None, "group": None, "retries": 0, "timelimit": [None, None], "eta": None, "expires": None,
+            "ignore_result": True, "argsrepr": "()", "kwargsrepr": "{}", "origin": None,
+        }  # fmt: skip
+        embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+        made = {
+            "body": json.dumps([[], {"entry": entry.to_json()}, embed]),
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "headers": headers,
+            "properties": {
+                "correlation_id": job_id,
+                "delivery_tag": payload.delivery_tag,
+                "delivery_info": {"exchange": "", "routing_key": payload.queue, "priority": entry.priority},
+            },
+        }
+        super().__init__(made, channel=channel, **options)
+        self._raw = payload.envelope
 
 
 class GuardedChannel(Channel):
-    """Drops list entries that are no messages, and waits while Redis refuses to hand any out.
+    """Makes messages of list entries, drops what is none, and waits while Redis refuses to hand any out.
 
-    The transport option `on_entry` is called for every entry that came off a list, whatever became of it.
+    The transport option `on_entry` is called for every entry that came off a list, whatever became of it, and `on_drop`
+    with the reason for each that was dropped.
     """
 
     QoS = GuardedQoS
-    from_transport_options = (*Channel.from_transport_options, "on_entry")
+    Message = EntryMessage
+    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop")
     on_entry: Callable[[], None] | None = None
+    on_drop: Callable[[DropReason], None] | None = None
+    # kombu's, which its stubs leave out.
+    connection_errors: tuple[type[Exception], ...]
+    _queue_cycle: Any
+    _q_for_pri: Callable[[str, int], str]
+    _flush_brpop_reauth: Callable[[], None]
+
+    def drop(self, reason: DropReason, **facts: object) -> None:
+        """Tell of a message that is gone without an answer."""
+        logger.error("message dropped", extra={"action": "receive", "reason": reason.value} | facts)
+        if self.on_drop is not None:
+            self.on_drop(reason)
+
+    def _size(self, queue: str) -> int:
+        try:
+            return int(super()._size(queue))
+        except redis.ResponseError as error:  # asked for while connecting, by nobody who needs it
+            logger.warning("not counted", extra={"action": "receive", "error": str(error)})
+            return 0
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         try:
-            super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[misc]  # the stubs leave it out
+            super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[misc]
         except redis.ResponseError as error:  # whoever takes messages off a list needs no binding
             logger.warning("not bound", extra={"action": "receive", "error": str(error)})
 
-    def _brpop_read(self, **options: Any) -> Any:
+    def _do_restore_message(
+        self, payload: dict[str, Any], exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
+    ) -> None:
+        """Write a message to its list. Unlike kombu's, never logs it, and lets errors out to whoever knows better."""
+        if isinstance(headers := payload.get("headers"), dict):
+            headers["redelivered"] = True
+        priority = self._get_message_priority(payload, reverse=False)
+        is_ours = routing_key.startswith(QUEUE_PREFIX)  # whatever a broken table of bindings says
+        for queue in [routing_key] if is_ours else self._lookup(exchange, routing_key):
+            push = pipe.lpush if leftmost else pipe.rpush
+            push(self._q_for_pri(queue, priority), json.dumps(payload))
+
+    def _brpop_read(self, **options: Any) -> bool:
         try:
-            is_read = super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
+            reply = self._reply(**options)
+            if not reply:
+                raise Empty
+            queue = reply[0].decode().rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            self._take(reply[1], queue)
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        return True
+
+    def _reply(self, **options: Any) -> Any:
+        connection = self.client.connection
+        try:
+            return self.client.parse_response(connection, "BRPOP", **options)
+        except self.connection_errors:
+            connection.disconnect()  # the next turn of the loop connects anew
+            raise
         except redis.ResponseError as error:
             # Celery would connect anew, many times a second, and leave a socket open each time.
             logger.warning("broker refuses", extra={"action": "receive", "error": str(error)})
             time.sleep(REFUSED_PAUSE_S)
             raise Empty from error
-        except (ValueError, TypeError, AttributeError) as error:
-            logger.error("list entry dropped", extra={"action": "receive", "error": type(error).__name__})
-            self._tell()
-            raise Empty from error
-        self._tell()
-        return is_read
 
-    def _tell(self) -> None:
-        if self.on_entry is not None:
-            self.on_entry()
+    def _take(self, raw: bytes, queue: str) -> None:
+        try:
+            entry = read_entry(raw)
+        except Unreadable as error:
+            self.drop(error.reason, num_bytes=len(raw))
+        else:
+            tag = str(uuid4())
+            self.connection._deliver(Delivery(entry, entry.envelope(queue, tag), tag, queue), queue)
+        finally:
+            if self.on_entry is not None:
+                self.on_entry()
 
 
 class GuardedTransport(Transport):
@@ -107,13 +192,9 @@ class GuardedTransport(Transport):
             super()._deliver(message, queue)
         except _CONNECTION_FAULTS:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a foreign message makes of kombu and Celery
-            logger.error("message dropped", extra={"action": "receive", "error": type(error).__name__})
-            self._drop(message)
-
-    def _drop(self, message: Any) -> None:
-        properties = message.get("properties") if isinstance(message, Mapping) else None
-        tag = properties.get("delivery_tag") if isinstance(properties, Mapping) else None
-        for channel in self.channels or ():
-            if isinstance(tag, str) and tag in (channel.qos._delivered or ()):
-                channel.basic_reject(tag, requeue=False)
+        except Exception as error:  # noqa: BLE001 - a net under Celery: what is left of a message's odd ways
+            channels: list[Any] = self.channels or []
+            for channel in channels:
+                if message.delivery_tag in (channel.qos._delivered or ()):
+                    channel.drop(DropReason.BROKE, error=type(error).__name__)
+                    channel.basic_reject(message.delivery_tag, requeue=False)

@@ -20,6 +20,7 @@ from api_stub.contract import names
 from api_stub.contract.job import TaskName
 from api_stub.ledger import link
 from api_stub.ledger.rows import Bell
+from worker.entry import DropReason
 from worker.lifecycle.consumption import Consumption
 from worker.runtime import Runtime
 from worker.settings import WorkerSettings
@@ -33,10 +34,14 @@ VISIBILITY_TIMEOUT_S: Final = 600
 WITH_BODIES: Final = ("Received unregistered", "Received invalid", "Received and deleted", "Can't decode")
 
 
-def make_app(settings: WorkerSettings, on_entry: Callable[[], None] | None = None) -> Celery:
+def make_app(
+    settings: WorkerSettings,
+    on_entry: Callable[[], None] | None = None,
+    on_drop: Callable[[DropReason], None] | None = None,
+) -> Celery:
     """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks.
 
-    `on_entry` is called for everything that comes off the queue.
+    `on_entry` is called for everything that comes off the queue, `on_drop` for what nobody can be answered for.
     """
     url = settings.redis_url.get_secret_value()
     queue = names.queue(settings.model_name)
@@ -77,7 +82,7 @@ def make_app(settings: WorkerSettings, on_entry: Callable[[], None] | None = Non
         # A full Redis, or one that is a replica for a moment, refuses the loop's own commands: no reason to end.
         broker_channel_error_retry=True,
         broker_connection_timeout=4,
-        broker_transport_options=_transport_options() | {"on_entry": on_entry},
+        broker_transport_options=_transport_options() | {"on_entry": on_entry, "on_drop": on_drop},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_retry_on_timeout=True,

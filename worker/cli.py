@@ -58,7 +58,7 @@ def start(
         runtime.start()
     except CannotStart as error:
         refuse(redact(str(error)))
-    celery_app = make_app(settings, runtime.consumption.met)
+    celery_app = make_app(settings, runtime.consumption.met, runtime.metrics.count_dropped)
     register(celery_app, runtime)
     runtime.ring = lambda bell: ring(celery_app, bell)
     _leave_out_of_collections()

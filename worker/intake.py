@@ -20,6 +20,7 @@ from api_stub.contract.job import Job, parse_job
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.link import is_passing
 from api_stub.ledger.rows import Claim, JobConflict, Refusal, RefusalReason
+from worker.entry import DropReason, Unreadable
 from worker.knock import Knock
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,12 @@ class Intake:
     def accept(self, knock: Knock) -> Accepted | None:
         """Claim the job of a message; None when there is nothing to do.
 
-        Raises redis.RedisError when Redis stays away.
+        Raises redis.RedisError when Redis stays away, Unreadable when the id belongs to another job.
         """
         problem = None
         if knock.fields is not None:
             job, problem = self._read(knock, knock.fields)
-            if not self._adopt(knock, job):
-                return None
+            self._adopt(knock, job)
         token = uuid.uuid4().hex  # a claim whose reply was lost is the same claim when it is repeated
         claim = self._again(lambda: self._ledger.claim(knock.job_id, self._worker, token))
         if isinstance(claim, Refusal):
@@ -76,21 +76,23 @@ class Intake:
             return None, knock.problem
         try:
             job = parse_job({"model": self._model, "priority": knock.priority} | dict(fields), knock.task)
+            return job.resolved(knock.job_id), None
         except InvalidJob as error:
             return None, str(error)
-        return job.resolved(knock.job_id), None
+        except Exception as error:  # noqa: BLE001 - a producer's own values, in libraries of others
+            facts = {"action": "adopt", "job_id": knock.job_id, "error": type(error).__name__}
+            logger.error("job cannot be read", extra=facts)
+            return None, f"job: cannot be read ({type(error).__name__})"
 
-    def _adopt(self, knock: Knock, job: Job | None) -> bool:
+    def _adopt(self, knock: Knock, job: Job | None) -> None:
         try:
             self._again(
                 lambda: self._ledger.adopt(
                     knock.job_id, task=knock.task, model=self._model, job=job, priority=job.priority if job else 6
                 )
             )
-        except JobConflict:
-            logger.warning("id belongs to another job", extra={"action": "adopt", "job_id": knock.job_id})
-            return False
-        return True
+        except JobConflict as error:
+            raise Unreadable(DropReason.ID_TAKEN) from error
 
     def _again(self, call: Callable[[], T]) -> T:
         """Repeat a ledger call while Redis is away; raise its error after the last try, a lasting one at once."""

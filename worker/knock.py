@@ -1,21 +1,31 @@
-"""What a Celery message says, whatever is wrong with it: a doorbell, a job, or something that is no job.
+"""What a message says, whatever is wrong with it: a doorbell, a job, or something that is no job.
 
-In: a message's headers, properties and decoded body, from any producer in any language. Out: a `Knock`, or None when
-there is no id under which anybody could be answered. Knows no Celery: plain values in, plain values out.
+In: an entry of the broker's list, from any producer in any language. Out: a `Knock`, or Unreadable when there is no id
+under which anybody could be answered. Decodes bodies, so it belongs on a thread. Knows no Celery.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from api_stub.contract import names
 from api_stub.contract.job import TaskName
+from worker.entry import MAX_BODY_BYTES, DropReason, Entry, Unreadable, read_json, usable_id
+from worker.inflate import inflate
 
-MAX_ID_CHARS: Final = 255
-FIRST_PRIORITY, LAST_PRIORITY = 0, 9
+#: What the row of a job names as its task when its message named none of ours.
+STAND_IN: Final = TaskName.VQA
+_JSON_TYPES: Final = frozenset({"application/json", "json"})
+_CHARSETS: Final[Mapping[str, str]] = {
+    "utf8": "utf-8", "binary": "utf-8", "ascii": "ascii", "usascii": "ascii", "latin1": "latin-1",
+    "iso88591": "latin-1", "utf16": "utf-16", "utf32": "utf-32",
+}  # fmt: skip
+#: What Celery is to do when a task is over, by its name in a message, and what producers call it.
+_AFTERWARDS: Final[Mapping[str, str]] = {
+    "callbacks": "link", "errbacks": "link_error", "chain": "chain", "chord": "chord",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,60 +38,92 @@ class Knock:
     fields: Mapping[str, object] | None
     problem: str | None = None
 
-    def to_json(self) -> str:
-        """Return the knock as JSON, for `from_json`."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> Knock:
-        """Read what `to_json` wrote."""
-        values = json.loads(text)
-        return cls(**values | {"task": TaskName(values["task"])})
-
-
-def read_knock(
-    task: TaskName, headers: Mapping[str, object], properties: Mapping[str, object], body: object
-) -> Knock | None:
-    """Read a message.
-
-    `body` is (args, kwargs, …) of protocol 2, the mapping of protocol 1, or the error that decoding it raised.
-    """
-    if isinstance(body, Mapping) and "id" in body:
-        headers, body = body, (body.get("args", ()), body.get("kwargs", {}))
-    job_id = _id(headers.get("id"))
+def read_knock(entry: Entry) -> Knock:
+    """Read a message. Raises Unreadable when it has no id, not even in its body."""
+    if entry.is_doorbell and entry.job_id is not None:
+        return Knock(entry.job_id, known_task(entry.task) or STAND_IN, entry.priority, None)
+    body, problem = None, entry.problem
+    if problem is None:
+        try:
+            body = _body(entry)
+        except _NotRead as error:
+            problem = str(error)
+    job_id, name = entry.job_id, entry.task
+    if isinstance(body, Mapping) and name is None:
+        job_id, name = job_id or usable_id(body.get("id")), body.get("task")
     if job_id is None:
-        return None
-    priority = _priority(properties.get("priority"))
-    if headers.get(names.DOORBELL_HEADER):
-        return Knock(job_id, task, priority, None)
+        raise Unreadable(DropReason.NO_ID)
+    task = known_task(name)
+    if task is None:
+        problem = f"task: {_brief(name)} is not served here; send {', '.join(TaskName)}"
+    if problem is not None:
+        return Knock(job_id, task or STAND_IN, entry.priority, {}, problem)
     fields, problem = _fields(body)
-    return Knock(job_id, task, priority, fields, problem)
+    return Knock(job_id, task or STAND_IN, entry.priority, fields, problem)
 
 
-def _id(value: object) -> str | None:
-    """Return an id that can be part of a Redis key."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return None
-    text = str(value)
-    is_usable = 0 < len(text) <= MAX_ID_CHARS and text.isprintable()
-    return text if is_usable else None
+class _NotRead(Exception):
+    """Raised when a body cannot be decoded. `str()` names the field."""
 
 
-def _priority(value: object) -> int:
-    """Return the priority list the message came through; a producer that says nothing gets Celery's own 0."""
-    number = value if isinstance(value, int) else 0
-    return min(LAST_PRIORITY, max(FIRST_PRIORITY, number))
+def _body(entry: Entry) -> object:
+    """Return the decoded body. Raises _NotRead."""
+    if (entry.content_type or "application/json").lower() not in _JSON_TYPES:
+        raise _NotRead(f"content-type: {_brief(entry.content_type)} is not read; send application/json")
+    charset = _CHARSETS.get((entry.content_encoding or "utf-8").lower().replace("-", "").replace("_", ""))
+    if charset is None:
+        raise _NotRead(f"content-encoding: {_brief(entry.content_encoding)} is not read; send utf-8")
+    raw = _bytes(entry)
+    if len(raw) > MAX_BODY_BYTES:
+        raise _NotRead(f"job: {len(raw)} bytes of JSON in the message, the limit is {MAX_BODY_BYTES}")
+    try:
+        return read_json(raw.decode(charset))
+    except RecursionError:
+        raise _NotRead("job: the message's body is nested too deep") from None
+    except Exception as error:  # noqa: BLE001 - a codec or json, whatever they raise
+        raise _NotRead(f"job: the message's body is no JSON that can be read ({type(error).__name__})") from None
+
+
+def _bytes(entry: Entry) -> bytes:
+    encoding = (entry.body_encoding or "utf-8").lower()
+    if encoding not in {"base64", "utf-8"}:
+        raise _NotRead(f"body_encoding: {_brief(entry.body_encoding)} is not read; send base64")
+    try:
+        raw = base64.b64decode(entry.body) if encoding == "base64" else entry.body.encode()
+    except ValueError:  # also half a character, which UTF-8 has no bytes for
+        raise _NotRead(f"body_encoding: the body is no {encoding}") from None
+    if not entry.compression:
+        return raw
+    try:
+        return inflate(raw, entry.compression, MAX_BODY_BYTES)
+    except (ValueError, MemoryError) as error:
+        raise _NotRead(f"compression: {error}") from None
 
 
 def _fields(body: object) -> tuple[Mapping[str, object], str | None]:
-    if isinstance(body, Exception):
-        return {}, f"job: the message's body cannot be read ({type(body).__name__}); send JSON"
-    if not isinstance(body, (list, tuple)) or len(body) < 2:
+    """Return the kwargs of a body and what is wrong with it; protocol 1 names its parts, protocol 2 orders them."""
+    if isinstance(body, Mapping):
+        args, kwargs, embed = body.get("args", []), body.get("kwargs", {}), body
+    elif isinstance(body, Sequence) and not isinstance(body, str) and len(body) >= 2:
+        args, kwargs, embed = body[0], body[1], body[2] if len(body) > 2 else {}
+    else:
         return {}, "job: the message's body is not [args, kwargs, …]"
-    args, kwargs = body[0], body[1]
-    if not isinstance(args, (list, tuple)) or args:
-        count = len(args) if isinstance(args, (list, tuple)) else "odd"
+    if not isinstance(args, list) or args:
+        count = len(args) if isinstance(args, list) else "odd"
         return {}, f"args: {count} positional arguments, send keyword arguments only"
     if not isinstance(kwargs, Mapping):
         return {}, f"kwargs: an object is required, got {type(kwargs).__name__}"
-    return {str(name): value for name, value in kwargs.items()}, None
+    for name, said in _AFTERWARDS.items():
+        if isinstance(embed, Mapping) and embed.get(name):
+            return {}, f"{said}: not served here, nothing would be sent when the job is over; wait for its result"
+    return kwargs, None
+
+
+def known_task(name: object) -> TaskName | None:
+    """Return the task of the contract that a message names."""
+    return TaskName(name) if isinstance(name, str) and name in set(TaskName) else None
+
+
+def _brief(value: object) -> str:
+    return repr(value[:80]) if isinstance(value, str) else f"a {type(value).__name__}"

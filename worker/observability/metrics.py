@@ -8,6 +8,7 @@ writes METRICS.md. Knows no job and no engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -86,6 +87,9 @@ class Metrics:
         self.attempts_stopped = counter(
             "attempts_stopped_total", "Claims stopped before their answer was complete, by reason", "reason"
         )
+        self.messages_dropped = counter(
+            "messages_dropped_total", "Messages for which nobody could be answered, by the reason why", "reason"
+        )
         self.claims_refused = counter("claims_refused_total", "Doorbells that rang for nothing, by reason", "reason")
         self.media_fetch = histogram("media_fetch_seconds", "Waiting for storage, per job with media", LONG_S)
         self.media_fetch_bytes = counter("media_fetch_bytes_total", "Bytes of media read from storage")
@@ -99,6 +103,10 @@ class Metrics:
             "action",
             "event",
         )
+
+    def count_dropped(self, reason: StrEnum) -> None:
+        """Count a message that is gone without an answer."""
+        self.messages_dropped.labels(reason.value).inc()
 
     def count_log_event(self, level: str, action: str, event: str) -> None:
         """Count a log line. The number of distinct ones is bounded, whatever a library writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 
 import pytest
@@ -11,6 +12,7 @@ from api_stub.contract import names
 from api_stub.contract.job import TaskName, VqaJob, parse_job
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from worker.entry import DropReason, Unreadable
 from worker.intake import Intake
 from worker.knock import Knock
 
@@ -61,7 +63,9 @@ def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(int
     assert first is not None
     job_id = first.claim.job_id
     assert intake.accept(knock({"question": "hello"}, job_id)) is None
-    assert intake.accept(knock({"question": "other"}, job_id)) is None
+    with pytest.raises(Unreadable) as raised:
+        intake.accept(knock({"question": "other"}, job_id))
+    assert raised.value.reason is DropReason.ID_TAKEN
     view = ledger.view(job_id)
     assert view is not None
     assert view.attempt == 1
@@ -73,6 +77,9 @@ def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(int
         ({"question": "hello", "colour": "red"}, None, "colour"),
         ({}, "send keyword arguments", "keyword"),
         ({"question": "x" * 300_000}, None, "262144"),
+        ({"question": "hello", "metadata": {"a": float("nan")}}, None, "metadata"),
+        ({"question": "hello", "metadata": json.loads('{"a":' * 700 + "1" + "}" * 700)}, None, "metadata"),
+        ({"question": "hello", "metadata": json.loads('{"a":' * 150 + "1" + "}" * 150)}, None, "limit is 128"),
     ],
 )
 def test_a_plain_message_that_is_no_job_is_claimed_with_its_problem(

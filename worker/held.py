@@ -1,0 +1,118 @@
+"""The messages that a worker holds, as kombu keeps them in Redis (`unacked`): to be put back if the worker is lost.
+
+One unreadable copy, and one refused write, cost only themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import redis
+from kombu.transport.redis import QoS
+from kombu.transport.virtual import QoS as LocalQoS
+
+from api_stub.ledger.link import is_passing
+from worker.entry import DropReason
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedQoS(QoS):
+    """Keeps what is held in Redis as far as Redis lets it.
+
+    An acknowledgement that is refused is let go: the message comes back once more, and its job is over then. A message
+    that Redis does not note (`unacked` is no hash, say) is served all the same, and put back from here if need be.
+    """
+
+    channel: Any
+    _remove_from_indices: Any
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._unnoted: dict[str, dict[str, object]] = {}
+        self._to_put_back: list[dict[str, object]] = []
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)
+        except redis.ResponseError as error:
+            logger.warning("not noted as held", extra={"action": "receive", "error": str(error)})
+            self._unnoted[delivery_tag] = message._raw
+            with self.channel.conn_or_acquire() as client:  # one half may have been written
+                self._remove_from_indices(delivery_tag, client.pipeline(transaction=False)).execute(
+                    raise_on_error=False
+                )
+            LocalQoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        if self._unnoted.pop(delivery_tag, None) is not None:
+            LocalQoS.ack(self, delivery_tag)
+            return
+        try:
+            super().ack(delivery_tag)
+        except redis.ResponseError as error:
+            logger.warning("not acknowledged", extra={"action": "acknowledge", "error": str(error)})
+            LocalQoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if not requeue:
+            self.ack(delivery_tag)
+        else:
+            self.restore_by_tag(delivery_tag, leftmost=True)
+            LocalQoS.ack(self, delivery_tag)
+
+    def restore_visible(self, *args: Any, **options: Any) -> None:
+        waiting, self._to_put_back = self._to_put_back, []
+        for envelope in waiting:
+            self._put_back(envelope)
+        try:
+            super().restore_visible(*args, **options)
+        except redis.ResponseError as error:  # kombu looks again later; raised while connecting it leaves a socket open
+            logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Put a message back that was held by us or by a lost worker. A copy that is no message costs only itself."""
+        envelope = self._unnoted.pop(tag, None)
+        if envelope is not None:
+            self._put_back(envelope)
+            return
+        is_dropped = False
+
+        def restore(pipe: Any) -> None:
+            nonlocal is_dropped
+            copy = pipe.hget(self.unacked_key, tag)
+            pipe.multi()
+            self._remove_from_indices(tag, pipe)
+            is_dropped = False
+            if copy is None:
+                return  # acknowledged meanwhile
+            try:
+                message, exchange, routing_key = json.loads(copy)
+                self.channel._do_restore_message(message, exchange or "", routing_key or "", pipe, leftmost)
+            except (redis.RedisError, OSError):
+                raise
+            except Exception:  # noqa: BLE001 - whatever somebody wrote there makes of json and kombu
+                is_dropped = True
+
+        with self.channel.conn_or_acquire(client) as client:
+            try:
+                client.transaction(restore, self.unacked_key)
+            except redis.ResponseError as error:
+                if is_passing(error):
+                    raise
+                logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+                return
+        if is_dropped:
+            self.channel.drop(DropReason.UNACKED)
+
+    def _put_back(self, envelope: dict[str, object]) -> None:
+        info: Any = envelope["properties"]
+        try:
+            with self.channel.conn_or_acquire() as client, client.pipeline() as pipe:
+                self.channel._do_restore_message(envelope, "", info["delivery_info"]["routing_key"], pipe, True)
+                pipe.execute()
+        except redis.ResponseError as error:
+            logger.warning("not put back yet", extra={"action": "receive", "error": str(error)})
+            self._to_put_back.append(envelope)
