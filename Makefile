@@ -18,7 +18,7 @@ TRITON_STAMP := $(TRITON)/.installed
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision kernels check audit bench chaos soak
+.PHONY: help demo test vision kernels check audit bench chaos fuzz soak
 .PHONY: test-parts test-rest test-chosen lint format types floors
 
 # Runs every target of $(1), though others before it fail, and says at the end which did. The plus: `--dry-run`, too.
@@ -80,6 +80,10 @@ bench: $(DEV_STAMP) ## measure the engine beside plain generate (ARGS go there),
 
 chaos: $(DEV_STAMP) ## break everything for ten minutes, count what is lost (ARGS="--seconds 60 --jobs 200 --seed 7")
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+fuzz: $(DEV_STAMP) ## a million odd messages through the receiving code, then twenty thousand through a live worker
+	$(BIN)/python -m tests.fuzz_entries --count 1000000 $(ARGS)
+	$(BIN)/python -m tests.fuzz_entries --count 20000 --live $(ARGS)
 
 soak: $(DEV_STAMP) ## steady load for an hour, tell what grows (ARGS="--minutes 10")
 	$(BIN)/python -m tests.chaos.soak $(ARGS)

@@ -42,6 +42,7 @@ def would_run(target: str, venv: Path) -> str:
         ("audit", ["-m venv", "-m tests.structure.audit"]),
         ("bench", ["-m venv", "visionq-worker bench engine", "visionq-worker bench queue"]),
         ("chaos", ["-m venv", "-m tests.chaos "]),
+        ("fuzz", ["-m venv", "-m tests.fuzz_entries --count 1000000", "-m tests.fuzz_entries --count 20000 --live"]),
         ("soak", ["-m venv", "-m tests.chaos.soak "]),
     ],
 )
