@@ -1,4 +1,4 @@
-"""The way through Redis: ledger, doorbells and event streams; uploads go to S3."""
+"""The way through Redis: ledger and event streams; uploads go to S3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled
 from api_stub.settings import ClientSettings
 from api_stub.storage import Storage
-from api_stub.submit import Doorbells, retried, submit, submit_async, submit_errors
+from api_stub.submit import retried, submit, submit_async, submit_errors
 
 
 class DirectTransport:
@@ -33,12 +33,11 @@ class DirectTransport:
         self._readers = connections.readers(url)
         self._ledger = Ledger(self._commands, settings.ledger)
         self._follower = Follower(self._ledger, self._readers)
-        self._doorbells = Doorbells(url)
         self._uploads = _Uploads(settings)
 
     def submit(self, job_id: str, job: Job) -> None:
         """See `Transport.submit`."""
-        submit(self._ledger, self._doorbells, job_id, job)
+        submit(self._ledger, job_id, job)
 
     def retry(self, job_id: str) -> str:
         """See `Transport.retry`."""
@@ -81,7 +80,6 @@ class DirectTransport:
 
     def close(self) -> None:
         """See `Transport.close`. Readers that are still active lose their connections."""
-        self._doorbells.close()
         self._commands.close()
         self._readers.close()
         self._uploads.close()
@@ -96,12 +94,11 @@ class AsyncDirectTransport:
         self._readers = connections.async_readers(url)
         self._ledger = AsyncLedger(self._commands, settings.ledger)
         self._follower = AsyncFollower(self._ledger, self._readers)
-        self._doorbells = Doorbells(url)
         self._uploads = _Uploads(settings)
 
     async def submit(self, job_id: str, job: Job) -> None:
         """See `Transport.submit`."""
-        await submit_async(self._ledger, self._doorbells, job_id, job)
+        await submit_async(self._ledger, job_id, job)
 
     async def retry(self, job_id: str) -> str:
         """See `Transport.retry`."""
@@ -144,7 +141,6 @@ class AsyncDirectTransport:
 
     async def close(self) -> None:
         """See `Transport.close`."""
-        await asyncio.to_thread(self._doorbells.close)
         await self._commands.aclose()
         await self._readers.aclose()
         self._uploads.close()

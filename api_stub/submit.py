@@ -1,43 +1,25 @@
-"""Hand a job in: first its entry in the ledger, then its doorbell through Celery.
-
-The entry is the job; the doorbell only saves the worker a look. When the entry is written and the doorbell fails, the
-job is safe: a reaper rings for it. `compose` makes a checked job of a call's arguments.
-"""
+"""Hand a job in: its entry in the ledger and its doorbell, in one step. `compose` makes a checked job of arguments."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, TypedDict
 
-import redis
-from celery import Celery
-from kombu.exceptions import OperationalError
-
 from api_stub.connections import store_errors
-from api_stub.contract import names
 from api_stub.contract.conversation import Message
 from api_stub.contract.job import Job, TaskName, Webhook, parse_job
 from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
-from api_stub.ledger import link
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Bell, CannotRetry, JobConflict, LedgerFull, Submission
+from api_stub.ledger.rows import CannotRetry, JobConflict, LedgerFull
 
-logger = logging.getLogger(__name__)
-
-SOCKET_TIMEOUT_S: Final = 2.0
-MAX_CONNECTIONS: Final = 10
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-#: What a broker that is away makes kombu raise; it passes some of redis-py's errors on unchanged.
-_BROKER_ERRORS: Final = (OperationalError, redis.RedisError, OSError)
 
 
 class JobOptions(TypedDict, total=False):
@@ -63,69 +45,19 @@ class JobOptions(TypedDict, total=False):
     metadata: Mapping[str, object] | None
 
 
-class Doorbells:
-    """Rings through Celery: a message without arguments that tells a worker to look at a job. Safe between threads."""
-
-    def __init__(self, redis_url: str) -> None:
-        self._app = Celery("visionq-producer", broker=redis_url, set_as_current=False)
-        self._app.conf.update(
-            task_serializer="json",
-            accept_content=["json"],
-            task_ignore_result=True,
-            broker_connection_timeout=SOCKET_TIMEOUT_S,
-            broker_transport_options={**link.queue_options(SOCKET_TIMEOUT_S), "retry_on_timeout": False},
-            broker_use_ssl=link.tls_options(redis_url),
-            task_publish_retry_policy={"max_retries": 1, "interval_start": 0, "interval_max": 0.2},
-        )
-        # The URL is named here: CELERY_BROKER_URL, set for another Celery of this process, would beat the app's.
-        self._pool = self._app.connection_for_write(redis_url).Pool(limit=MAX_CONNECTIONS)
-
-    def ring(self, bell: Bell) -> None:
-        """Send one doorbell. Raises kombu's and redis' errors when the broker is away, after at most about 5 s."""
-        with self._pool.acquire(block=True, timeout=SOCKET_TIMEOUT_S) as connection:
-            self._app.send_task(
-                str(bell.task or TaskName.VQA),
-                task_id=bell.job_id,
-                queue=names.queue(bell.model),
-                priority=bell.priority,
-                headers={names.DOORBELL_HEADER: 1},
-                ignore_result=True,
-                add_to_parent=False,
-                connection=connection,
-            )
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._pool.force_close_all()
-        self._app.close()
-
-
-def submit(ledger: Ledger, doorbells: Doorbells, job_id: str, job: Job) -> None:
+def submit(ledger: Ledger, job_id: str, job: Job) -> None:
     """Hand a job in. The same id and body again is the same job.
 
     Raises InvalidRequest (the id belongs to another body), QueueFull, StoreUnavailable.
     """
     with submit_errors():
-        submission = ledger.submit(job_id, job)
-    if submission is not Submission.HELD:
-        announce(doorbells, Bell(job_id, job.task, job.model, job.priority))
+        ledger.submit(job_id, job)
 
 
-async def submit_async(ledger: AsyncLedger, doorbells: Doorbells, job_id: str, job: Job) -> None:
-    """`submit` for asyncio. kombu publishes synchronously, so the doorbell is rung from another thread."""
+async def submit_async(ledger: AsyncLedger, job_id: str, job: Job) -> None:
+    """`submit` for asyncio."""
     with submit_errors():
-        submission = await ledger.submit(job_id, job)
-    if submission is not Submission.HELD:
-        await asyncio.to_thread(announce, doorbells, Bell(job_id, job.task, job.model, job.priority))
-
-
-def announce(doorbells: Doorbells, bell: Bell) -> None:
-    """Ring for a job that is in the ledger. An absent broker is logged: a reaper rings later. Blocks its thread."""
-    try:
-        doorbells.ring(bell)
-    except _BROKER_ERRORS as error:
-        facts = {"action": "ring", "job_id": bell.job_id, "model": bell.model, "error": type(error).__name__}
-        logger.warning("doorbell failed, a reaper will ring", extra=facts)
+        await ledger.submit(job_id, job)
 
 
 @contextmanager

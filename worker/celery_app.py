@@ -17,9 +17,7 @@ from celery.exceptions import Reject
 from kombu import Queue
 
 from api_stub.contract import names
-from api_stub.contract.job import TaskName
 from api_stub.ledger import link
-from api_stub.ledger.rows import Bell
 from worker.entry import DropReason
 from worker.lifecycle.consumption import Consumption
 from worker.runtime import Runtime
@@ -116,18 +114,6 @@ def without_bodies(record: logging.LogRecord) -> bool:
 def without_rejections(record: logging.LogRecord) -> bool:
     """Drop Celery's warning, with a traceback, of a message put back on purpose: the task itself has told of it."""
     return not (record.exc_info and isinstance(record.exc_info[1], Reject))
-
-
-def ring(app: Celery, bell: Bell) -> None:
-    """Send the doorbell of a job that is in the ledger."""
-    app.send_task(
-        str(bell.task or TaskName.VQA),
-        task_id=bell.job_id,
-        queue=names.queue(bell.model),
-        priority=bell.priority,
-        headers={names.DOORBELL_HEADER: 1},
-        ignore_result=True,
-    )
 
 
 def consumption_step(consumption: Consumption) -> type[bootsteps.StartStopStep]:

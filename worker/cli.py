@@ -50,7 +50,7 @@ def start(
     health = answer_probes(settings, metrics)
     # torch and transformers load only now: a wrong setting is told in milliseconds.
     from worker.bootstrap import build
-    from worker.celery_app import make_app, ring, serve
+    from worker.celery_app import make_app, serve
     from worker.tasks import register
 
     try:
@@ -60,7 +60,6 @@ def start(
         refuse(redact(str(error)))
     celery_app = make_app(settings, runtime.consumption.met, runtime.metrics.count_dropped)
     register(celery_app, runtime)
-    runtime.ring = lambda bell: ring(celery_app, bell)
     _leave_out_of_collections()
     status = serve(celery_app, settings, runtime)
     runtime.stop()

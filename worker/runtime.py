@@ -16,7 +16,6 @@ import redis
 from api_stub.contract import names
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
-from api_stub.ledger.rows import Bell
 from worker.engine.engine import Engine
 from worker.errors import CannotStart, WorkerError
 from worker.intake import Intake
@@ -58,7 +57,7 @@ MIN_PUBLISHER_STALL_S: Final = 60.0
 
 @dataclass(slots=True)
 class Runtime:
-    """A worker's living parts. `ring` is set by the process that owns the Celery app, before `on_ready`."""
+    """A worker's living parts."""
 
     worker_name: str
     settings: WorkerSettings
@@ -80,7 +79,6 @@ class Runtime:
     step_meter: StepMeter
     token_meter: TokenMeter
     exit_status: int = 0
-    ring: Callable[[Bell], None] | None = None
     watchdog: Watchdog = field(init=False)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -120,9 +118,8 @@ class Runtime:
         """The worker consumes: start heartbeats, the watchdog and the reaper."""
         self.heartbeat.start()
         self.watchdog.start()
-        if self.ring is not None:
-            reaper = Reaper(self.ledger, self.ring, self.settings.sweep_s)
-            threading.Thread(target=reaper.run, args=(self._stopping,), name="reaper", daemon=True).start()
+        reaper = Reaper(self.ledger, self.settings.sweep_s)
+        threading.Thread(target=reaper.run, args=(self._stopping,), name="reaper", daemon=True).start()
         logger.info("worker ready", extra={"action": "ready", "worker": self.worker_name})
 
     def fail(self, finding: Finding) -> None:

@@ -1,6 +1,6 @@
-"""What the routes work with: settings, keys, ledger, doorbells, storage, readers; made once per process.
+"""What the routes work with: settings, keys, ledger, storage, readers; made once per process.
 
-kombu and boto3 block, so they run in threads, a bounded number at a time. The reaper has its own thread and ledger.
+boto3 blocks, so it runs in threads, a bounded number at a time. The reaper has its own thread and ledger.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ from api_stub.gateway.webhooks.sender import WebhookSender
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
-from api_stub.ledger.rows import Bell, Submission
 from api_stub.settings import GatewaySettings
 from api_stub.storage import Storage
-from api_stub.submit import Doorbells, announce, submit_errors
+from api_stub.submit import submit_errors
 
 T = TypeVar("T")
 
-MAX_RINGING: Final = 8
 MAX_STORING: Final = 8
 #: When a thousand readers come back at once, the loop is busy for seconds: Redis' answers wait meanwhile, and so do the
 #: commands behind them.
@@ -57,14 +55,12 @@ class Gateway:
     readers: EventReaders
     queues: Queues
     limits: Limits
-    doorbells: Doorbells
     storage: Storage
     media: MediaFetcher
     webhook_rules: WebhookRules
     _webhooks: WebhookSender
     _reaper: _ReaperThread
     _subscriptions: redis.asyncio.Redis
-    _ringing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_RINGING))
     _storing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_STORING))
 
     @classmethod
@@ -76,7 +72,6 @@ class Gateway:
         ledger = AsyncLedger(commands, settings.ledger)
         rules = WebhookRules.load(settings)
         hub = EventHub(subscriptions)
-        doorbells = Doorbells(url)
         gateway = cls(
             settings=settings,
             keys=keys,
@@ -87,12 +82,11 @@ class Gateway:
             readers=EventReaders(ledger, hub),
             queues=Queues(commands),
             limits=Limits(commands),
-            doorbells=doorbells,
             storage=await asyncio.to_thread(Storage, settings),
             media=MediaFetcher(RemoteRules.load(settings)),
             webhook_rules=rules,
             _webhooks=rules.sender(settings, keys, commands, metrics),
-            _reaper=_ReaperThread(settings, doorbells),
+            _reaper=_ReaperThread(settings),
             _subscriptions=subscriptions,
         )
         hub.start()
@@ -106,23 +100,18 @@ class Gateway:
         await self.hub.close()
         await self._webhooks.close()
         await asyncio.to_thread(self._reaper.stop)
-        await asyncio.to_thread(self.doorbells.close)
         await self._subscriptions.aclose()
         await self.commands.aclose()
         self.storage.close()
 
     async def submit(self, job_id: str, job: Job) -> None:
-        """Hand in a job: ledger, then doorbell. The same id and body again is the same job.
+        """Hand in a job. The same id and body again is the same job.
 
         Raises InvalidRequest (the id belongs to another body), QueueFull, StoreUnavailable.
         """
         with submit_errors():
-            submission = await self.ledger.submit(job_id, job)
+            await self.ledger.submit(job_id, job)
         self.metrics.submitted(job.model)
-        if submission is Submission.HELD:
-            return
-        bell = Bell(job_id, job.task, job.model, job.priority)
-        await to_thread.run_sync(announce, self.doorbells, bell, limiter=self._ringing)
 
     async def in_storage(self, call: Callable[[], T]) -> T:
         """Run a call of `storage` in a thread."""
@@ -132,10 +121,10 @@ class Gateway:
 class _ReaperThread:
     """The ledger's reaper, as long as the gateway runs."""
 
-    def __init__(self, settings: GatewaySettings, doorbells: Doorbells) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self._ledger = Ledger.connect(settings.redis_url.get_secret_value(), settings.ledger)
         self._stop = threading.Event()
-        reaper = Reaper(self._ledger, doorbells.ring, settings.sweep_s)
+        reaper = Reaper(self._ledger, settings.sweep_s)
         self._thread = threading.Thread(target=reaper.run, args=(self._stop,), name="reaper", daemon=True)
 
     def start(self) -> None:

@@ -43,7 +43,7 @@ RETRY_AFTER_S: Final = 5.0
 
 
 def submit(job_id: str, job: Job) -> Call[Submission]:
-    """Write a new job; its doorbell must follow. Raises JobConflict, LedgerFull."""
+    """Write a new job and its doorbell. Raises JobConflict, LedgerFull."""
     return _create(job_id, job.resolved(job_id), job.task, job.model, job.priority, "client")
 
 

@@ -65,7 +65,7 @@ class Ledger:
         self.client.close()
 
     def submit(self, job_id: str, job: Job) -> Submission:
-        """Write a new job; the caller then rings its doorbell, unless the answer is HELD.
+        """Write a new job and its doorbell, or hold it until it is its tenant's turn.
 
         The same id and body again is the same job.
 
@@ -132,9 +132,9 @@ class Ledger:
         return self._run(calls.drop(job_id))
 
     def reap(self) -> tuple[Bell, ...]:
-        """Take jobs from lost workers, end those out of time or attempts, return the doorbells to ring now.
+        """Take jobs from lost workers, end those out of time or attempts, ring again for those whose doorbell was lost.
 
-        Bells that are never rung (this process dies) are found again, one or two graces later.
+        Returns the doorbells that were rung.
         """
         bells: list[Bell] = []
         for _ in range(MAX_BATCHES):

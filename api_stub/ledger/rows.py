@@ -36,7 +36,7 @@ class Submission(StrEnum):
 
     CREATED = "created"
     SAME = "same"
-    HELD = "held"  # it is in the ledger, which rings for it when it is its tenant's turn: the caller must not
+    HELD = "held"  # it waits until it is its tenant's turn; only then the ledger rings for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,9 @@ class Claim:
     """A job that now belongs to one worker, until its lease ends.
 
     `body` is the job's JSON, empty when the job was adopted without a valid one. `fence` is greater than that of every
-    earlier claim of any job. `deadline_left_s` is None for a job without a deadline. `queued_s` counts from the moment
-    the job was last queued, `age_s` from its submission. `num_retries`: how often it was given back for its storage.
+    earlier claim that Redis remembers, and equal to none, not even to one that it has forgotten. `deadline_left_s` is
+    None for a job without a deadline. `queued_s` counts from the moment the job was last queued, `age_s` from its
+    submission. `num_retries`: how often it was given back for its storage.
     """
 
     job_id: str
@@ -120,7 +121,7 @@ class Cancelled(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Bell:
-    """A doorbell that must be rung: the job is queued and no message announces it."""
+    """A doorbell that a sweep has written: the job is queued, and no message had announced it."""
 
     job_id: str
     task: TaskName | None

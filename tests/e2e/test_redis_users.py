@@ -21,7 +21,6 @@ from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Claim
-from api_stub.submit import Doorbells
 from tests.gateway.conftest import CREDENTIALS
 from tests.gateway.service import serving
 from tests.processes import WorkerProcess
@@ -95,7 +94,6 @@ def test_the_gateways_user_submits_follows_and_sweeps(guarded: GuardedRedis, log
     with (
         Client(guarded.url_of("gateway")) as client,
         closing(Ledger.connect(guarded.url_of("gateway"), LedgerConfig())) as ledger,
-        closing(Doorbells(guarded.url_of("gateway"))) as doorbells,
         closing(Ledger.connect(guarded.url, LedgerConfig())) as worker,
         guarded.client() as admin,
     ):
@@ -103,7 +101,6 @@ def test_the_gateways_user_submits_follows_and_sweeps(guarded: GuardedRedis, log
         lease_ends(admin, "lost")
         bells = ledger.reap()
         assert [bell.job_id for bell in bells] == ["lost"]
-        doorbells.ring(bells[0])
         job = client.vqa(question="hello")
         claim = worker.claim(job.id, "worker-1")
         worker.finish(job.id, claim.fence, answer(claim))  # type: ignore[union-attr, arg-type]

@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-import redis
 import trustme
 from celery.exceptions import NotRegistered
 from pydantic import SecretStr
@@ -18,8 +17,6 @@ from pydantic import SecretStr
 from api_stub.client import AsyncClient, Client
 from api_stub.contract.event import JobCompleted
 from api_stub.errors import StoreUnavailable
-from api_stub.ledger.rows import Bell
-from api_stub.submit import Doorbells
 from tests.chaos.proxy import Network
 from tests.gateway.service import serving
 from tests.processes import WorkerProcess
@@ -29,7 +26,6 @@ from worker.celery_app import make_app
 from worker.errors import CannotStart
 from worker.settings import WorkerSettings
 
-BELL = Bell("a-job", None, "default", 6)
 NO_S3 = "http://127.0.0.1:1"
 EXIT_S = 60.0
 
@@ -136,16 +132,6 @@ def test_an_async_client_refuses_a_server_it_cannot_trust(refused_url: str) -> N
                 await client.vqa(question="hello")
 
     asyncio.run(ask())
-
-
-def test_a_doorbell_refuses_a_server_it_cannot_trust(refused_url: str, redis_client: redis.Redis) -> None:
-    doorbells = Doorbells(refused_url)
-    try:
-        with pytest.raises(Exception, match=r"(?i)certificate"):
-            doorbells.ring(BELL)
-    finally:
-        doorbells.close()
-    assert redis_client.keys("visionq.*") == []
 
 
 def test_a_worker_that_cannot_trust_its_redis_does_not_start(refused_url: str) -> None:

@@ -1,8 +1,9 @@
 -- Queued jobs: whose doorbell is in the broker's list, who is held back, whose turn it is.
 --
--- Only a few doorbells of each list are out at a time (`waiting`). The other jobs are held, one line per tenant, and whenever
--- there is room the ledger itself rings for the first of the line whose turn it is. So nobody waits behind another's backlog.
--- A tenant at its cap takes no turns until one of its jobs leaves.
+-- Doorbells are written by these scripts alone, in the step that queues the job or finds its doorbell lost. Only a few of each
+-- list are out at a time (`waiting`). The other jobs are held, one line per tenant, and whenever there is room the first of the
+-- line whose turn it is gets its doorbell. So nobody waits behind another's backlog. A tenant at its cap takes no turns until one
+-- of its jobs leaves.
 
 -- When must a reaper look at a queued job: at its alarm or at its deadline, whichever comes first.
 local function schedule(id, alarm, deadline)
@@ -77,11 +78,13 @@ local function broker_list(list)
   return KEY.queue .. model .. (step == '0' and '' or KEY.separator .. step), model
 end
 
-local function ring_here(id, row)
-  local bell = redis.call('INCR', KEY.submitted)
+-- Writes the job's doorbell and answers its number, which is `bell` or a new one. `row` needs: task model list tenant priority
+-- deadline.
+local function ring(id, row, bell)
+  bell = bell or redis.call('INCR', KEY.submitted)
   await_doorbell(id, row, bell)
   local key, model = broker_list(row.list)
-  local values = {id = quote(id), task = quote(row.task ~= '' and row.task or DOORBELL.task), priority = row.priority,
+  local values = {id = quote(id), task = quote((row.task or '') ~= '' and row.task or DOORBELL.task), priority = row.priority,
     queue = quote(KEY.queue .. model), tag = quote(id .. '#' .. bell)}
   redis.call('LPUSH', key, (string.gsub(DOORBELL.message, '<(%l+)>', values)))
   count('rung')
@@ -139,7 +142,7 @@ local function ring_next(list, model, tenant)
     local row = read(id, 'status', 'task', 'priority', 'deadline')
     row.list, row.model, row.tenant = list, model, tenant
     if row.status then
-      redis.call('HSET', KEY.job .. id, 'order', ring_here(id, row))
+      redis.call('HSET', KEY.job .. id, 'order', ring(id, row))
     else
       forget(id, model)
     end
@@ -210,7 +213,7 @@ local function stop_running(id, row)
   redis.call('SREM', KEY.suspects .. row.worker, id)
 end
 
--- No doorbell announces the job until a reaper rings, after `delay_s`.
+-- No doorbell announces the job until a sweep rings, after `delay_s`.
 local function postpone(id, row, delay_s)
   local again_at = now + delay_s
   redis.call('HSET', KEY.job .. id, 'bell', 0, 'alarm', moment(again_at), 'not_before', moment(again_at))

@@ -28,7 +28,10 @@ elseif must_run_elsewhere(id, row, worker) then
   return {'apart'}
 end
 
-row.fence = string.format('%.0f', redis.call('INCR', KEY.fence)) -- before any removal: a full Redis refuses here or not at all
+-- Greater than every earlier one, and never the same again: a Redis that forgot its last writes counts some numbers twice, but the
+-- token's digits (40 bits of it) are this call's own. Before any removal: a full Redis refuses here or not at all.
+local digits = tonumber(string.sub(redis.sha1hex(token), 1, 10), 16)
+row.fence = string.format('%.0f%013.0f', redis.call('INCR', KEY.fence), digits)
 stop_waiting(id, row)
 if is_capped(row.model, row.tenant) then
   hold(id, row)

@@ -1,5 +1,5 @@
 -- One sweep: ended leases, passed deadlines, retries that are due, lost doorbells. Any number of reapers may sweep at the same time.
--- Answers whether more is due, then id, task, model and priority of every job whose doorbell must be rung.
+-- Answers whether more is due, then id, task, model and priority of every job that it rang for.
 local BATCH = 200
 local MAX_DEAD = 10000
 local reply = {0}
@@ -11,9 +11,8 @@ redis.call('ZREMRANGEBYSCORE', KEY.settings, '-inf', stamp)
 redis.call('ZADD', KEY.settings, moment(now + CONFIG.lease_s), SHARED.settings)
 redis.call('PEXPIRE', KEY.settings, math.ceil(CONFIG.lease_s * 1000))
 
-local function ring(id, row)
-  await_doorbell(id, row, redis.call('INCR', KEY.submitted))
-  count('rung')
+local function ring_again(id, row)
+  ring(id, row)
   for _, field in ipairs({id, row.task or '', row.model, row.priority}) do
     reply[#reply + 1] = field
   end
@@ -46,7 +45,7 @@ local function take_from_lost_worker(id, row)
       'given up after %d workers were lost while they held it, the limit is %d', losses, CONFIG.max_attempts))
   else
     requeue(id, row, 'lost', 0)
-    ring(id, row)
+    ring_again(id, row)
     make_room(row)
   end
 end
@@ -66,7 +65,7 @@ local function look_at_queued(id, row)
   elseif not has_passed(row.alarm) then
     schedule(id, tonumber(row.alarm), tonumber(row.deadline))
   elseif row.bell == '0' or list_is_empty(row.list) or tonumber(row.bell) < tonumber(watermark(row.list)) then
-    ring(id, row)
+    ring_again(id, row)
   else
     await_doorbell(id, row, row.bell) -- it had only been late
   end
@@ -144,7 +143,7 @@ local function let_in_front(model, oldest)
   row.list = first
   -- Its doorbell in the former list is still there and may be the faster one: it must overtake nobody here, so order is 0.
   redis.call('HSET', KEY.job .. id, 'list', first, 'order', 0)
-  ring_here(id, row)
+  ring(id, row)
   redis.call('SET', KEY.aged .. model, id, 'EX', 86400)
   release(oldest.list)
 end

@@ -1,5 +1,5 @@
--- Writes a new job: from our client (its doorbell follows, unless the job is held) or adopted from a plain Celery message (its
--- doorbell is in hand).
+-- Writes a new job: from our client, with its doorbell unless the job is held, or adopted from a plain Celery message, which is its
+-- doorbell.
 local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events = unpack(ARGV)
 
 local known = redis.call('HGET', KEY.job .. id, 'digest')
@@ -27,6 +27,5 @@ if room(list) <= 0 or redis.call('EXISTS', KEY.turns .. list) == 1 or is_capped(
   release(list)
   return {'held'}
 end
-redis.call('HSET', KEY.job .. id, 'order', row.place)
-await_doorbell(id, row, row.place)
+redis.call('HSET', KEY.job .. id, 'order', ring(id, row, row.place))
 return {'created'}

@@ -22,20 +22,12 @@ class Broker:
 
     def submit(self, job_id: str, job: Job) -> Submission:
         """Hand a job in as a producer does."""
-        submission = self.ledger.submit(job_id, job)
-        if submission is not Submission.HELD:
-            self.ring(job_id, job.priority)
-        return submission
+        return self.ledger.submit(job_id, job)
 
     def ring(self, job_id: str, priority: int) -> None:
         """Push a doorbell."""
         message = json.dumps({"headers": {"id": job_id}})
         self.redis.lpush(names.queue_list(self.model, names.priority_step(priority)), message)
-
-    def ring_for_reaper(self) -> None:
-        """Sweep once, and ring what the sweep asks for."""
-        for bell in self.ledger.reap():
-            self.ring(bell.job_id, bell.priority)
 
     def receive(self) -> str | None:
         """Take the next doorbell, the most urgent list first; None when all lists are empty."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import redis
 
 from api_stub.contract import names
@@ -75,6 +77,19 @@ def event_types(client: redis.Redis, job_id: str) -> list[str]:
 def ring_in(client: redis.Redis, model: str = "default", priority: int = 6, num: int = 1) -> None:
     """Put messages into the Celery queue's list, as if doorbells waited there."""
     client.lpush(names.queue_list(model, names.priority_step(priority)), *(f"message {i}" for i in range(num)))
+
+
+def lose_doorbells(client: redis.Redis, model: str = "default") -> None:
+    """Take every message out of a model's lists: whoever had them died before the claim."""
+    client.delete(*(names.queue_list(model, step) for step in names.PRIORITY_STEPS))
+
+
+def doorbells_in(client: redis.Redis, model: str = "default") -> list[str]:
+    """Ids of the jobs whose doorbells wait in a model's lists, the next one first."""
+    messages: list[str] = []
+    for step in names.PRIORITY_STEPS:
+        messages += reversed(client.lrange(names.queue_list(model, step), 0, -1))
+    return [str(json.loads(message)["headers"]["id"]) for message in messages]
 
 
 def reap_until_bells(ledger: Ledger) -> tuple[Bell, ...]:

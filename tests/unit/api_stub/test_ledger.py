@@ -47,6 +47,7 @@ from tests.unit.api_stub.ledger_kit import (
     answer,
     claimed,
     delta,
+    doorbells_in,
     event_types,
     events,
     failure,
@@ -480,3 +481,42 @@ def test_expired_job_tells_its_deadline(ledger: Ledger, redis_client: redis.Redi
     assert last.error.code is ErrorCode.EXPIRED
     assert last.error.retryable
     assert last.error.message == "deadline_s: 0.25 s passed while the job was queued"
+
+
+def test_a_job_and_its_doorbell_are_written_in_one_step(ledger: Ledger, redis_client: redis.Redis) -> None:
+    """Whoever dies meanwhile, neither exists without the other; a held job gets its doorbell later."""
+    with redis_client.monitor() as monitor:
+        ledger.submit("a", question())
+        commands = []
+        for heard in monitor.listen():
+            commands.append(heard)
+            if heard["command"].startswith("LPUSH"):
+                break
+    assert all(heard["client_type"] == "lua" for heard in commands if heard["command"].startswith(("HSET", "LPUSH")))
+    assert doorbells_in(redis_client) == ["a"]
+    ledger.submit("a", question())
+    assert doorbells_in(redis_client) == ["a"]
+
+
+def test_a_fence_is_never_given_again_whatever_redis_forgets(ledger: Ledger, redis_client: redis.Redis) -> None:
+    """A replica without its master's last writes is promoted: the job is queued again, the counter stands back."""
+    ledger.submit("a", question())
+    old = claimed(ledger, "a", "worker-1")
+    assert ledger.publish([delta(old, 1, "old ")]) == (True,)
+    redis_client.decr(names.FENCE_KEY)
+    redis_client.hset(names.job_key("a"), mapping={"status": "queued", "attempt": 0})
+    new = claimed(ledger, "a", "worker-2")
+    assert new.fence != old.fence
+    assert ledger.publish([delta(old, 2, "mixed in")]) == (False,)
+    assert ledger.beat("worker-1", "default", [("a", old.fence)]) == (Hold.LOST,)
+    assert not ledger.give_back("a", old.fence, RetryReason.GIVEN_BACK)
+    assert ledger.finish("a", old.fence, answer(old)) is Finished.LOST
+    assert ledger.finish("a", new.fence, answer(new)) is Finished.DONE
+    assert ledger.finish("a", old.fence, answer(old)) is Finished.LOST
+
+
+def test_later_claims_have_greater_fences(ledger: Ledger) -> None:
+    fences = []
+    for number in range(20):
+        fences.append(started(ledger, f"job-{number}").fence)
+    assert fences == sorted(set(fences))

@@ -42,6 +42,7 @@ def contents(client: redis.Redis) -> dict[str, object]:
         "set": client.smembers,
         "zset": lambda key: client.zrange(key, 0, -1, withscores=True),
         "stream": client.xrange,
+        "list": lambda key: client.lrange(key, 0, -1),
     }
     return {key: readers[client.type(key)](key) for key in client.scan_iter()}
 

@@ -54,11 +54,11 @@ class Worker:
     def turn(self) -> None:
         """Work until something happens: a death, or one job done."""
         pauses_end(self.broker.redis)
-        self.broker.ring_for_reaper()
+        self.broker.ledger.reap()
         self.fill()
         if any(claim.job_id.startswith("killer") for claim in self.running):
             lease_ends(self.broker.redis, *(claim.job_id for claim in self.running))
-            self.broker.ring_for_reaper()
+            self.broker.ledger.reap()
             self.num_deaths += 1
             self.running = []
         elif self.running:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -12,18 +11,14 @@ from pathlib import Path
 
 import pytest
 import redis
-from celery import Celery
-from kombu.exceptions import OperationalError
 
 from api_stub.client import Client
 from api_stub.contract import names
 from api_stub.contract.job import MAX_JOB_BYTES, CaptionJob, TaskName, VqaJob, parse_job
 from api_stub.contract.sampling import SamplingParams
 from api_stub.errors import InvalidRequest, QueueFull, StoreUnavailable
-from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Bell
 from api_stub.settings import ClientSettings
-from api_stub.submit import Doorbells, checked, checked_id, compose
+from api_stub.submit import checked, checked_id, compose
 from tests.servers import RedisServer, free_port
 
 IMAGE = "s3://media/a.png"
@@ -63,11 +58,11 @@ def test_each_model_has_its_own_queue_and_each_priority_its_list(client: Client,
     assert messages_in(redis_client) == []
 
 
-def test_a_repeated_submit_is_the_same_job_and_rings_again(client: Client, redis_client: redis.Redis) -> None:
+def test_a_repeated_submit_is_the_same_job_with_one_doorbell(client: Client, redis_client: redis.Redis) -> None:
     for _ in range(2):
         client.vqa(question="Why?", job_id="job-1")
     assert redis_client.get(names.depth_key("default")) == "1"
-    assert len(messages_in(redis_client)) == 2
+    assert len(messages_in(redis_client)) == 1
 
 
 def test_an_id_that_belongs_to_another_body_is_refused(client: Client) -> None:
@@ -180,74 +175,3 @@ def test_a_redis_without_memory_is_unavailable(tmp_path: Path) -> None:
             client.vqa(question="Why?")
     finally:
         server.stop()
-
-
-def test_a_doorbell_that_fails_is_logged_and_the_job_is_accepted(
-    redis_url: str, ledger: Ledger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dead = Doorbells(f"redis://127.0.0.1:{free_port()}/0")
-    with Client(redis_url) as client, caplog.at_level(logging.WARNING, "api_stub.submit"):
-        monkeypatch.setattr(client._transport, "_doorbells", dead)
-        begin = time.monotonic()
-        job = client.vqa(question="Why?")
-        assert time.monotonic() - begin < 5
-        assert job.status().status == "queued"
-    assert [(record.message, record.job_id) for record in caplog.records] == [  # type: ignore[attr-defined]
-        ("doorbell failed, a reaper will ring", job.id)
-    ]
-
-
-def test_a_silent_broker_costs_a_doorbell_at_most_five_seconds(silent_url: str) -> None:
-    doorbells = Doorbells(silent_url)
-    begin = time.monotonic()
-    with pytest.raises(OperationalError):
-        doorbells.ring(Bell("job-1", TaskName.VQA, "default", 6))
-    assert time.monotonic() - begin < 5
-    doorbells.close()
-
-
-def test_doorbells_outlive_a_restart_of_redis(tmp_path: Path) -> None:
-    server = RedisServer(tmp_path, "--appendfsync", "always")
-    doorbells = Doorbells(server.url)
-    try:
-        doorbells.ring(Bell("job-1", TaskName.VQA, "default", 6))
-        server.kill()
-        server.start()
-        doorbells.ring(Bell("job-2", TaskName.VQA, "default", 6))
-        with server.client() as client:
-            assert len(messages_in(client)) == 2
-    finally:
-        doorbells.close()
-        server.stop()
-
-
-def test_the_broker_of_another_celery_in_this_process_is_not_rung(
-    redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("CELERY_BROKER_URL", "CELERY_BROKER_WRITE_URL"):
-        monkeypatch.setenv(name, f"redis://127.0.0.1:{free_port()}/0")
-    doorbells = Doorbells(redis_url)
-    doorbells.ring(Bell("job-1", TaskName.VQA, "default", 6))
-    doorbells.close()
-    assert len(messages_in(redis_client)) == 1
-
-
-def test_an_encrypted_url_is_spoken_to_with_tls() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(5)
-        doorbells = Doorbells(f"rediss://127.0.0.1:{listener.getsockname()[1]}/0")
-        with pytest.raises(OperationalError):
-            doorbells.ring(Bell("job-1", TaskName.VQA, "default", 6))
-        connection, _ = listener.accept()
-        with connection:
-            connection.settimeout(5)
-            assert connection.recv(2) == b"\x16\x03"  # a TLS record of a handshake
-        doorbells.close()
-
-
-def test_a_celery_consumer_receives_the_doorbell(client: Client, redis_url: str) -> None:
-    job = client.vqa(question="Why?", priority=0)
-    with Celery("consumer", broker=redis_url, set_as_current=False) as app, app.connection_for_read() as connection:
-        message = connection.SimpleQueue(names.queue("default")).get(timeout=5)
-        assert message.headers["id"] == job.id
-        message.ack()
