@@ -101,11 +101,11 @@ class AsyncLedger:
         """See `Ledger.drop`."""
         return await self._run(calls.drop(job_id))
 
-    async def reap(self) -> tuple[Bell, ...]:
+    async def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """See `Ledger.reap`."""
         bells: list[Bell] = []
-        for _ in range(MAX_BATCHES):
-            sweep = await self._run(calls.reap())
+        for number in range(MAX_BATCHES):
+            sweep = await self._run(calls.reap(0.0 if number else pause_s))
             bells.extend(sweep.bells)
             if sweep.is_complete:
                 break

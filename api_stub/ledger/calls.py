@@ -155,8 +155,8 @@ def drop(job_id: str) -> Call[bool]:
     return Call(Transition.DROP, (job_id,), lambda reply: bool(reply > 0))
 
 
-def reap() -> Call[Sweep]:
-    """Sweep once."""
+def reap(pause_s: float = 0.0) -> Call[Sweep]:
+    """Sweep once, unless another sweep that asked for a pause is younger than its pause."""
 
     def parse(reply: list[Any]) -> Sweep:
         fields = [str(field) for field in reply[1:]]
@@ -166,7 +166,7 @@ def reap() -> Call[Sweep]:
         )
         return Sweep(bells=tuple(bells), is_complete=reply[0] == 0)
 
-    return Call(Transition.REAP, (), parse)
+    return Call(Transition.REAP, (pause_s,), parse)
 
 
 def _failure_json(error: ErrorInfo) -> str:

@@ -131,14 +131,15 @@ class Ledger:
         """Take a job off the dead list; False: it is not on it. The job itself stays."""
         return self._run(calls.drop(job_id))
 
-    def reap(self) -> tuple[Bell, ...]:
+    def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """Take jobs from lost workers, end those out of time or attempts, ring again for those whose doorbell was lost.
 
-        Returns the doorbells that were rung.
+        Returns the doorbells that were rung. Of all processes that pass a `pause_s`, one sweeps, and the others do
+        nothing, until that time has passed.
         """
         bells: list[Bell] = []
-        for _ in range(MAX_BATCHES):
-            sweep = self._run(calls.reap())
+        for number in range(MAX_BATCHES):
+            sweep = self._run(calls.reap(0.0 if number else pause_s))
             bells.extend(sweep.bells)
             if sweep.is_complete:
                 break

@@ -1,6 +1,7 @@
 """A thread's loop that sweeps the ledger.
 
-Runs in every worker and in the gateway; no leader is needed, because every step of a sweep is atomic.
+Runs in every worker and in the gateway. No leader is needed, because every step of a sweep is atomic: whoever comes
+first sweeps for all, and when it dies the next one does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Sweeps of many processes drift apart by this share of the interval.
 JITTER: Final = 0.2
+#: For this share of the interval one process' sweep counts for all.
+PAUSE: Final = 0.75
 
 
 class Reaper:
@@ -35,7 +38,7 @@ class Reaper:
     def sweep(self) -> int:
         """Sweep once; return how many doorbells were rung."""
         try:
-            bells = self._ledger.reap()
+            bells = self._ledger.reap(PAUSE * self._sweep_s)
         except redis.RedisError as error:
             logger.warning("sweep failed", extra={"action": "reap", "error": type(error).__name__})
             return 0

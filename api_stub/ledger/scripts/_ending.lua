@@ -30,7 +30,7 @@ local function final(id, row, status, fragment, outcome)
   local event = emit(id, row.attempt, fragment)
   redis.call('HSET', KEY.job .. id, 'status', status, 'finished', stamp, 'final', event)
   redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before', 'token', 'lease')
-  redis.call('DECR', KEY.depth .. row.model)
+  one_less(row.model)
   local meta = '{"status":"' .. CELERY_STATE[status] .. '","result":' .. outcome
     .. ',"traceback":null,"children":[],"date_done":"' .. iso8601() .. '","task_id":' .. quote(id) .. '}'
   redis.call('SET', KEY.result .. id, meta, 'EX', CONFIG.result_ttl_s)

@@ -55,6 +55,27 @@ local function add_in_flight(row, num)
   end
 end
 
+-- The next sweep looks at the lists of a model that keep jobs waiting. Whoever takes messages may lose them without a word, so this
+-- is asked for as long as workers are there, and once more when they are gone.
+local function look_at_lists(model)
+  for step in pairs(STEP) do
+    local list = model .. ':' .. step
+    if redis.call('EXISTS', KEY.waiting .. list, KEY.turns .. list) > 0 then
+      redis.call('SADD', KEY.lists, list)
+    end
+  end
+end
+
+-- The model has one queued or running job less. Nothing is kept of a model that has none.
+local function one_less(model)
+  if redis.call('DECR', KEY.depth .. model) <= 0 then
+    for step in pairs(STEP) do
+      redis.call('DEL', KEY.watermark .. model .. ':' .. step)
+      redis.call('SREM', KEY.lists, model .. ':' .. step)
+    end
+  end
+end
+
 -- From now on a doorbell with this number is expected in the job's list.
 local function await_doorbell(id, row, bell)
   redis.call('HSET', KEY.job .. id, 'bell', bell)
@@ -123,7 +144,7 @@ end
 
 -- A queued job whose row somebody has taken away: nobody can end it any more. Writing to it would leave a part of a row for ever.
 local function forget(id, model)
-  redis.call('DECR', KEY.depth .. model)
+  one_less(model)
   redis.call('EXPIRE', KEY.events .. id, CONFIG.events_ttl_s)
   count('forgotten')
 end

@@ -6,6 +6,7 @@ local seconds = watch()
 redis.call('ZREMRANGEBYSCORE', KEY.workers .. model, '-inf', stamp)
 redis.call('ZADD', KEY.workers .. model, lease_ends, worker)
 redis.call('PEXPIRE', KEY.workers .. model, math.ceil(CONFIG.lease_s * 1000))
+redis.call('ZADD', KEY.serving, lease_ends, model)
 -- Who counts other leases than others do takes their jobs too early: `visionq doctor` looks for more than one.
 local lease = string.format('%.9g', CONFIG.lease_s)
 redis.call('ZREMRANGEBYSCORE', KEY.leases, '-inf', stamp)
@@ -27,4 +28,5 @@ end
 for step in pairs(STEP) do
   release(model .. ':' .. step) -- a new worker widens the window
 end
+look_at_lists(model)
 return holds

@@ -1,8 +1,10 @@
--- One sweep: ended leases, passed deadlines, retries that are due, lost doorbells. Any number of reapers may sweep at the same time.
+-- One sweep: ended leases, passed deadlines, retries that are due, lost doorbells. It costs what is due, not what exists. Any number
+-- of reapers may sweep at the same time; `pause_s` lets one of them do it for all, who is then free for so long.
 -- Answers whether more is due, then id, task, model and priority of every job that it rang for.
 local BATCH = 200
 local MAX_DEAD = 10000
 local reply = {0}
+local pause_s = tonumber(ARGV[1])
 
 go_on_when_full()
 local seconds = watch()
@@ -10,6 +12,9 @@ local seconds = watch()
 redis.call('ZREMRANGEBYSCORE', KEY.settings, '-inf', stamp)
 redis.call('ZADD', KEY.settings, moment(now + CONFIG.lease_s), SHARED.settings)
 redis.call('PEXPIRE', KEY.settings, math.ceil(CONFIG.lease_s * 1000))
+if pause_s > 0 and not redis.call('SET', KEY.sweep, stamp, 'NX', 'PX', math.ceil(pause_s * 1000)) then
+  return reply
+end
 
 local function ring_again(id, row)
   ring(id, row)
@@ -132,6 +137,9 @@ end
 
 -- Moves an aged job into its model's first list. One at a time, so that the urgent jobs stay ahead of all the aged ones together.
 local function let_in_front(model, oldest)
+  if redis.call('EXISTS', KEY.workers .. model) == 1 then
+    redis.call('SADD', KEY.lists, oldest.list) -- whose next job may have waited too long as well
+  end
   local id, first = oldest.id, model .. ':0'
   local former = redis.call('GET', KEY.aged .. model)
   if former and redis.call('ZSCORE', KEY.waiting .. first, former) then
@@ -148,17 +156,19 @@ local function let_in_front(model, oldest)
   release(oldest.list)
 end
 
-local is_more = #due == BATCH
-for _, list in ipairs(redis.call('SMEMBERS', KEY.lists)) do
-  local num_suspects = find_suspects(list)
+for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, 'LIMIT', 0, BATCH)) do
+  redis.call('ZREM', KEY.serving, model)
+  look_at_lists(model)
+end
+local lists = redis.call('SPOP', KEY.lists, BATCH)
+local is_more = #due == BATCH or #lists == BATCH
+for _, list in ipairs(lists) do
+  if find_suspects(list) == BATCH then
+    redis.call('SADD', KEY.lists, list)
+    is_more = true
+  end
   release(list)
   find_aged(list)
-  is_more = is_more or num_suspects == BATCH
-  local depth = redis.call('GET', KEY.depth .. string.match(list, '^(.*):%d+$'))
-  if num_suspects == 0 and (depth or '0') == '0' then
-    redis.call('SREM', KEY.lists, list)
-    redis.call('DEL', KEY.watermark .. list)
-  end
 end
 for model, oldest in pairs(aged) do
   let_in_front(model, oldest)

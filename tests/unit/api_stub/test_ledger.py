@@ -516,7 +516,5 @@ def test_a_fence_is_never_given_again_whatever_redis_forgets(ledger: Ledger, red
 
 
 def test_later_claims_have_greater_fences(ledger: Ledger) -> None:
-    fences = []
-    for number in range(20):
-        fences.append(started(ledger, f"job-{number}").fence)
+    fences = [started(ledger, f"job-{number}").fence for number in range(20)]
     assert fences == sorted(set(fences))

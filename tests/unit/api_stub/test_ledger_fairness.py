@@ -239,6 +239,8 @@ def test_the_last_priority_runs_under_a_steady_load_of_the_first(connect: Connec
     for i in range(60):
         broker.submit(f"fast-{2 * i}", question(priority=0))
         broker.submit(f"fast-{2 * i + 1}", question(priority=0))  # twice what is served
+        if i == 0:
+            broker.ledger.beat("worker-1", "default", [])
         broker.ledger.reap()
         done += broker.work(1)
     slow = [place for place, job_id in enumerate(done) if job_id.startswith("slow")]

@@ -398,6 +398,7 @@ def test_bell_that_is_lost_again_is_rung_again(ledger: Ledger, redis_client: red
     started(ledger, "a")
     assert ids(lose(ledger, redis_client, "a")) == ["a"]
     lose_doorbells(redis_client)
+    ledger.beat("worker-2", "default", [])  # whoever could lose it lives
     assert ledger.reap() == ()
     grace_ends(redis_client, "a")
     assert ids(ledger.reap()) == ["a"]
@@ -419,6 +420,75 @@ def test_final_jobs_leave_only_counters_and_keys_that_expire(ledger: Ledger, red
         names.FENCE_KEY, names.SUBMITTED_KEY, names.COUNTS_KEY, names.WATCH_KEY, names.depth_key("default"),
     }  # fmt: skip
     assert redis_client.get(names.depth_key("default")) == "0"
+
+
+# what a sweep costs
+
+
+def commands_of_a_sweep(ledger: Ledger, client: redis.Redis, pause_s: float = 0.0) -> int:
+    """Count the commands that one sweep runs inside Redis."""
+
+    def total() -> int:
+        return sum(int(each["calls"]) for each in client.info("commandstats").values())
+
+    before = total()
+    ledger.reap(pause_s)
+    return total() - before
+
+
+def test_a_sweep_costs_what_is_due_and_not_what_exists(ledger: Ledger, redis_client: redis.Redis) -> None:
+    """Models that nobody serves, with jobs that wait, held ones too: each is looked at once after it came."""
+    ledger.submit("a", question(model="served"))
+    for _ in range(3):
+        ledger.reap()
+    alone = commands_of_a_sweep(ledger, redis_client)
+    for number in range(300):
+        for job in range(2):
+            ledger.submit(f"{number}-{job}", question(model=f"invented-{number}", priority=job))
+    for _ in range(5):
+        ledger.reap()
+    assert commands_of_a_sweep(ledger, redis_client) <= alone + 1
+    assert redis_client.scard(names.LISTS_KEY) == 0
+
+
+def test_one_sweep_counts_for_all_processes_until_its_pause_is_over(
+    connect: Connect, redis_client: redis.Redis
+) -> None:
+    first, second = connect(LedgerConfig()), connect(LedgerConfig())
+    for job_id in ("a", "b"):
+        started(first, job_id)
+    lease_ends(redis_client, "a")
+    assert ids(first.reap(pause_s=60)) == ["a"]
+    lease_ends(redis_client, "b")
+    assert second.reap(pause_s=60) == ()
+    assert first.reap(pause_s=60) == ()
+    redis_client.delete(names.SWEEP_KEY)  # the pause is over, and the first process is dead
+    assert ids(second.reap(pause_s=60)) == ["b"]
+
+
+def test_jobs_of_a_model_whose_last_worker_fell_silent_are_looked_at_once_more(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    """It had taken a message off the list and not claimed the job yet; nobody is there to notice."""
+    ledger.beat("worker-1", "default", [])
+    ledger.submit("a", question())
+    ledger.reap()
+    lose_doorbells(redis_client)
+    ledger.reap()
+    assert not redis_client.hexists(names.job_key("a"), "alarm")
+    redis_client.zadd(names.SERVING_KEY, {"default": 1})
+    ledger.reap()
+    assert redis_client.hexists(names.job_key("a"), "alarm")
+    assert redis_client.zcard(names.SERVING_KEY) == 0
+
+
+def test_nothing_is_kept_of_a_model_without_jobs(ledger: Ledger, redis_client: redis.Redis) -> None:
+    claim = started(ledger, "a", model="once", priority=0)
+    ledger.finish("a", claim.fence, answer(claim))
+    lose_doorbells(redis_client, "once")
+    kept = [key for key in redis_client.scan_iter("*once*") if redis_client.ttl(key) == -1]
+    assert kept == [names.depth_key("once")]
+    assert redis_client.scard(names.LISTS_KEY) == 0
 
 
 # the loop
