@@ -20,6 +20,7 @@ from api_stub.contract.view import JobView
 from api_stub.direct import AsyncDirectTransport, DirectTransport
 from api_stub.errors import InvalidSettings
 from api_stub.handle import AsyncJobHandle, JobHandle
+from api_stub.one_loop import OneLoop
 from api_stub.settings import ClientSettings
 from api_stub.submit import JobOptions, checked, checked_id, compose
 from api_stub.transport import AsyncTransport, Transport
@@ -122,7 +123,7 @@ class AsyncClient:
         self, url: str | None = None, settings: ClientSettings | None = None, *, api_key: str | None = None
     ) -> None:
         self.settings = _settings(url, settings, api_key)
-        self._transport = _async_transport(url, self.settings)
+        self._transport = OneLoop(_async_transport(url, self.settings))
 
     async def caption(
         self, *media: str, prompt: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]

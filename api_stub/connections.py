@@ -7,7 +7,6 @@ process may have thousands of readers, so those never queue. A dead or silent Re
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -15,6 +14,7 @@ from typing import Final
 import redis
 import redis.asyncio
 
+from api_stub import causes
 from api_stub.errors import StoreUnavailable
 from api_stub.ledger import link
 
@@ -38,18 +38,21 @@ def commands(url: str) -> redis.Redis:
         retry=link.retry(1),
         **link.socket_options(TIMEOUT_S),
     )
+    causes.name_servers(pool)
     return redis.Redis.from_pool(pool)
 
 
 def readers(url: str) -> redis.Redis:
     """Connections for subscriptions; safe to share between threads."""
-    return redis.Redis.from_url(
+    client = redis.Redis.from_url(
         url,
         max_connections=MAX_READERS,
         decode_responses=True,
         retry=link.retry(0),
         **link.socket_options(TIMEOUT_S),
     )
+    causes.name_servers(client.connection_pool)
+    return client
 
 
 def async_commands(url: str, *, timeout_s: float = TIMEOUT_S, max_wait_s: float = TIMEOUT_S) -> redis.asyncio.Redis:
@@ -63,18 +66,21 @@ def async_commands(url: str, *, timeout_s: float = TIMEOUT_S, max_wait_s: float 
         retry=link.async_retry(1),
         **link.socket_options(timeout_s, TIMEOUT_S),
     )
+    causes.name_servers_async(pool)
     return redis.asyncio.Redis.from_pool(pool)
 
 
 def async_readers(url: str) -> redis.asyncio.Redis:
     """`readers` for one event loop."""
-    return redis.asyncio.Redis.from_url(
+    client = redis.asyncio.Redis.from_url(
         url,
         max_connections=MAX_READERS,
         decode_responses=True,
         retry=link.async_retry(0),
         **link.socket_options(TIMEOUT_S),
     )
+    causes.name_servers_async(client.connection_pool)
+    return client
 
 
 @contextmanager
@@ -86,18 +92,17 @@ def store_errors() -> Iterator[None]:
         raise unavailable(error) from error
 
 
-def unavailable(error: redis.RedisError) -> StoreUnavailable:
-    """Return the error for the caller. Redis' own text is left out but for its code: it may name hosts and commands."""
+def unavailable(error: redis.RedisError, *, tells_where: bool = True) -> StoreUnavailable:
+    """Return the error for the caller: what happened and, unless that is not their business, at which host and port.
+
+    Redis' own text is left out but for its code and for what is known to hold no secret: it may repeat commands.
+    """
+    server = causes.server_of(error) if tells_where else ""
+    where = f" ({server})" if server else ""
     if isinstance(error, redis.ResponseError):
         code = _CODE.search(str(error))
-        return StoreUnavailable(f"Redis refused: {code.group(1) if code else type(error).__name__}")
-    if (refusal := _certificate_refusal(error)) is not None:
-        return StoreUnavailable(f"Redis' certificate is not trusted: {refusal.verify_message}")
-    return StoreUnavailable(f"Redis did not answer: {type(error).__name__}")
-
-
-def _certificate_refusal(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
-    """Return what the TLS handshake stumbled over, if that is behind `error`."""
-    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
-        error = error.__cause__ or error.__context__
-    return error
+        return StoreUnavailable(f"Redis refused: {code.group(1) if code else type(error).__name__}{where}")
+    if (untrusted := causes.untrusted(error)) is not None:
+        return StoreUnavailable(f"Redis' certificate is not trusted: {untrusted}{where}")
+    cause = causes.plain_cause(error)
+    return StoreUnavailable(f"Redis did not answer: {type(error).__name__}{f': {cause}' if cause else ''}{where}")

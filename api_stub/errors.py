@@ -8,6 +8,7 @@
     ├── AccessRefused       the gateway does not know the key, or the key may not do this
     ├── StoreUnavailable    Redis, S3 or the gateway did not answer in time; the same call may be repeated
     ├── StorageRefused      S3 answered no: bucket, credentials or permission are wrong
+    ├── WrongEventLoop      an AsyncClient was used on another event loop than at first; also a RuntimeError
     ├── StreamRestarted     a new attempt's text differs from what was already yielded
     └── JobFailed           the job ended without a result
 
@@ -71,6 +72,12 @@ class StorageRefused(VisionqError):
     """Raised when S3 answers that the bucket, the credentials or the permission are wrong."""
 
     code = "storage_refused"
+
+
+class WrongEventLoop(VisionqError, RuntimeError):
+    """Raised when an AsyncClient is used on another event loop than at first: its connections belong to that one."""
+
+    code = "wrong_event_loop"
 
 
 class StreamRestarted(VisionqError):

@@ -58,7 +58,7 @@ class Follower:
                             subscription.is_over = True
                             return
             except _LOST as error:
-                time.sleep(patience.pause_s(error))
+                time.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
                 raise unavailable(error) from error
 
@@ -78,7 +78,7 @@ class Follower:
                             subscription.is_over = True
                             return ending
             except _LOST as error:
-                time.sleep(patience.pause_s(error))
+                time.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
                 raise unavailable(error) from error
 
@@ -109,7 +109,7 @@ class AsyncFollower:
                         if cursor.is_finished:
                             return
             except _LOST as error:
-                await asyncio.sleep(patience.pause_s(error))
+                await asyncio.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
                 raise unavailable(error) from error
 
@@ -125,7 +125,7 @@ class AsyncFollower:
                         if (ending := _ending(job_id, replay)) is not None:
                             return ending
             except _LOST as error:
-                await asyncio.sleep(patience.pause_s(error))
+                await asyncio.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
                 raise unavailable(error) from error
 

@@ -119,8 +119,10 @@ def problem_of(error: Exception) -> Problem:
     """Return the problem that an exception of a route stands for."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, redis.RedisError):
-        return problem_of(unavailable(error))
+    refusal = error.__cause__ if isinstance(error, StoreUnavailable) else error
+    if isinstance(refusal, redis.RedisError):
+        # Whoever speaks to the gateway is told why, not where Redis is: that is in the log.
+        return _of_ours(unavailable(refusal, tells_where=False))
     if isinstance(error, VisionqError):
         return _of_ours(error)
     if isinstance(error, RequestValidationError):
@@ -141,6 +143,9 @@ def install(app: FastAPI) -> None:
 async def _answer(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     request.state.problem = problem.code
+    if isinstance(error, StoreUnavailable | redis.RedisError):
+        reason = unavailable(error) if isinstance(error, redis.RedisError) else error
+        logger.warning("store unavailable", extra={"action": "answer", "reason": str(reason)})
     if speaks_openai(request.url.path):
         field = problem.errors[0].field if problem.errors else None
         return error_response(problem.status, problem.code, str(problem), field, problem.headers)

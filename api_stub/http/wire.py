@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 
 import httpx
 
+from api_stub import causes
 from api_stub.errors import StoreUnavailable
 from api_stub.http.asks import ANSWER_S, CONNECT_S, Ask
 from api_stub.http.refusals import Answer
@@ -16,6 +17,7 @@ T = TypeVar("T")
 #: A pooled connection may have died unnoticed: worth one more try.
 STALE: Final = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 #: Readers and waiting threads never queue for a connection.
+_PORTS: Final = {"http": 80, "https": 443}
 LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
 
@@ -55,8 +57,18 @@ def whole(response: httpx.Response) -> Answer:
 
 
 def unreachable(error: httpx.HTTPError) -> StoreUnavailable:
-    """Return the error for the caller. httpx' own text is left out: it may name hosts."""
-    return StoreUnavailable(f"the gateway did not answer: {type(error).__name__}")
+    """Return the error for the caller: what happened, and where. Never the URL: it may hold a password."""
+    what = f"the gateway did not answer: {type(error).__name__}"
+    cause = causes.untrusted(error) or causes.plain_cause(error)
+    return StoreUnavailable(f"{what}{f': {cause}' if cause else ''}{_where(error)}")
+
+
+def _where(error: httpx.HTTPError) -> str:
+    try:
+        url = error.request.url
+    except RuntimeError:  # httpx knows of none
+        return ""
+    return f" ({causes.host_port(url.host, url.port or _PORTS.get(url.scheme, ''))})"
 
 
 def _request(http: httpx.Client | httpx.AsyncClient, ask: Ask[T]) -> httpx.Request:
