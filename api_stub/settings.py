@@ -135,6 +135,12 @@ class GatewaySettings(ClientSettings):
     )
     api_body_s: float = Field(default=120.0, gt=0, description="Time in which a request's body has to arrive")
     api_max_wait_s: float = Field(default=60.0, ge=0, description="Longest `wait` that a request may ask for")
+    api_keep_abandoned_s: float = Field(
+        default=15.0,
+        ge=0,
+        le=600,
+        description="Time that a completion whose client left is kept for the same request again; 0: cancelled at once",
+    )
     api_heartbeat_s: float = Field(default=15.0, gt=0, description="Silence after which an event stream says it lives")
     api_cors_origins: str = Field(default="", description="Origins whose pages may call, comma-separated; empty: none")
     api_stop_s: float = Field(default=10.0, gt=0, description="Time that open requests get when the gateway stops")

@@ -16,6 +16,7 @@ from anyio import CapacityLimiter, to_thread
 
 from api_stub import connections
 from api_stub.contract.job import Job
+from api_stub.gateway.abandoned import Abandoned
 from api_stub.gateway.hub import EventHub
 from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.limits import Limits
@@ -53,6 +54,7 @@ class Gateway:
     ledger: AsyncLedger
     hub: EventHub
     readers: EventReaders
+    abandoned: Abandoned
     queues: Queues
     limits: Limits
     storage: Storage
@@ -80,6 +82,7 @@ class Gateway:
             ledger=ledger,
             hub=hub,
             readers=EventReaders(ledger, hub),
+            abandoned=Abandoned(commands, ledger, settings.api_keep_abandoned_s),
             queues=Queues(commands),
             limits=Limits(commands),
             storage=await asyncio.to_thread(Storage, settings),
@@ -98,6 +101,7 @@ class Gateway:
     async def close(self) -> None:
         """Close everything. Readers that are still open end."""
         await self.hub.close()
+        await self.abandoned.close()
         await self._webhooks.close()
         await asyncio.to_thread(self._reaper.stop)
         await self._subscriptions.aclose()

@@ -72,7 +72,8 @@ class EventReader:
     async def frames(self, timeout_s: float, *, is_first: bool = False) -> list[Frame]:
         """Return the next events; none after `timeout_s` seconds of silence or when the reader is finished.
 
-        An absent Redis is silence. Raises UnknownJob when the job's row has expired meanwhile.
+        An absent Redis is silence. After a silence the next call looks into the ledger first: a channel is as silent
+        when its event was not published, or when Redis came back empty. Raises UnknownJob when the job's row is gone.
         """
         deadline = time.monotonic() + timeout_s
         while not self.is_finished:
@@ -84,6 +85,7 @@ class EventReader:
                 await asyncio.sleep(PAUSE_S)
             left_s = deadline - time.monotonic()
             if not self.is_finished and (left_s <= 0 or not await self._came(left_s)):
+                self._mailbox.must_replay = True
                 return []
         return []
 

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from api_stub.contract.event import StreamGap
 from api_stub.errors import VisionqError
 from api_stub.gateway.hub import Frame
-from api_stub.gateway.problems import Problem
+from api_stub.gateway.problems import Problem, problem_of
 from api_stub.gateway.reader import EventReader
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ RETRY_MS: Final = 1000
 SEND_S: Final = 60.0
 HEARTBEAT: Final = b": alive\n\n"
 FAREWELL: Final = b": the gateway stops; come back with the last id\n\n"
+#: Its data is a problem (RFC 9457). No event of a job: nothing more is known of the job.
+ERROR_EVENT: Final = "error"
 
 
 class EventStream(Response):
@@ -59,6 +61,7 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await _send(send, b"retry: %d\n\n" % RETRY_MS + encoded(self._first))
+        last = FAREWELL
         try:
             while not self._reader.is_finished:
                 frames = await self._reader.frames(self._heartbeat_s)
@@ -67,9 +70,10 @@ class EventStream(Response):
                 elif not self._reader.is_finished:
                     await _send(send, HEARTBEAT)
         except (VisionqError, redis.RedisError) as error:
-            # Too late for a status: the stream ends, and the request that follows is told.
+            # Too late for a status. Whoever comes back gets the same problem as an answer.
             logger.warning("stream ended", extra={"action": "follow", "error": type(error).__name__})
-        await _send(send, b"" if self._reader.has_ending else FAREWELL, is_last=True)
+            last = _problem(problem_of(error))
+        await _send(send, b"" if self._reader.has_ending else last, is_last=True)
 
 
 @asynccontextmanager
@@ -91,6 +95,10 @@ def _encoded(frame: Frame) -> bytes:
     # A gap has no id: the reader is still at the event before it.
     head = "" if isinstance(frame.event, StreamGap) else f"id: {frame.event.seq}\n"
     return f"{head}event: {frame.event.type}\ndata: {frame.raw}\n\n".encode()
+
+
+def _problem(problem: Problem) -> bytes:
+    return f"event: {ERROR_EVENT}\ndata: {problem.body.model_dump_json(exclude_defaults=True)}\n\n".encode()
 
 
 async def _until_disconnect(receive: Receive, reader: EventReader) -> None:

@@ -48,6 +48,13 @@ def served(worker: ScriptedWorker) -> ScriptedWorker:
     return worker
 
 
+@pytest.fixture
+def hasty(redis_url: str) -> Iterator[Service]:
+    """A gateway that keeps what its clients leave for a second."""
+    with serving(redis_url, api_keep_abandoned_s=1.0) as running:
+        yield running
+
+
 def only_job(service: Service, status: str = "queued") -> str:
     """Wait for the one job of a status and return its id."""
     found: list[str] = []
@@ -272,8 +279,9 @@ def test_a_second_attempt_goes_on_or_ends_the_stream(
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("is_running", [False, True])
 def test_a_client_that_leaves_cancels_its_job(
-    service: Service, served: ScriptedWorker, is_stream: bool, is_running: bool
+    hasty: Service, served: ScriptedWorker, is_stream: bool, is_running: bool
 ) -> None:
+    service = hasty
     body = json.dumps({"model": "default", "messages": HELLO, "stream": is_stream}).encode()
     with socket.create_connection(service.address, timeout=30) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"

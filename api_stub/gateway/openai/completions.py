@@ -1,4 +1,8 @@
-"""A job's answer as a chat completion, whole or in pieces. Who leaves before its end has cancelled the job."""
+"""A job's answer as a chat completion, whole or in pieces, and what becomes of the job when its client leaves first.
+
+A stream's job is cancelled. A whole answer's is kept for some seconds, in case the same question comes again. One with
+an Idempotency-Key goes on, as any job does that was handed in under one.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
@@ -17,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from api_stub.contract.event import FinalEvent, JobCompleted
 from api_stub.cursor import TextCursor
-from api_stub.errors import JobFailed, StoreUnavailable, VisionqError
+from api_stub.errors import JobFailed, StoreUnavailable, UnknownJob, VisionqError
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.hub import Frame
 from api_stub.gateway.openai.errors import (
@@ -36,20 +41,44 @@ from api_stub.gateway.openai.shapes import (
     completion_id,
     finish_of,
 )
-from api_stub.gateway.problems import problem_of
+from api_stub.gateway.problems import Problem, problem_of
 from api_stub.gateway.reader import EventReader
 from api_stub.gateway.sse import HEARTBEAT, MEDIA_TYPE, SEND_S, leaving
 
 logger = logging.getLogger(__name__)
 
-CANCEL_S: Final = 5.0
 DONE: Final = b"data: [DONE]\n\n"
 
 
-async def whole_answer(request: Request, gateway: Gateway, job_id: str) -> Response:
-    """Wait for a job's end, however long it takes, and return it as a response."""
-    async with _attended(gateway, job_id, only_final=True) as reader, leaving(request.receive, reader):
-        ending = await ending_of(reader, gateway.settings.api_heartbeat_s)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Whose job it is, and what happens to it when nobody waits for it any more.
+
+    `question`: it is kept for the same one again. `is_keyed`: it has an Idempotency-Key.
+    """
+
+    job_id: str
+    tenant: str
+    question: str | None = None
+    is_keyed: bool = False
+
+    async def leave(self, gateway: Gateway) -> None:
+        """Deal with a job whose client has left. Raises nothing."""
+        if self.is_keyed:
+            return
+        if self.question is None:
+            await gateway.abandoned.cancel(self.job_id)
+        else:
+            await gateway.abandoned.leave(self.job_id, self.tenant, self.question)
+
+
+async def whole_answer(request: Request, gateway: Gateway, asked: Asked) -> Response:
+    """Wait for a job's end, however long it takes, and return it as a response. Raises StoreUnavailable."""
+    try:
+        async with _attended(gateway, asked, only_final=True) as reader, leaving(request.receive, reader):
+            ending = await ending_of(reader, gateway.settings.api_heartbeat_s)
+    except UnknownJob as error:
+        raise _lost() from error
     if ending is None:
         raise StoreUnavailable("the gateway stops; ask again")
     if not isinstance(ending, JobCompleted):
@@ -68,27 +97,20 @@ async def ending_of(reader: EventReader, look_s: float) -> FinalEvent | None:
 
 
 @asynccontextmanager
-async def _attended(gateway: Gateway, job_id: str, *, only_final: bool = False) -> AsyncGenerator[EventReader, None]:
-    """Read a job; when the block ends before the job does, nobody waits for it any more and it is cancelled."""
-    reader = None
+async def _attended(gateway: Gateway, asked: Asked, *, only_final: bool = False) -> AsyncGenerator[EventReader, None]:
+    """Read a job; when the block ends before the job does, its client has left."""
+    reader, is_lost = None, False
     try:
-        reader = await gateway.readers.open(job_id, only_final=only_final)
+        reader = await gateway.readers.open(asked.job_id, only_final=only_final)
         yield reader
+    except UnknownJob:
+        is_lost = True
+        raise
     finally:
         if reader is not None:
             reader.close()
-        if reader is None or not reader.has_ending:
-            await asyncio.shield(_cancel(gateway, job_id))
-
-
-async def _cancel(gateway: Gateway, job_id: str) -> None:
-    try:
-        async with asyncio.timeout(CANCEL_S):
-            await gateway.ledger.cancel(job_id)
-        logger.info("abandoned job cancelled", extra={"action": "cancel", "job_id": job_id})
-    except (redis.RedisError, TimeoutError) as error:
-        facts = {"action": "cancel", "job_id": job_id, "error": type(error).__name__}
-        logger.warning("abandoned job not cancelled", extra=facts)
+        if not is_lost and (reader is None or not reader.has_ending):
+            await asyncio.shield(asked.leave(gateway))
 
 
 class ChatStream(Response):
@@ -99,24 +121,24 @@ class ChatStream(Response):
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, gateway: Gateway, job_id: str, model: str, wants_usage: bool) -> None:
+    def __init__(self, gateway: Gateway, asked: Asked, model: str, wants_usage: bool) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._gateway, self._job_id = gateway, job_id
-        self._chunks = _Chunks(completion_id(job_id), model, wants_usage)
+        self._gateway, self._asked = gateway, asked
+        self._chunks = _Chunks(completion_id(asked.job_id), model, wants_usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         try:
-            async with _attended(self._gateway, self._job_id) as reader, leaving(receive, reader):
+            async with _attended(self._gateway, self._asked) as reader, leaving(receive, reader):
                 first = await self._first(reader)
                 if isinstance(first, Response):
                     await first(scope, receive, send)
                 else:
                     await self._send_all(reader, first, send)
         except TimeoutError:
-            logger.info("reader took nothing", extra={"action": "follow", "job_id": self._job_id})
+            logger.info("reader took nothing", extra={"action": "follow", "job_id": self._asked.job_id})
 
     async def _first(self, reader: EventReader) -> bytes | Response:
         """Wait for text, an end, or the time to say that one is alive."""
@@ -129,7 +151,7 @@ class ChatStream(Response):
                     return job_error_response(ending.error)
                 self._chunks.take(frames)
         except (VisionqError, redis.RedisError) as error:
-            problem = problem_of(error)
+            problem = _problem_of(error)
             return error_response(problem.status, problem.code, str(problem), headers=problem.headers)
         return self._chunks.opening() + self._chunks.taken()
 
@@ -146,7 +168,7 @@ class ChatStream(Response):
         except JobFailed as error:
             rest = _error(error_body(HTTPStatus.INTERNAL_SERVER_ERROR, error.code, error.message))
         except (VisionqError, redis.RedisError) as error:
-            problem = problem_of(error)
+            problem = _problem_of(error)
             rest = _error(error_body(status_for(problem.status), problem.code, str(problem)))
         await _send(send, self._chunks.taken() + rest, is_last=True)
 
@@ -199,6 +221,16 @@ class _Chunks:
 async def _send(send: Send, body: bytes, *, is_last: bool = False) -> None:
     async with asyncio.timeout(SEND_S):
         await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+def _problem_of(error: VisionqError | redis.RedisError) -> Problem:
+    return problem_of(_lost() if isinstance(error, UnknownJob) else error)
+
+
+def _lost() -> StoreUnavailable:
+    """Return the error of a job that vanished while its client waited: the client named no job, so 404 would be no word
+    for it, and asking again is right."""
+    return StoreUnavailable("the job was lost with Redis' memory, or its record has expired; ask again")
 
 
 def _stopping() -> OpenAIErrorBody:

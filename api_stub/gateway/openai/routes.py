@@ -5,16 +5,19 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Form, Path, Query, Request, Response, UploadFile
+from anyio import to_thread
+from fastapi import APIRouter, Form, Header, Path, Query, Request, Response, UploadFile
 from starlette.responses import StreamingResponse
 
+from api_stub.gateway.abandoned import question_of
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.intake import accept, read_job
+from api_stub.gateway.keys import Caller
 from api_stub.gateway.openai import files
 from api_stub.gateway.openai.batches import BatchRequest, BatchStore
-from api_stub.gateway.openai.chat import job_fields, parse_chat
-from api_stub.gateway.openai.completions import ChatStream, whole_answer
+from api_stub.gateway.openai.chat import ChatRequest, job_fields, parse_chat
+from api_stub.gateway.openai.completions import Asked, ChatStream, whole_answer
 from api_stub.gateway.openai.lines import is_text
 from api_stub.gateway.openai.media import fetched_media
 from api_stub.gateway.openai.models import check_model, known_models
@@ -39,18 +42,39 @@ _CANCELLABLE: Final = frozenset({"validating", "in_progress", "finalizing", "can
 
 
 @router.post("/chat/completions", response_model=ChatCompletion)
-async def complete_chat(request: Request, gateway: GatewayHere, caller: CallerHere) -> Response:
-    """Answer a conversation, whole or with `stream` in pieces. A client that leaves cancels its job."""
+async def complete_chat(
+    request: Request,
+    gateway: GatewayHere,
+    caller: CallerHere,
+    idempotency_key: Annotated[
+        str | None, Header(alias="Idempotency-Key", description="The same key and body again is the same job.")
+    ] = None,
+) -> Response:
+    """Answer a conversation, whole or with `stream` in pieces.
+
+    A stream's job is cancelled when its client leaves. A whole answer's is kept for some seconds and handed to the same
+    body again; with an Idempotency-Key the job goes on, and the key brings its answer.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", "send application/json")
     chat = parse_chat((await read_job(request)).fields)
     await check_model(gateway, caller, chat.model)
+    is_keyed = idempotency_key is not None
+    question = None if chat.stream or is_keyed else await to_thread.run_sync(question_of, await request.body())
+    kept = None if question is None else await gateway.abandoned.take(caller.tenant, question)
+    job_id = kept or await _submitted(request, gateway, caller, chat, idempotency_key)
+    asked = Asked(job_id, caller.tenant, question, is_keyed)
+    if chat.stream:
+        return ChatStream(gateway, asked, chat.model, chat.wants_usage)
+    return await whole_answer(request, gateway, asked)
+
+
+async def _submitted(
+    request: Request, gateway: Gateway, caller: Caller, chat: ChatRequest, idempotency_key: str | None
+) -> str:
     fields = job_fields(chat, gateway.media.rules.hosts)
     async with fetched_media(gateway, caller, fields, request.receive) as form:
-        job_id = await accept(gateway, caller, form)
-    if chat.stream:
-        return ChatStream(gateway, job_id, chat.model, chat.wants_usage)
-    return await whole_answer(request, gateway, job_id)
+        return await accept(gateway, caller, form, idempotency_key)
 
 
 @router.get("/models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import closing
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -171,10 +172,12 @@ async def visible(gateway: Gateway, caller: Caller, job_id: str) -> JobView:
 
 
 async def wait_for_end(request: Request, gateway: Gateway, job_id: str, wait_s: float) -> None:
-    """Wait at most `wait_s` seconds for a job's end; less when the client or the gateway leaves."""
+    """Wait at most `wait_s` seconds for a job's end; less when the client or the gateway leaves. Raises UnknownJob."""
+    until = time.monotonic() + wait_s
     with closing(await gateway.readers.open(job_id, only_final=True)) as reader:
         async with leaving(request.receive, reader):
-            await reader.frames(wait_s)
+            while not reader.is_finished and (left_s := until - time.monotonic()) > 0:
+                await reader.frames(min(left_s, gateway.settings.api_heartbeat_s))
 
 
 def _preferred_wait_s(prefer: str | None, gateway: Gateway) -> float | None:

@@ -12,6 +12,7 @@ export async function* follow(api, id, signal, onBreak = () => {}) {
       const body = await api.stream(id, lastId, signal);
       if (body === null) return;
       for await (const event of parsed(body)) {
+        if (event.seq === undefined) break; // a problem instead of an event: coming back is answered with it
         pause = FIRST_PAUSE_MS;
         if (event.type !== "stream.gap") {
           if (event.seq <= lastId) continue;
