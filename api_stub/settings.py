@@ -134,7 +134,22 @@ class GatewaySettings(ClientSettings):
         default=256 * 1024 * 1024, ge=1024, description="JSON bodies that all requests hold together; above it 503"
     )
     api_body_s: float = Field(default=120.0, gt=0, description="Time in which a request's body has to arrive")
-    api_max_wait_s: float = Field(default=60.0, ge=0, description="Longest `wait` that a request may ask for")
+    api_max_wait_s: float = Field(
+        default=50.0,
+        ge=0,
+        le=50.0,
+        description="Longest `wait` that a request may ask for; proxies give up a silent answer after 60 s",
+    )
+    api_trusted_proxies: str = Field(
+        default="127.0.0.1,::1",
+        description="Proxies whose `X-Forwarded-Proto`, `-Host` and `-Prefix` are believed: addresses or networks,"
+        " comma-separated; `*`: whoever connects; empty: none",
+    )
+    api_keep_alive_s: int = Field(
+        default=75,
+        ge=1,
+        description="Time that an idle connection is kept; longer than a proxy keeps it, or it loses requests",
+    )
     api_keep_abandoned_s: float = Field(
         default=15.0,
         ge=0,

@@ -15,6 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api_stub.contract.job import Job
 from api_stub.contract.media import S3Object
+from api_stub.gateway.forwarded import DIRECT_HOST
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import ANYBODY, Caller, is_loopback
 from api_stub.gateway.problems import FieldError, Problem
@@ -28,7 +29,14 @@ def gateway_of(request: Request) -> Gateway:
     return gateway
 
 
+def root_path_of(request: Request) -> str:
+    """Return the path prefix that the client put before the gateway's own paths; mostly empty."""
+    return str(request.scope.get("root_path", ""))
+
+
 GatewayHere = Annotated[Gateway, Depends(gateway_of)]
+#: What the addresses in an answer begin with.
+RootPathHere = Annotated[str, Depends(root_path_of)]
 
 
 async def _identified(
@@ -57,12 +65,21 @@ def _with_key(gateway: Gateway, credentials: HTTPAuthorizationCredentials | None
 
 def _from_this_machine(request: Request, gateway: Gateway) -> Caller:
     # A page may make a browser send requests to this machine, and may let its own host name lead here.
-    if not is_loopback(request.url.hostname or ""):
+    # A proxy's word for the host is looked at beside the connection's own, never instead of it.
+    hosts = {request.url.hostname or "", _name_of(request.scope.get(DIRECT_HOST, ""))} - {""}
+    if not hosts or not all(is_loopback(host) for host in hosts):
         raise Problem(HTTPStatus.FORBIDDEN, "forbidden", "without keys the gateway answers to localhost only")
     origin = request.headers.get("origin")
     if origin is not None and not _is_own(origin, request) and origin not in gateway.settings.cors_origins:
         raise Problem(HTTPStatus.FORBIDDEN, "forbidden", "without keys the gateway answers to its own pages only")
     return ANYBODY
+
+
+def _name_of(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return host
 
 
 def _is_own(origin: str, request: Request) -> bool:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from api_stub.gateway import problems
+from api_stub.gateway.forwarded import Forwarded, TrustedProxies
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.guard import CrossOrigin, Guard
 from api_stub.gateway.keys import KeyRing
@@ -35,6 +36,7 @@ ROUTERS = (
 def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     """Make the application. Its gateway is `app.state.gateway` while it runs."""
     metrics = Metrics()
+    proxies = TrustedProxies.load(settings)
     for rules in (WebhookRules, RemoteRules):
         rules.load(settings)  # a wrong setting is told before anything starts
 
@@ -49,8 +51,15 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
             await batches.close()
             await app.state.gateway.close()
 
-    # No docs_url: its page loads scripts from elsewhere.
-    app = FastAPI(title="visionq", version=version("visionq"), lifespan=life, docs_url=None, redoc_url=None)
+    # No docs_url: its page loads scripts from elsewhere. A redirect would name the host that a proxy asked for.
+    app = FastAPI(
+        title="visionq",
+        version=version("visionq"),
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -66,4 +75,5 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
             allow_headers=["*"],  # those asked for are named: OpenAI's client sends a dozen of its own
             expose_headers=["Location", "Retry-After", "Preference-Applied", "WWW-Authenticate", "X-Should-Retry"],
         )
+    app.add_middleware(Forwarded, proxies=proxies)
     return app

@@ -17,7 +17,7 @@ MAX_FILES = MAX_MEDIA
 
 
 class JobUrls(WireModel):
-    """Where to go on with a job, relative to the gateway."""
+    """Where to go on with a job: paths on the host that was asked, to be resolved as a link is."""
 
     self_: str = Field(alias="self")
     events: str
@@ -25,9 +25,9 @@ class JobUrls(WireModel):
     retry: str
 
     @classmethod
-    def of(cls, job_id: str) -> Self:
-        """The addresses of a job."""
-        path = job_path(job_id)
+    def of(cls, job_id: str, root_path: str) -> Self:
+        """The addresses of a job, below the prefix that its client used."""
+        path = job_path(job_id, root_path)
         return cls.model_validate(
             {"self": path, "events": f"{path}/events", "cancel": f"{path}/cancel", "retry": f"{path}/retry"}
         )
@@ -39,9 +39,9 @@ class JobReply(JobView):
     urls: JobUrls
 
     @classmethod
-    def of(cls, view: JobView) -> Self:
+    def of(cls, view: JobView, root_path: str) -> Self:
         """Add the addresses to a view."""
-        return cls(**dict(view), urls=JobUrls.of(view.job_id))
+        return cls(**dict(view), urls=JobUrls.of(view.job_id, root_path))
 
 
 class JobList(WireModel):
@@ -80,6 +80,6 @@ def answer(body: WireModel, status: int = 200, headers: Mapping[str, str] | None
     return Response(body.to_json(), status, headers, "application/json")
 
 
-def job_path(job_id: str) -> str:
-    """Return a job's address. An id of our own making needs no quoting, a plain Celery producer's may."""
-    return f"/v1/jobs/{job_id}"
+def job_path(job_id: str, root_path: str) -> str:
+    """Return a job's address below a prefix. An id of our own needs no quoting, a plain Celery producer's may."""
+    return f"{root_path}/v1/jobs/{job_id}"

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_stub.gateway.body import BodyBudget, BoundedBody
+from api_stub.gateway.forwarded import path_below
 from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.problems import problem_of
@@ -44,7 +45,7 @@ _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
 
 class Guard:
-    """ASGI middleware, outermost but for CORS."""
+    """ASGI middleware, outermost but for CORS and `Forwarded`."""
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings, keys: KeyRing, metrics: Metrics) -> None:
         self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
@@ -87,7 +88,7 @@ class Guard:
         if scope["method"] in _READING:
             return _MAX_IGNORED_BYTES, None
         is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        if is_form and _FORMS.fullmatch(scope["path"]):
+        if is_form and _FORMS.fullmatch(path_below(scope)):
             return self._settings.api_max_upload_bytes, None
         return self._settings.api_max_body_bytes, self._budget
 

@@ -77,7 +77,7 @@ class TargetPolicy:
             raise TargetRefused("its address is not a public one")
 
     def _is_listed(self, address: IpAddress) -> bool:
-        plain = _unmapped(address)
+        plain = unmapped(address)
         return any(plain.version == network.version and plain in network for network in self.networks)
 
 
@@ -108,7 +108,7 @@ class PinnedNetwork(httpcore.AsyncNetworkBackend):
 
 def is_public(address: IpAddress) -> bool:
     """Tell whether an address is one of the internet's, looking through the forms that carry another address."""
-    address = _unmapped(address)
+    address = unmapped(address)
     if any(address.version == tunnel.version and address in tunnel for tunnel in _TUNNELS):
         return False
     if isinstance(address, ipaddress.IPv6Address):
@@ -166,7 +166,8 @@ async def checked_addresses(policy: TargetPolicy, host: str, port: int, ask: Res
     return addresses
 
 
-def _unmapped(address: IpAddress) -> IpAddress:
+def unmapped(address: IpAddress) -> IpAddress:
+    """Return the IPv4 address that an IPv6 one stands for (`::ffff:127.0.0.1`); others as they are."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped
     return address

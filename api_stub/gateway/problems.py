@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from api_stub.connections import unavailable
 from api_stub.errors import InvalidRequest, QueueFull, StorageRefused, StoreUnavailable, UnknownJob, VisionqError
+from api_stub.gateway.forwarded import path_below
 from api_stub.gateway.openai.errors import error_response, speaks_openai
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, StoreUnavailable | redis.RedisError):
         reason = unavailable(error) if isinstance(error, redis.RedisError) else error
         logger.warning("store unavailable", extra={"action": "answer", "reason": str(reason)})
-    if speaks_openai(request.url.path):
+    if speaks_openai(path_below(request.scope)):
         field = problem.errors[0].field if problem.errors else None
         return error_response(problem.status, problem.code, str(problem), field, problem.headers)
     return problem.response()

@@ -64,7 +64,8 @@ def server_of(settings: GatewaySettings, keys: KeyRing) -> GatewayServer:
         access_log=False,  # ours says less: no query, no address
         log_config=None,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=False,  # `forwarded` reads them, the prefix included
+        timeout_keep_alive=settings.api_keep_alive_s,
         timeout_graceful_shutdown=max(1, round(settings.api_stop_s)),
     )
     return GatewayServer(config, app)

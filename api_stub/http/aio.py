@@ -65,7 +65,7 @@ class AsyncHttpTransport:
 
     async def result(self, job_id: str, timeout: float | None) -> Result:
         """See `Transport.result`."""
-        patience, wait_s = Patience(timeout), 0.0
+        patience, wait_s, longest_s = Patience(timeout), 0.0, asks.WAIT_S
         while True:
             try:
                 view = await send_async(self._http, asks.ending(job_id, wait_s))
@@ -73,8 +73,9 @@ class AsyncHttpTransport:
                     return answered(view.result, view.error)
                 patience.connected()
             except (StoreUnavailable, QueueFull) as error:
+                longest_s = asks.shorter_s(longest_s, error)
                 await asyncio.sleep(patience.pause_s(error))
-            wait_s = patience.wait_s(asks.WAIT_S)
+            wait_s = patience.wait_s(longest_s)
 
     async def dead(self, limit: int) -> tuple[JobView, ...]:
         """See `HttpTransport.dead`."""

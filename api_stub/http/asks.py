@@ -16,7 +16,7 @@ from api_stub.contract.job import Job
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.errors import InvalidRequest, StoreUnavailable
-from api_stub.http.refusals import Answer, refusal
+from api_stub.http.refusals import Answer, CutShort, refusal
 from api_stub.ledger.rows import Cancelled
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ ANSWER_S: Final = 30.0
 CONNECT_S: Final = 5.0
 #: How long a gateway is asked to wait for a job's end at a time.
 WAIT_S: Final = 30.0
+MIN_WAIT_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def view(job_id: str) -> Ask[JobView]:
 def ending(job_id: str, wait_s: float) -> Ask[JobView]:
     """Look at a job once it has ended, or after `wait_s` seconds."""
     return Ask("GET", f"{job_path(job_id)}?wait={wait_s:.3f}", _view, wait_s=wait_s)
+
+
+def shorter_s(longest_s: float, error: Exception) -> float:
+    """Return how long to ask a gateway to wait from now on: less than a proxy in between waits for an answer."""
+    return max(longest_s / 2, MIN_WAIT_S) if isinstance(error, CutShort) else longest_s
 
 
 def cancel(job_id: str) -> Ask[Cancelled]:

@@ -21,6 +21,10 @@ RETRY_AFTER_S: Final = 5.0
 _ACCESS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
+class CutShort(StoreUnavailable):
+    """Raised when a proxy did not wait for the gateway's answer. A shorter `wait` may come through."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What came back: status, headers by lower-case name, whole body."""
@@ -45,6 +49,8 @@ def refusal(answer: Answer) -> VisionqError:
         return UnknownJob(detail)
     if code == StorageRefused.code:
         return StorageRefused(detail)
+    if answer.status == HTTPStatus.GATEWAY_TIMEOUT:
+        return CutShort(detail)
     if answer.status in _ACCESS:
         return AccessRefused(detail)
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status == HTTPStatus.REQUEST_TIMEOUT:

@@ -64,7 +64,7 @@ class HttpTransport:
 
     def result(self, job_id: str, timeout: float | None) -> Result:
         """See `Transport.result`."""
-        patience, wait_s = Patience(timeout), 0.0
+        patience, wait_s, longest_s = Patience(timeout), 0.0, asks.WAIT_S
         while True:
             try:
                 view = send(self._http, asks.ending(job_id, wait_s))
@@ -72,8 +72,9 @@ class HttpTransport:
                     return answered(view.result, view.error)
                 patience.connected()
             except (StoreUnavailable, QueueFull) as error:
+                longest_s = asks.shorter_s(longest_s, error)
                 time.sleep(patience.pause_s(error))
-            wait_s = patience.wait_s(asks.WAIT_S)
+            wait_s = patience.wait_s(longest_s)
 
     def dead(self, limit: int) -> tuple[JobView, ...]:
         """Not offered by gateways. Raises InvalidRequest."""

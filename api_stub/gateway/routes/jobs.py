@@ -16,7 +16,7 @@ from api_stub.contract.job import ModelName
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.errors import UnknownJob
-from api_stub.gateway.access import CallerHere, GatewayHere
+from api_stub.gateway.access import CallerHere, GatewayHere, RootPathHere
 from api_stub.gateway.bodies import JobList, JobReply, answer, job_path
 from api_stub.gateway.examples import problem_example
 from api_stub.gateway.gateway import Gateway
@@ -51,7 +51,7 @@ OwnJobId = Annotated[
         json_schema_extra={"format": "uuid", "pattern": _OWN_ID.pattern},
     ),
 ]
-WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end.")]
+WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end; more than 50 are 50.")]
 _PROBLEM: Final = {"schema": {"$ref": "#/components/schemas/Problem"}}
 _BODY_PROBLEMS: Final = (
     HTTPStatus.BAD_REQUEST,
@@ -80,6 +80,7 @@ async def submit_job(
     request: Request,
     gateway: GatewayHere,
     caller: CallerHere,
+    root_path: RootPathHere,
     idempotency_key: Annotated[
         str | None, Header(alias="Idempotency-Key", description="The same key and job again is the same job.")
     ] = None,
@@ -93,30 +94,33 @@ async def submit_job(
     finally:
         await request.close()  # a form's files
     wait_s = _preferred_wait_s(prefer, gateway)
-    headers = {"Location": job_path(job_id)}
+    headers = {"Location": job_path(job_id, root_path)}
     if wait_s is not None:
         headers["Preference-Applied"] = f"wait={wait_s:g}"
         await wait_for_end(request, gateway, job_id, wait_s)
     view = await visible(gateway, caller, job_id)
     is_done = wait_s is not None and view.status.is_final
-    return answer(JobReply.of(view), HTTPStatus.OK if is_done else HTTPStatus.ACCEPTED, headers)
+    return answer(JobReply.of(view, root_path), HTTPStatus.OK if is_done else HTTPStatus.ACCEPTED, headers)
 
 
 @router.put("/{job_id}", status_code=HTTPStatus.ACCEPTED, response_model=JobReply, **SUBMITS_A_JOB)
-async def submit_named_job(request: Request, gateway: GatewayHere, caller: CallerHere, job_id: OwnJobId) -> Response:
+async def submit_named_job(
+    request: Request, gateway: GatewayHere, caller: CallerHere, root_path: RootPathHere, job_id: OwnJobId
+) -> Response:
     """Hand in a job under an id of the client's own making. The same id and job again is the same job."""
     try:
         job_id = await accept(gateway, caller, await read_job(request), job_id=job_id)
     finally:
         await request.close()
     view = await visible(gateway, caller, job_id)
-    return answer(JobReply.of(view), HTTPStatus.ACCEPTED, {"Location": job_path(job_id)})
+    return answer(JobReply.of(view, root_path), HTTPStatus.ACCEPTED, {"Location": job_path(job_id, root_path)})
 
 
 @router.get("", response_model=JobList)
 async def list_jobs(
     gateway: GatewayHere,
     caller: CallerHere,
+    root_path: RootPathHere,
     status: JobStatus | None = None,
     model: ModelName | None = None,
     cursor: Annotated[str | None, Query(max_length=64)] = None,
@@ -129,37 +133,44 @@ async def list_jobs(
         page = await gateway.ledger.list_jobs(whose, status, model, cursor, limit)
     except ValueError as error:
         raise invalid("cursor", "not one that a page of jobs gave") from error
-    return answer(JobList(jobs=tuple(JobReply.of(view) for view in page.jobs), next_cursor=page.next_cursor))
+    return answer(JobList(jobs=tuple(JobReply.of(view, root_path) for view in page.jobs), next_cursor=page.next_cursor))
 
 
 @router.get("/{job_id}", response_model=JobReply)
 async def show_job(
-    request: Request, gateway: GatewayHere, caller: CallerHere, job_id: JobId, wait: WaitFor = 0
+    request: Request,
+    gateway: GatewayHere,
+    caller: CallerHere,
+    root_path: RootPathHere,
+    job_id: JobId,
+    wait: WaitFor = 0,
 ) -> Response:
     """Tell where a job is: status, place in the queue, workers, and the result or the error once it is final."""
     view = await visible(gateway, caller, job_id)
     if wait > 0 and not view.status.is_final:
         await wait_for_end(request, gateway, job_id, min(wait, gateway.settings.api_max_wait_s))
         view = await visible(gateway, caller, job_id)
-    return answer(JobReply.of(view))
+    return answer(JobReply.of(view, root_path))
 
 
 @router.post("/{job_id}/cancel", response_model=JobReply)
-async def cancel_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> Response:
+async def cancel_job(gateway: GatewayHere, caller: CallerHere, root_path: RootPathHere, job_id: JobId) -> Response:
     """Ask for a job's end; may be repeated. 202 while a worker still has to stop, else 200."""
     await visible(gateway, caller, job_id)
     is_stopping = await gateway.ledger.cancel(job_id) is Cancelled.CANCELLING
     view = await visible(gateway, caller, job_id)
-    return answer(JobReply.of(view), HTTPStatus.ACCEPTED if is_stopping else HTTPStatus.OK)
+    return answer(JobReply.of(view, root_path), HTTPStatus.ACCEPTED if is_stopping else HTTPStatus.OK)
 
 
 @router.post("/{job_id}/retry", status_code=HTTPStatus.ACCEPTED, response_model=JobReply)
-async def retry_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> Response:
+async def retry_job(gateway: GatewayHere, caller: CallerHere, root_path: RootPathHere, job_id: JobId) -> Response:
     """Queue a new job with the body of a finished one. Asked twice, the same new job."""
     await visible(gateway, caller, job_id)
     new_id = await retry(gateway, caller, job_id)
     return answer(
-        JobReply.of(await visible(gateway, caller, new_id)), HTTPStatus.ACCEPTED, {"Location": job_path(new_id)}
+        JobReply.of(await visible(gateway, caller, new_id), root_path),
+        HTTPStatus.ACCEPTED,
+        {"Location": job_path(new_id, root_path)},
     )
 
 

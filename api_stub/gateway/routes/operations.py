@@ -36,12 +36,14 @@ async def list_queues(gateway: GatewayHere, caller: CallerHere) -> QueueList:
     return QueueList(queues=tuple(await gateway.queues.views()))
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Health:
     """Tell that the process runs."""
     return Health(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(gateway: GatewayHere, response: Response) -> Health:
     """Tell whether jobs can be taken: Redis answers."""
@@ -53,6 +55,7 @@ async def readyz(gateway: GatewayHere, response: Response) -> Health:
     return Health(status="ok")
 
 
+@router.head("/metrics", response_class=Response, include_in_schema=False)
 @router.get("/metrics", response_class=Response)
 async def metrics(gateway: GatewayHere) -> Response:
     """Give the metrics in Prometheus' text format; without the queues' depths while Redis is away."""

@@ -30,6 +30,7 @@ class PageFiles(StaticFiles):
         return response
 
 
+@router.head("/")
 @router.get("/")
 async def playground() -> Response:
     """Return the page."""
