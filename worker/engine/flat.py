@@ -113,7 +113,8 @@ class FlatForward:
                 kv_step=step,
             )
         logits: Tensor = output.logits[0]
-        return logits
+        # Some forwards know no `logits_to_keep` and say something of every token (VideoLLaMA 3).
+        return logits if last is None or logits.shape[0] == last.shape[0] else logits[last]
 
     def _spread(self, positions: Tensor) -> Tensor:
         """Text stands at the same place on every axis."""
