@@ -70,6 +70,19 @@ class Entrances:
             self.text_config._attn_implementation_internal = before
 
     @contextmanager
+    def handing(self, **arguments: Any) -> Iterator[None]:
+        """Hand the decoder these keyword arguments in the block, whatever the model makes of those that it is given."""
+
+        def put(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+            return args, {**kwargs, **arguments}
+
+        hook = self.decoder.register_forward_pre_hook(put, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
     def recording(self) -> Iterator[list[dict[str, Any]]]:
         """Yield a list that gets the decoder's keyword arguments of each call."""
         calls: list[dict[str, Any]] = []

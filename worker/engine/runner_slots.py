@@ -6,7 +6,7 @@ An ordinary forward of the model over a `SlotCache`, so every family and every a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from worker.engine.batch import Chunk, StepLogits
 from worker.engine.entrances import Entrances
 from worker.engine.faults import Unsuited
-from worker.engine.kv_slots import SlotCache, SlotMasks
+from worker.engine.kv_slots import FULL, SlotCache, SlotMasks
 from worker.engine.pictures import Picture
 from worker.engine.prefill import prefill
 from worker.engine.request import Request
@@ -161,13 +161,16 @@ class SlotRunner:
         step = torch.tensor([tokens, positions, lengths], device=self._device)
         kv_length = min(-(-(max(lengths) + 1) // KV_LENGTH_STEP) * KV_LENGTH_STEP, self._cache.row_length)
         self._cache.begin_step(step[2], kv_length)
-        output = self._entrances.text_forward(
-            input_ids=step[0, :, None],
-            position_ids=step[1, :, None],
-            attention_mask=self._masks.build(step[2], kv_length),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        masks = self._masks.build(step[2], kv_length)
+        # A model may take one mask only and make those of its layers of it (PaliGemma 2): the decoder gets ours.
+        with self._entrances.handing(attention_mask=masks):
+            output = self._entrances.text_forward(
+                input_ids=step[0, :, None],
+                position_ids=step[1, :, None],
+                attention_mask=masks[FULL] if isinstance(masks, Mapping) else masks,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         for request in self._rows:
             request.num_cached_tokens += 1
         logits: Tensor = output.logits[:, -1]
