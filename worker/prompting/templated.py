@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from api_stub.contract.conversation import ImagePart, Role, TextPart, Turn, VideoPart
 from api_stub.contract.media_options import MediaOptions
 from worker.errors import InvalidRequest
-from worker.media.types import DecodedClip, DecodedMedia
+from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
 from worker.models.capabilities import Capabilities
 from worker.models.inputs import ModelInputs
 from worker.prompting.chat import Conversation, Slot, SpreadMedia, render, spread
@@ -133,7 +135,24 @@ class TemplatedPrompts:
         clips = [medium for medium in media if isinstance(medium, DecodedClip)]
         has_images, num_lengths = len(clips) < len(media), len({len(clip.frames) for clip in clips})
         can = self._capabilities
-        return can.native_video and (can.can_mix_media or not has_images) and (can.can_mix_lengths or num_lengths <= 1)
+        if not can.native_video or not (can.can_mix_lengths or num_lengths <= 1):
+            return False
+        return not clips or not has_images or (can.can_mix_media and not self._share_places)
+
+    @cached_property
+    def _share_places(self) -> bool:
+        """Whether pictures and clips, each in tensors of their own, stand for one and the same token.
+
+        GLM-4V takes the frames of clips for pictures then, and its `generate` fails on a prompt with both.
+        """
+        noise = Image.fromarray(np.zeros((256, 256, 3), np.uint8))
+        picture = self._encode(DecodedImage(noise), {}).tensors
+        clip = self._encode(DecodedClip((noise,) * 4, (0.0, 1.0, 2.0, 3.0), 4.0, 1.0), {}).tensors
+        if picture.keys() >= clip.keys():
+            return False
+        # Of one medium and one letter of text, the placeholder is the token that comes most often.
+        places = [int(tensors["input_ids"].flatten().mode().values) for tensors in (picture, clip)]
+        return places[0] == places[1]
 
     def _render(self, conversation: Conversation) -> tuple[ProcessorMixin, str]:
         """Return a prompt whose control tokens are the template's alone, and the processor that reads it.
