@@ -104,7 +104,7 @@ def _onevision() -> Parts:
 
 
 def _qwen2_vl() -> Parts:
-    return _qwen(
+    return qwen(
         transformers.Qwen2VLForConditionalGeneration,
         transformers.Qwen2VLConfig,
         transformers.Qwen2VLProcessor,
@@ -119,7 +119,7 @@ def _qwen2_5_vl() -> Parts:
         "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "num_heads": 2,
         "window_size": 32, "fullatt_block_indexes": [1],
     }  # fmt: skip
-    return _qwen(
+    return qwen(
         transformers.Qwen2_5_VLForConditionalGeneration,
         transformers.Qwen2_5_VLConfig,
         transformers.Qwen2_5_VLProcessor,
@@ -134,7 +134,7 @@ def _qwen3_vl() -> Parts:
         "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "num_heads": 2,
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
     }  # fmt: skip
-    return _qwen(
+    return qwen(
         transformers.Qwen3VLForConditionalGeneration,
         transformers.Qwen3VLConfig,
         transformers.Qwen3VLProcessor,
@@ -144,9 +144,10 @@ def _qwen3_vl() -> Parts:
     )
 
 
-def _qwen(
+def qwen(
     model_class: Any, config_class: Any, processor_class: Any, video_class: Any, vision: dict[str, Any], text: Any
 ) -> Parts:
+    """Make a family of Qwen's from its classes and what its vision and text configs say beyond the common."""
     tokenizer = _chatml_tokenizer(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
