@@ -7,6 +7,7 @@ touched when their builders run only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def _glm4v() -> Parts:
             "patch_size": 8, "image_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2,
         },
         text_config={
-            **QWEN_TEXT, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+            **deepcopy(QWEN_TEXT), "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
         },
         **ids,
     )  # fmt: skip

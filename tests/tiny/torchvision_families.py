@@ -7,6 +7,7 @@ when a builder runs, so this module itself can be imported without torchvision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ QWEN_TURNS = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+#: To be copied: configs write into what they are given.
 QWEN_TEXT = {
     **TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0},
 }  # fmt: skip
@@ -166,7 +168,7 @@ def qwen(
         vision_config={"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
         text_config={
             "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, **text,
+            "eos_token_id": tokenizer.eos_token_id, **deepcopy(text),
         },
         **ids,
     )  # fmt: skip
