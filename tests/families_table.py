@@ -132,11 +132,13 @@ def _decoder_row(model_type: str, make: Callable[[], Parts]) -> Row:
         assert model.config.get_text_config(decoder=True).model_type == model_type
         place = f"`{type(model).__name__}`"
         try:
-            runner = build_runner(model, 4, MAX_MODEL_LEN, PAGED, trials=family.trials)
+            max_model_len = min(MAX_MODEL_LEN, family.loaded.max_context)
+            runner = build_runner(model, 4, max_model_len, PAGED, trials=family.trials)
         except CannotStart as refused:
             reason = str(refused).partition("cannot be served here (")[2].removesuffix(")") or str(refused)
             return (f"`{model_type}`", place, "refused", _steady(reason))
-        return (f"`{model_type}`", place, _served_from(runner, family), _steady(runner.why_not_paged or ""))
+        served = "rows" if isinstance(runner, SlotRunner) else _served_from(runner, family)
+        return (f"`{model_type}`", place, served, _steady(runner.why_not_paged or ""))
 
 
 def _family(name: str, directory: Path) -> Family:
