@@ -6,7 +6,6 @@ process may have thousands of readers, so those never queue. A dead or silent Re
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -17,14 +16,12 @@ import redis.asyncio
 from api_stub import causes
 from api_stub.errors import StoreUnavailable
 from api_stub.ledger import link
+from api_stub.ledger.verdicts import code_of
 
 TIMEOUT_S: Final = 2.0
 MAX_COMMANDS: Final = 50
 #: redis-py's own default is 100, after which it refuses.
 MAX_READERS: Final = 1_000_000
-
-#: Redis' own error code leads its message, or follows a dash when a script met the error.
-_CODE: Final = re.compile(r"(?:^|-)([A-Z]{3,})\b")
 
 
 def commands(url: str) -> redis.Redis:
@@ -99,9 +96,8 @@ def unavailable(error: redis.RedisError, *, tells_where: bool = True) -> StoreUn
     """
     server = causes.server_of(error) if tells_where else ""
     where = f" ({server})" if server else ""
-    if isinstance(error, redis.ResponseError):
-        code = _CODE.search(str(error))
-        return StoreUnavailable(f"Redis refused: {code.group(1) if code else type(error).__name__}{where}")
+    if (code := code_of(error)) is not None or isinstance(error, redis.ResponseError):
+        return StoreUnavailable(f"Redis refused: {code or type(error).__name__}{where}")
     if (untrusted := causes.untrusted(error)) is not None:
         return StoreUnavailable(f"Redis' certificate is not trusted: {untrusted}{where}")
     cause = causes.plain_cause(error)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any
 
 import redis
 import redis.asyncio
@@ -25,12 +25,11 @@ from api_stub.cursor import EventCursor, Patience
 from api_stub.errors import UnknownJob
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.verdicts import is_passing
 from api_stub.ledger.views import Replay
 from api_stub.subscriptions import CONFIRM_S, Subscription, Subscriptions
 
 logger = logging.getLogger(__name__)
-
-_LOST: Final = (redis.ConnectionError, redis.TimeoutError)
 
 
 class Follower:
@@ -57,10 +56,8 @@ class Follower:
                         if cursor.is_finished:
                             subscription.is_over = True
                             return
-            except _LOST as error:
-                time.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
-                raise unavailable(error) from error
+                time.sleep(_pause_s(error, patience))
 
     def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """Wait at most `timeout` seconds for the job to end; wakes once, by its result's channel.
@@ -77,10 +74,8 @@ class Follower:
                         if (ending := _ending(job_id, replay)) is not None:
                             subscription.is_over = True
                             return ending
-            except _LOST as error:
-                time.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
-                raise unavailable(error) from error
+                time.sleep(_pause_s(error, patience))
 
     def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
         replay = self._ledger.replay(job_id, cursor.last_seq)
@@ -108,10 +103,8 @@ class AsyncFollower:
                             patience.heard()
                         if cursor.is_finished:
                             return
-            except _LOST as error:
-                await asyncio.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
-                raise unavailable(error) from error
+                await asyncio.sleep(_pause_s(error, patience))
 
     async def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """See `Follower.ending`."""
@@ -124,10 +117,8 @@ class AsyncFollower:
                         patience.connected()
                         if (ending := _ending(job_id, replay)) is not None:
                             return ending
-            except _LOST as error:
-                await asyncio.sleep(patience.pause_s(unavailable(error)))
             except redis.RedisError as error:
-                raise unavailable(error) from error
+                await asyncio.sleep(_pause_s(error, patience))
 
     async def _messages(self, channel: str, patience: Patience, cancels: _Cancels) -> AsyncGenerator[str | None, None]:
         async with self._readers.pubsub() as subscription:
@@ -171,6 +162,14 @@ def _messages(subscription: Subscription, channel: str, patience: Patience) -> G
     while message is not None:
         yield message["data"] if message["type"] == "message" else None
         message = subscription.next(patience.wait_s())
+
+
+def _pause_s(error: redis.RedisError, patience: Patience) -> float:
+    """Return how long to wait before Redis is asked again. Raises StoreUnavailable when that makes no sense."""
+    problem = unavailable(error)
+    if not is_passing(error):
+        raise problem from error
+    return patience.pause_s(problem)
 
 
 def _confirmed(message: Any) -> Any:

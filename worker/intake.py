@@ -18,8 +18,8 @@ import redis
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import Job, parse_job
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.link import is_passing
 from api_stub.ledger.rows import Claim, JobConflict, Refusal, RefusalReason
+from api_stub.ledger.verdicts import is_passing
 from worker.entry import DropReason, Unreadable
 from worker.knock import Knock
 

@@ -19,8 +19,8 @@ from api_stub.contract.event import CompletedBody, FinalBody, ProgressBody, Retr
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.link import is_passing
 from api_stub.ledger.rows import Claim
+from api_stub.ledger.verdicts import is_passing
 from worker.answers import Answer, Answers
 from worker.endings import MAX_RETRIES, failed_body, retried_or_failed, stopped_body, storage_pause_s, used
 from worker.engine.request import Finish, GenerationRequest

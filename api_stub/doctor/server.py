@@ -9,6 +9,7 @@ from typing import Any, Final
 import redis
 
 from api_stub.doctor.finding import Finding, Level, judged
+from api_stub.ledger.verdicts import is_passing
 
 OLDEST: Final = (6, 2)
 #: Redis' clock alone decides about jobs; another one is only confusing in logs.
@@ -21,7 +22,9 @@ def server_findings(client: redis.Redis) -> Iterator[Finding]:
     """Yield what INFO and TIME tell. An answer that the ACL refuses is a warning."""
     try:
         info: dict[str, Any] = client.info()
-    except redis.ResponseError:
+    except redis.ResponseError as error:
+        if is_passing(error):
+            raise
         yield Finding("server", Level.WARNING, "INFO is refused: version, durability and memory are not known")
         return
     yield _version(str(info.get("redis_version", "0")))

@@ -17,8 +17,6 @@ from api_stub.contract import names
 
 #: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
 HEALTH_CHECK_S: Final = 10
-#: Replies of a Redis that will take the same command later: starting, full, a replica, a script running.
-_PASSING_REPLIES: Final = ("LOADING", "OOM", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "MISCONF")
 _STALE: Final = (redis.ConnectionError,)  # a pooled connection may have died unnoticed
 
 
@@ -71,10 +69,3 @@ def tls_options(url: str) -> dict[str, str] | None:
     Left alone, kombu speaks plain text to a rediss:// URL without ssl_ options, and the result backend refuses it.
     """
     return {"ssl_cert_reqs": "required"} if urlsplit(url).scheme == "rediss" else None
-
-
-def is_passing(error: redis.RedisError) -> bool:
-    """Tell whether the same command may succeed later; a script that fails by itself never will."""
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
-        return True
-    return any(reply in str(error) for reply in _PASSING_REPLIES)

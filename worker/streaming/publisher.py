@@ -20,8 +20,8 @@ import redis
 
 from api_stub.contract.event import ProgressBody
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.link import is_passing
 from api_stub.ledger.rows import Publication
+from api_stub.ledger.verdicts import is_passing
 from worker.streaming.outgoing import AttemptStream, Outgoing, merge
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from api_stub.contract.status import JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled, Finished, Hold
+from api_stub.ledger.verdicts import code_of, is_passing
 from tests.servers import RedisServer, eventually, free_port
 from tests.unit.api_stub.ledger_kit import answer, delta, event_types, events, lease_ends, question, started
 
@@ -140,8 +141,9 @@ def test_full_redis_refuses_new_work_whole(ledger: Ledger, full_redis: redis.Red
         lambda: ledger.claim("waiting", "worker-1"),
         lambda: ledger.publish([delta(claim, 1, "re")]),
     ):
-        with pytest.raises(redis.ResponseError, match="OOM"):
+        with pytest.raises(redis.ResponseError) as caught:
             attempt()
+        assert (code_of(caught.value), is_passing(caught.value)) == ("OOM", True)
     full_redis.config_set("maxmemory", 0)
     assert contents(full_redis) == before
 
