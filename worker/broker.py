@@ -24,6 +24,7 @@ from kombu.transport.redis import Channel, Transport
 from kombu.transport.virtual import Message
 
 from api_stub.contract import names
+from api_stub.ledger.verdicts import Verdict, judge
 from worker.entry import DropReason, Entry, Unreadable, read_entry
 from worker.held import GuardedQoS
 from worker.knock import STAND_IN, known_task
@@ -130,6 +131,14 @@ class GuardedChannel(Channel):
             super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[misc]
         except redis.ResponseError as error:  # whoever takes messages off a list needs no binding
             logger.warning("not bound", extra={"action": "receive", "error": str(error)})
+            self.leave_wrong_server(error)
+
+    def leave_wrong_server(self, error: redis.RedisError) -> None:
+        """Close the connections to a server that is no writable master; the next use looks its name up anew."""
+        if judge(error) is Verdict.WRONG_SERVER:
+            self.pool.disconnect(inuse_connections=False)
+            if (receiving := getattr(self.client, "connection", None)) is not None:  # a reader keeps its connection
+                receiving.disconnect()
 
     def _do_restore_message(
         self, payload: dict[str, Any], exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
@@ -166,6 +175,7 @@ class GuardedChannel(Channel):
         except redis.ResponseError as error:
             # Celery would connect anew, many times a second, and leave a socket open each time.
             logger.warning("broker refuses", extra={"action": "receive", "error": str(error)})
+            self.leave_wrong_server(error)
             time.sleep(REFUSED_PAUSE_S)
             raise Empty from error
 

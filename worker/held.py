@@ -13,7 +13,7 @@ import redis
 from kombu.transport.redis import QoS
 from kombu.transport.virtual import QoS as LocalQoS
 
-from api_stub.ledger.link import is_passing
+from api_stub.ledger.verdicts import is_passing
 from worker.entry import DropReason
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class GuardedQoS(QoS):
             super().append(message, delivery_tag)
         except redis.ResponseError as error:
             logger.warning("not noted as held", extra={"action": "receive", "error": str(error)})
+            self.channel.leave_wrong_server(error)
             self._unnoted[delivery_tag] = message._raw
             with self.channel.conn_or_acquire() as client:  # one half may have been written
                 self._remove_from_indices(delivery_tag, client.pipeline(transaction=False)).execute(
@@ -54,6 +55,7 @@ class GuardedQoS(QoS):
             super().ack(delivery_tag)
         except redis.ResponseError as error:
             logger.warning("not acknowledged", extra={"action": "acknowledge", "error": str(error)})
+            self.channel.leave_wrong_server(error)
             LocalQoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
@@ -71,6 +73,7 @@ class GuardedQoS(QoS):
             super().restore_visible(*args, **options)
         except redis.ResponseError as error:  # kombu looks again later; raised while connecting it leaves a socket open
             logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+            self.channel.leave_wrong_server(error)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Put a message back that was held by us or by a lost worker. A copy that is no message costs only itself."""

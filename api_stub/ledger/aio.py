@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TypeVar
 
+import redis
 import redis.asyncio
 
 from api_stub.contract.event import FinalBody, RetryReason
@@ -131,4 +132,9 @@ class AsyncLedger:
         return await self._run(views.replay(job_id, after))
 
     async def _run(self, call: Call[T]) -> T:
-        return call.parse(await self._scripts[call.transition](args=call.args))
+        try:
+            reply = await self._scripts[call.transition](args=call.args)
+        except redis.RedisError as error:
+            await link.async_leave_wrong_server(self.client, error)
+            raise
+        return call.parse(reply)

@@ -168,4 +168,9 @@ class Ledger:
         return self._run(views.replay(job_id, after))
 
     def _run(self, call: Call[T]) -> T:
-        return call.parse(self._scripts[call.transition](args=call.args))
+        try:
+            reply = self._scripts[call.transition](args=call.args)
+        except redis.RedisError as error:
+            link.leave_wrong_server(self.client, error)
+            raise
+        return call.parse(reply)

@@ -88,6 +88,10 @@ class TcpProxy:
         """Hold every piece back for so long, in both directions."""
         self._set(frozenset(), seconds)
 
+    def lead_to(self, port: int) -> None:
+        """Lead new connections to another server; old ones stay, as when a name moves."""
+        self._target_port = port
+
     def reset(self) -> None:
         """Reset every connection there is."""
         self._network.call(self._reset)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ import redis
 
 from api_stub.contract.event import RetryReason
 from api_stub.contract.status import JobStatus
+from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled, Finished, Hold
 from api_stub.ledger.verdicts import code_of, is_passing
+from tests.chaos.proxy import Network
 from tests.servers import RedisServer, eventually, free_port
 from tests.unit.api_stub.ledger_kit import answer, delta, event_types, events, lease_ends, question, started
 
@@ -129,6 +133,63 @@ def test_absent_redis_is_an_error_at_once() -> None:
         with pytest.raises(redis.ConnectionError):
             ledger.submit("a", question())
         assert time.monotonic() - began < 2
+
+
+@pytest.fixture
+def moving(tmp_path: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A name, and how to move it: the old server stays up as a replica, and so do its connections."""
+    with ExitStack() as stack:
+        servers = []
+        for name in ("old", "new"):
+            (tmp_path / name).mkdir()
+            servers.append(RedisServer(tmp_path / name))
+            stack.callback(servers[-1].stop)
+        old, new = servers
+        proxy = stack.enter_context(Network()).proxy(old.port)
+
+        def move() -> None:
+            proxy.lead_to(new.port)
+            with old.client() as client:
+                client.execute_command("REPLICAOF", "127.0.0.1", new.port)
+
+        yield proxy.url, move
+
+
+def test_a_ledger_follows_the_name_away_from_a_server_that_became_a_replica(
+    moving: tuple[str, Callable[[], None]],
+) -> None:
+    url, move = moving
+    with closing(Ledger.connect(url, LedgerConfig())) as ledger:
+        with ThreadPoolExecutor(4) as pool:  # several connections
+            list(pool.map(lambda i: ledger.submit(f"before-{i}", question()), range(20)))
+        move()
+        with pytest.raises(redis.RedisError) as caught:
+            ledger.submit("after", question())
+        assert is_passing(caught.value)
+        for i in range(8):
+            assert ledger.submit(f"after-{i}", question()) is not None
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[AsyncLedger]:
+    ledger = AsyncLedger.connect(url, LedgerConfig())
+    yield ledger
+    await ledger.close()
+
+
+def test_an_async_ledger_follows_the_name_too(moving: tuple[str, Callable[[], None]]) -> None:
+    url, move = moving
+
+    async def use() -> None:
+        async with connected(url) as ledger:
+            await asyncio.gather(*(ledger.submit(f"before-{i}", question()) for i in range(4)))
+            move()
+            with pytest.raises(redis.RedisError) as caught:
+                await ledger.submit("after", question())
+            assert is_passing(caught.value)
+            await asyncio.gather(*(ledger.submit(f"after-{i}", question()) for i in range(4)))
+
+    asyncio.run(use())
 
 
 def test_full_redis_refuses_new_work_whole(ledger: Ledger, full_redis: redis.Redis) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 import redis
@@ -13,6 +15,8 @@ from kombu import Connection, Consumer, Queue
 from pydantic import SecretStr
 
 from api_stub.contract import names
+from tests.chaos.proxy import Network
+from tests.servers import RedisServer
 from worker.celery_app import make_app
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.watchdog import QueueWatch
@@ -52,6 +56,34 @@ def test_a_flood_of_junk_does_not_make_a_worker_look_mute(
             assert watch.look(float(now)) is None
     found = [watch.look(float(now)) for now in range(5, 10)][-1]
     assert found is not None, "without signs of life it is"
+
+
+def test_a_receiver_follows_the_name_away_from_a_server_that_became_a_replica(tmp_path: Path) -> None:
+    """The old server stays up, and so do its connections."""
+    consumption = Consumption(2)
+    with ExitStack() as stack:
+        servers = []
+        for name in ("old", "new"):
+            (tmp_path / name).mkdir()
+            servers.append(RedisServer(tmp_path / name))
+            stack.callback(servers[-1].stop)
+        old, new = servers
+        proxy = stack.enter_context(Network()).proxy(old.port)
+        app = make_app(WorkerSettings(redis_url=SecretStr(proxy.url)), consumption.met)
+        stack.callback(app.close)
+        clients = [stack.enter_context(server.client()) for server in servers]
+        connection = stack.enter_context(app.connection_for_read())
+        queue = Queue(names.queue("default"))
+        stack.enter_context(Consumer(connection, [queue], on_message=lambda message: message.ack()))
+        clients[0].lpush(names.queue("default"), envelope())
+        read(connection, consumption)
+        proxy.lead_to(new.port)
+        clients[0].execute_command("REPLICAOF", "127.0.0.1", new.port)
+        clients[1].lpush(names.queue("default"), envelope())
+        began = time.monotonic()
+        read(connection, consumption)
+        assert time.monotonic() - began < 10
+        assert clients[1].hlen("unacked") == 0, "it is acknowledged there, too"
 
 
 def read(connection: Connection, consumption: Consumption) -> None:
