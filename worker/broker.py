@@ -25,15 +25,12 @@ from kombu.transport.virtual import Message
 
 from api_stub.contract import names
 from api_stub.ledger.verdicts import Verdict, judge
+from worker.broker_faults import is_of_connection
 from worker.entry import DropReason, Entry, Unreadable, read_entry
 from worker.held import GuardedQoS
 from worker.knock import STAND_IN, known_task
 
 logger = logging.getLogger(__name__)
-
-#: Faults of the connection, not of a message: kombu and Celery reconnect.
-_CONNECTION_FAULTS = (redis.RedisError, OSError)
-
 
 QUEUE_PREFIX: Final = names.queue("")
 #: Before a Redis that refused a command is asked again. The event loop has nothing else to do then.
@@ -200,9 +197,9 @@ class GuardedTransport(Transport):
     def _deliver(self, message: Any, queue: Any) -> None:
         try:
             super()._deliver(message, queue)
-        except _CONNECTION_FAULTS:
-            raise
-        except Exception as error:  # noqa: BLE001 - a net under Celery: what is left of a message's odd ways
+        except Exception as error:  # a net under Celery: what is left of a message's odd ways
+            if is_of_connection(error):  # kombu and Celery reconnect
+                raise
             channels: list[Any] = self.channels or []
             for channel in channels:
                 if message.delivery_tag in (channel.qos._delivered or ()):
