@@ -27,7 +27,7 @@ def server_findings(client: redis.Redis) -> Iterator[Finding]:
             raise
         yield Finding("server", Level.WARNING, "INFO is refused: version, durability and memory are not known")
         return
-    yield _version(str(info.get("redis_version", "0")))
+    yield _version(str(info.get("redis_version", "0")), info.get("valkey_version"))
     is_durable = info.get("aof_enabled") == 1
     yield judged(
         "durability", is_durable, f"append-only file {'on' if is_durable else 'off: a crash of Redis loses jobs'}"
@@ -42,9 +42,11 @@ def server_findings(client: redis.Redis) -> Iterator[Finding]:
     yield _clock(client)
 
 
-def _version(version: str) -> Finding:
+def _version(version: str, valkey: object) -> Finding:
+    """Judge by the version of Redis that the server says it is like; Valkey has one of its own beside it."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    return judged("version", numbers >= OLDEST, f"Redis {version}; {'.'.join(map(str, OLDEST))} or newer is needed")
+    named = f"Redis {version}" if valkey is None else f"Valkey {valkey}, like Redis {version}"
+    return judged("version", numbers >= OLDEST, f"{named}; {'.'.join(map(str, OLDEST))} or newer is needed")
 
 
 def _memory(used: int, limit: int) -> Finding:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import redis
@@ -15,7 +18,7 @@ from api_stub.contract import names
 from api_stub.ledger.census import take_census
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
-from tests.servers import eventually, free_port
+from tests.servers import RedisServer, eventually, free_port
 from tests.unit.api_stub.ledger_kit import answer, question, started
 
 Run = Callable[..., Result]
@@ -203,3 +206,32 @@ def test_no_redis_is_told_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch)
     done = run()
     assert (done.exit_code, done.stdout) == (3, "")
     assert done.stderr.startswith("store_unavailable")
+
+
+@pytest.mark.parametrize(("name", "version"), [("oldest", "Redis 6.2"), ("newest", "Valkey 9.")])
+def test_the_server_is_named_as_what_it_is(
+    name: str, version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = RedisServer(tmp_path, name=name)
+    monkeypatch.setenv("VISIONQ_REDIS_URL", server.url)
+    found = findings(CliRunner().invoke(app, ("doctor", "--json")))
+    server.stop()
+    assert found["version", "ok"].startswith(version)
+
+
+def test_a_server_that_is_busy_is_not_taken_for_one_that_refuses_info(redis_url: str, run: Run) -> None:
+    def loop() -> None:
+        with redis.Redis.from_url(redis_url) as client, suppress(redis.ResponseError):
+            client.eval("while true do end", 0)
+
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("lua-time-limit", 50)
+        thread = threading.Thread(target=loop)
+        thread.start()
+        try:
+            eventually(lambda: "BUSY" in run().output)
+        finally:
+            client.script_kill()
+            thread.join()
+            client.config_set("lua-time-limit", 5000)
+    assert "INFO is refused" not in run().output

@@ -143,7 +143,7 @@ def moving(tmp_path: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         for name in ("old", "new"):
             (tmp_path / name).mkdir()
             servers.append(RedisServer(tmp_path / name))
-            stack.callback(servers[-1].stop)
+            stack.callback(servers[-1].kill)
         old, new = servers
         proxy = stack.enter_context(Network()).proxy(old.port)
 

@@ -66,7 +66,7 @@ def test_a_receiver_follows_the_name_away_from_a_server_that_became_a_replica(tm
         for name in ("old", "new"):
             (tmp_path / name).mkdir()
             servers.append(RedisServer(tmp_path / name))
-            stack.callback(servers[-1].stop)
+            stack.callback(servers[-1].kill)
         old, new = servers
         proxy = stack.enter_context(Network()).proxy(old.port)
         app = make_app(WorkerSettings(redis_url=SecretStr(proxy.url)), consumption.met)
