@@ -15,6 +15,7 @@ from os.path import lexists
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
@@ -33,6 +34,8 @@ _COMPUTED_BUFFERS: Final = re.compile(
 )
 #: Parts that a tower or a decoder may leave unused: for training, for scores of whole pictures, for guessing ahead.
 _UNUSED_PARTS: Final = re.compile(r"(^|_)(heads?|pooler|classifier|score|mtp)($|_)")
+#: As safetensors names them.
+_WHOLE_NUMBERS: Final = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 #: Parameters that adapters add, by the names that PEFT gives them.
 _ADAPTER_WEIGHTS: Final = re.compile(r"(^|\.)(lora_|ia3_|base_layer\.|modules_to_save\.)")
 
@@ -79,6 +82,25 @@ def refuse_unknown_quantization(name: str, config: PreTrainedConfig, wanted: Qua
             )
         if wanted is not Quantization.NONE:
             raise CannotStart(f"VISIONQ_QUANTIZATION={wanted}: the checkpoint is already quantised, by {method}")
+
+
+def refuse_whole_numbers(name: str, source: str | Path, revision: str | None, config: PreTrainedConfig) -> None:
+    """Raise CannotStart for weights stored as whole numbers, though the config has no quantisation to read them by.
+
+    transformers would take the numbers themselves for the weights.
+    """
+    beside = stored_file(source, "config.json", revision)
+    if beside is None or any(getattr(part, "quantization_config", None) is not None for part in _configs(config)):
+        return
+    for path in sorted(beside.parent.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no mapping
+        for key, stored_as in types.items():
+            if key.endswith((".weight", ".bias")) and stored_as in _WHOLE_NUMBERS:
+                raise CannotStart(
+                    f"VISIONQ_MODEL={name}: {key} is stored as {stored_as}, and config.json has no quantization_config "
+                    "that says how to read it"
+                )
 
 
 def check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:

@@ -33,9 +33,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from worker.errors import CannotStart
+from worker.models import checkpoint
 from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
-from worker.models.checkpoint import check_weights, refuse_adapters, refuse_unknown_quantization, stored_file
 from worker.models.context import max_context, max_positions
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
@@ -82,7 +82,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     revision = _revision(settings, is_of_hub=isinstance(source, str))
     source = source if source is not None else download(settings)
     config = _read_config(settings, source, revision)
-    refuse_unknown_quantization(settings.model, config, settings.quantization)
+    checkpoint.refuse_unknown_quantization(settings.model, config, settings.quantization)
     architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     free_bytes = free_gpu_bytes()
     dtype = _dtype(settings, is_on_gpu=bool(free_bytes))
@@ -96,6 +96,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     template = settle_template(settings, processor, source)
     _check_generation_config(settings, source, revision)
     model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
+    checkpoint.refuse_whole_numbers(settings.model, source, revision, config)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -117,7 +118,7 @@ def _source(value: str) -> str | Path:
         if is_folder_name:
             raise CannotStart(f"VISIONQ_MODEL={value}: there is no folder {folder}")
         return value
-    refuse_adapters(value, folder)
+    checkpoint.refuse_adapters(value, folder)
     if not (folder / "config.json").is_file():
         raise CannotStart(f"VISIONQ_MODEL={value}: no config.json in {folder}, so it is not a checkpoint")
     return folder
@@ -156,7 +157,7 @@ def _read_config(settings: WorkerSettings, source: str | Path, revision: str | N
         problem += f" at VISIONQ_MODEL_REVISION={revision}"
     with _refusing(settings, problem):
         if not isinstance(source, Path):
-            refuse_adapters(settings.model, source, revision)
+            checkpoint.refuse_adapters(settings.model, source, revision)
         config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=isinstance(source, Path))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: {config.model_type} is not a vision-language architecture")
@@ -219,7 +220,7 @@ def _load_model(
     }
     with _refusing(settings, "its weights cannot be loaded"):
         model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
-    check_weights(settings.model, model, report)
+    checkpoint.check_weights(settings.model, model, report)
     require_on_gpus(settings.device, model)
     model.eval()
     if settings.quantization is not Quantization.NONE:
@@ -267,7 +268,7 @@ def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:
 
 def _check_generation_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> None:
     """Refuse a file that cannot be read: transformers would go on without it, and without its end tokens."""
-    if stored_file(source, GENERATION_CONFIG_NAME, revision) is not None:
+    if checkpoint.stored_file(source, GENERATION_CONFIG_NAME, revision) is not None:
         with _refusing(settings, f"its {GENERATION_CONFIG_NAME} cannot be read"):
             GenerationConfig.from_pretrained(source, revision=revision, local_files_only=isinstance(source, Path))
 

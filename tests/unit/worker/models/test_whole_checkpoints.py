@@ -191,6 +191,14 @@ def test_a_quantised_checkpoint_is_not_quantised_twice(own_checkpoint: Checkpoin
     assert message == "VISIONQ_QUANTIZATION=int8: the checkpoint is already quantised, by gptq"
 
 
+def test_weights_that_are_stored_as_whole_numbers_without_a_scale_are_refused(own_checkpoint: Checkpoints) -> None:
+    """transformers takes the numbers themselves for the weights."""
+    folder = own_checkpoint("llava")
+    key = "language_model.model.layers.1.mlp.down_proj.weight"
+    rewrite(folder, lambda weights: weights | {key: (weights[key] * 100).to(torch.int8)})
+    assert refusal(folder).startswith(f"VISIONQ_MODEL={folder}: {key} is stored as I8, and config.json has no quant")
+
+
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "llava-hf/llava-interleave-qwen-0.5b-hf", "r": 8}
 
 
