@@ -23,7 +23,7 @@ from worker.engine.chooser import Chooser
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
 from worker.engine.faults import error_info, is_out_of_memory
 from worker.engine.pictures import Picture
-from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput, RequestState
+from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput, RequestState, finish_of
 from worker.engine.sampler import Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.stats import PrefixStats, VisionStats
@@ -135,7 +135,7 @@ class EngineCore:
             # A row may be moved over the gap, which a lost device cannot do.
             request.row = -1
         self.scheduler.end(request)
-        return RequestOutput(request.request_id, "", text.offset, 0, finish=_finish(request, reason, error))
+        return RequestOutput(request.request_id, "", text.offset, 0, finish=finish_of(request, reason, error))
 
     def _start_waiting(self, outputs: list[RequestOutput]) -> None:
         """Open the requests that the scheduler lets in; one that cannot be opened fails alone."""
@@ -268,7 +268,7 @@ class EngineCore:
     def _finish(self, request: Request, reason: FinishReason) -> Finish:
         del self._texts[request.request_id]
         self.scheduler.end(request)
-        return _finish(request, reason)
+        return finish_of(request, reason)
 
     def _fail_prompt(self, request: Request, error: Exception, outputs: list[RequestOutput]) -> None:
         self._note_death(error)
@@ -292,16 +292,3 @@ class EngineCore:
 
 def _facts(request: Request) -> dict[str, str]:
     return {"action": "engine.prefill", "job_id": request.job_id}
-
-
-def _finish(request: Request, reason: FinishReason | Ended, error: ErrorInfo | None = None) -> Finish:
-    now = time.monotonic()
-    first_token_at = request.first_token_at
-    return Finish(
-        reason,
-        num_prompt_tokens=request.inputs.num_prompt_tokens,
-        num_completion_tokens=len(request.output_ids),
-        first_token_s=0.0 if first_token_at is None else first_token_at - request.submitted_at,
-        generate_s=0.0 if first_token_at is None else now - first_token_at,
-        error=error,
-    )

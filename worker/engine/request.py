@@ -6,6 +6,7 @@ the last one has `finish` set. `Request` is the engine's own moving state; it ne
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -220,3 +221,17 @@ class Request:
         if state not in NEXT_STATES[self.state]:
             raise ValueError(f"request {self.request_id} cannot go from {self.state} to {state}")
         self.state = state
+
+
+def finish_of(request: Request, reason: FinishReason | Ended, error: ErrorInfo | None = None) -> Finish:
+    """Return how a request ended, now."""
+    now = time.monotonic()
+    first_token_at = request.first_token_at
+    return Finish(
+        reason,
+        num_prompt_tokens=request.inputs.num_prompt_tokens,
+        num_completion_tokens=len(request.output_ids),
+        first_token_s=0.0 if first_token_at is None else first_token_at - request.submitted_at,
+        generate_s=0.0 if first_token_at is None else now - first_token_at,
+        error=error,
+    )
