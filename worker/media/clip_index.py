@@ -34,12 +34,14 @@ class ClipIndex:
     start_s: the container's time of the first frame.
     key_frames: positions from which decoding can start, growing; empty when seeking is not safe.
     frame_rate: frames per second on the average; 0 when unknown.
+    is_counted: a decoded frame is known by how many came before it, not by its time; nothing is skipped then.
     """
 
     times_s: tuple[float, ...]
     start_s: float
     key_frames: tuple[int, ...]
     frame_rate: float
+    is_counted: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -55,6 +57,10 @@ class ClipIndex:
     def has_times(self) -> bool:
         """Whether frames can be told apart by their times."""
         return self.num_frames < 2 or self.times_s[-1] > 0
+
+    def counted(self) -> ClipIndex:
+        """Return the index of a container that says when packets are decoded, not when their frames are shown."""
+        return replace(self, key_frames=(), is_counted=True)
 
     def first(self, num_frames: int) -> ClipIndex:
         """Return the index of a clip that ends after `num_frames` frames."""

@@ -117,7 +117,7 @@ class ClipReader:
 
     def _shown_position(self) -> int:
         """Return the position of the frame that was grabbed last, by its time; -1 when times tell nothing."""
-        if not self._index.has_times:
+        if self._index.is_counted or not self._index.has_times:
             return -1
         time_s = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - self._index.start_s
         return bisect_right(self._index.times_s, time_s + _SAME_TIME_S) - 1

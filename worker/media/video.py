@@ -21,11 +21,15 @@ from worker.media.clip_index import ClipIndex, read_index
 from worker.media.clip_reader import ClipReader, EndOfClip
 from worker.media.image import check_size
 from worker.media.policy import MediaPolicy
+from worker.media.sniff import MediaFormat
 from worker.media.types import DecodedClip
 from worker.media.view import View
 
 #: Passes through one clip: with seeks, without, and twice over what turned out to be decodable.
 MAX_PASSES: Final = 4
+#: An AVI says when its packets are decoded, not when their frames are shown: up to this many frames are counted. In a
+#: longer one frames are found by time, which may be some places off where a codec shows them in another order.
+MAX_COUNTED_FRAMES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,8 @@ def _indexed(clip: Clip, policy: MediaPolicy, should_stop: Callable[[], None]) -
     if index.num_frames == 0 and clip.metadata:
         clip = replace(clip, file=clip.file.without(clip.metadata))
         index = read_index(clip.file, policy, should_stop=should_stop)
+    if clip.format is MediaFormat.AVI and index.num_frames <= MAX_COUNTED_FRAMES:
+        index = index.counted()
     return clip, index
 
 

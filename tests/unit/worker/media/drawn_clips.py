@@ -1,7 +1,8 @@
 """Clips whose frames say their own number, and how to read it back.
 
 `clips/*` were written the same way by PyAV with libx264, which OpenCV's wheel cannot: `h264_b_frames.mp4` has 240
-frames, 25 per second, a key frame every 60, 3 B-frames; `h264_variable_rate.mkv` has 160 frames, 20 ms apart up to
+frames, 25 per second, a key frame every 60, 3 B-frames, `h264_b_frames.avi` 40, every 20 and 2;
+`h264_variable_rate.mkv` has 160 frames, 20 ms apart up to
 frame 100 and 150 ms apart from there, a key frame every 40. `clips_av1/av1.mp4` is by SVT-AV1 (presets 6, crf 25): 160
 frames, 25 per second, a key frame every 40, frames between them coded out of order.
 """
@@ -16,6 +17,7 @@ from PIL import Image
 
 CLIPS = Path(__file__).parent / "clips"
 B_FRAMES = CLIPS / "h264_b_frames.mp4"
+B_FRAMES_AVI = CLIPS / "h264_b_frames.avi"
 VARIABLE_RATE = CLIPS / "h264_variable_rate.mkv"
 AV1 = Path(__file__).parent / "clips_av1" / "av1.mp4"
 SIZE = (64, 48)

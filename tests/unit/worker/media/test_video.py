@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.unit.worker.media.drawn_clips import B_FRAMES, SIZE, VARIABLE_RATE, number_of, write_clip
+from tests.unit.worker.media.drawn_clips import B_FRAMES, B_FRAMES_AVI, SIZE, VARIABLE_RATE, number_of, write_clip
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported, WorkerError
 from worker.media import clip_reader
 from worker.media.clip_file import ClipFile
@@ -367,3 +367,11 @@ def test_media_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5, 8, 40, 64])
+def test_frames_of_an_avi_that_are_coded_out_of_order_are_told_apart(num_frames: int) -> None:
+    """The container gives times of decoding, which run ahead of showing: by them frames were one or two too early."""
+    clip = sample(B_FRAMES_AVI, num_frames)
+    assert numbers(clip) == uniform_positions(40, num_frames)
+    assert clip.timestamps_s == pytest.approx([number / 25 for number in uniform_positions(40, num_frames)])
