@@ -6,6 +6,7 @@ fields that a later release adds are ignored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -36,6 +37,10 @@ class ReadModel(WireModel):
     """A result, event or view. Readers one release older than the writer ignore what they do not know."""
 
     model_config = ConfigDict(extra="ignore")
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, object]]:
+        """Leave out absent values, as the JSON does."""
+        return ((name, value) for name, value in super().__repr_args__() if value is not None)
 
 
 def check_depth(name: str, value: object) -> None:

@@ -15,6 +15,7 @@ from api_stub.contract.event import JobCompleted, OutputDelta, body_fragment, pa
 from api_stub.contract.job import MAX_JOB_BYTES, CaptionJob, TaskName, VqaJob, digest, parse_job
 from api_stub.contract.media import S3Object
 from api_stub.contract.names import is_model_name, model_of_queue, queue
+from api_stub.contract.result import Usage
 from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
 from api_stub.contract.wire import MAX_DEPTH
 from tests.golden.samples import EVENTS, JOB_ID
@@ -290,3 +291,8 @@ def test_metadata_is_nested_no_deeper_than_readers_of_views_can_follow() -> None
             parse_job({"question": "hello"} | fields, TaskName.VQA)
     with pytest.raises(InvalidJob, match="metadata: nested 129 deep"):
         parse_job(json.dumps({"question": "hello", "task": "visionq.vqa", "metadata": nested(MAX_DEPTH + 1)}))
+
+
+def test_a_result_prints_what_it_holds_and_no_absent_values() -> None:
+    assert str(Usage(prompt_tokens=3)) == "prompt_tokens=3 completion_tokens=0 images=0 frames=0"
+    assert str(Usage(media_tokens=2)).endswith("media_tokens=2")
