@@ -96,9 +96,10 @@ def unavailable(error: redis.RedisError, *, tells_where: bool = True) -> StoreUn
     """
     server = causes.server_of(error) if tells_where else ""
     where = f" ({server})" if server else ""
-    if (code := code_of(error)) is not None or isinstance(error, redis.ResponseError):
-        return StoreUnavailable(f"Redis refused: {code or type(error).__name__}{where}")
     if (untrusted := causes.untrusted(error)) is not None:
         return StoreUnavailable(f"Redis' certificate is not trusted: {untrusted}{where}")
-    cause = causes.plain_cause(error)
-    return StoreUnavailable(f"Redis did not answer: {type(error).__name__}{f': {cause}' if cause else ''}{where}")
+    known = causes.plain_cause(error)
+    cause = f": {known}" if known else ""
+    if (code := code_of(error)) is not None or isinstance(error, redis.ResponseError):
+        return StoreUnavailable(f"Redis refused: {code or type(error).__name__}{cause}{where}")
+    return StoreUnavailable(f"Redis did not answer: {type(error).__name__}{cause}{where}")
