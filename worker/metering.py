@@ -17,6 +17,7 @@ from api_stub.ledger.rows import RefusalReason
 from worker.engine.engine import Engine
 from worker.engine.request import Finish, RequestOutput
 from worker.engine.step_times import Stage, StepClock
+from worker.entry import DropReason
 from worker.lifecycle.attempt import Attempt, StopReason
 from worker.media.cache import MediaCacheStats
 from worker.media.room import RoomStats
@@ -122,6 +123,7 @@ class JobMeter:
             (metrics.request_retry, RetryReason),
             (metrics.attempts_stopped, StopReason),
             (metrics.claims_refused, RefusalReason),
+            (metrics.messages_dropped, DropReason),
         ):
             for value in values:
                 family.labels(value.value)

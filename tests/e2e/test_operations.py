@@ -99,7 +99,7 @@ def test_a_worker_tells_how_it_is_and_never_a_secret(
         assert after["visionq_media_decode_seconds_count"] == 1
         assert after["visionq_mm_cache_hits_total"] == 1
         assert after["visionq_claims_refused_total{reason=unknown}"] == 1
-        assert after["visionq_log_events_total{action=receive,event=list entry dropped,level=ERROR}"] == 1
+        assert after["visionq_messages_dropped_total{reason=unreadable}"] == 1
 
         locked_redis.kill()
         eventually(lambda: "redis" in str(probe(port, "/readyz")[1]["problems"]), 30, "redis is missed")

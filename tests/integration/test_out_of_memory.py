@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from api_stub.contract import names
 from api_stub.contract.job import TaskName, VqaJob
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.view import JobView
-from api_stub.ledger.rows import Bell
 from tests.servers import eventually
 from worker import pipeline
 from worker.bootstrap import build
@@ -44,17 +44,24 @@ class Memory:
 
 
 class Worker:
-    """A whole worker in this process, its Celery apart: messages are handed over by threads."""
+    """A whole worker in this process, its Celery apart: a thread takes messages off the lists, others handle them."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._threads = ThreadPoolExecutor(16)
-        runtime.ring = self.ring
+        self._is_over = threading.Event()
+        self._receiver = threading.Thread(target=self._receive, daemon=True)
         runtime.start()
         runtime.on_ready()
+        self._receiver.start()
 
-    def ring(self, bell: Bell) -> None:
-        self._threads.submit(self._handle, Knock(bell.job_id, TaskName.VQA, 6, None))
+    def _receive(self) -> None:
+        lists = [names.queue_list("default", step) for step in names.PRIORITY_STEPS]
+        while not self._is_over.is_set():
+            found = self.runtime.ledger.client.brpop(lists, timeout=0.2)
+            if found is not None:
+                job_id = str(json.loads(found[1])["headers"]["id"])
+                self._threads.submit(self._handle, Knock(job_id, TaskName.VQA, 6, None))
 
     def ask(self, question: str) -> str:
         """Submit a job and return its id."""
@@ -62,7 +69,6 @@ class Worker:
         sampling = SamplingParams(max_new_tokens=24, min_new_tokens=24)
         submission = self.runtime.ledger.submit(job_id, VqaJob(question=question, sampling=sampling).resolved(job_id))
         assert submission
-        self._threads.submit(self._handle, Knock(job_id, TaskName.VQA, 6, None))
         return job_id
 
     def ended(self, job_id: str) -> JobView:
@@ -71,6 +77,8 @@ class Worker:
         return self._view(job_id)
 
     def stop(self) -> None:
+        self._is_over.set()
+        self._receiver.join(20)
         self.runtime.stop()
         self._threads.shutdown(cancel_futures=True)
 
