@@ -33,9 +33,10 @@ class Abandoned:
     """`close()` on the loop that uses it. `keep_s` 0: whoever leaves cancels at once."""
 
     def __init__(self, commands: redis.asyncio.Redis, ledger: AsyncLedger, keep_s: float) -> None:
-        self._commands, self._ledger, self._keep_s = commands, ledger, keep_s
+        self._ledger, self._keep_s = ledger, keep_s
         self._keep = commands.register_script(_script("keep"))
         self._take = commands.register_script(_script("take_kept"))
+        self._drop = commands.register_script(_script("drop_kept"))
         self._waiting: set[asyncio.Task[None]] = set()
 
     async def take(self, tenant: str, asked: str) -> str | None:
@@ -85,15 +86,17 @@ class Abandoned:
         return bool(await self._keep(keys=[_key(tenant)], args=arguments))
 
     async def _cancel_later(self, job_id: str, tenant: str, entry: str) -> None:
-        await asyncio.sleep(self._keep_s)
-        try:
-            async with asyncio.timeout(CANCEL_S):
-                is_ours = bool(await self._commands.zrem(_key(tenant), entry))
-        except (redis.RedisError, TimeoutError) as error:
-            # Nobody may be waiting for it; somebody may. It runs to its end.
-            logger.warning("abandoned job not cancelled", extra=_facts(job_id) | {"error": type(error).__name__})
-            return
-        if is_ours:
+        left_s = self._keep_s
+        while left_s > 0:  # again when the repetition has left, too, here or at another gateway: its time counts
+            await asyncio.sleep(left_s)
+            try:
+                async with asyncio.timeout(CANCEL_S):
+                    left_s = int(await self._drop(keys=[_key(tenant)], args=[entry])) / 1000
+            except (redis.RedisError, TimeoutError) as error:
+                # Nobody may be waiting for it; somebody may. It runs to its end.
+                logger.warning("abandoned job not cancelled", extra=_facts(job_id) | {"error": type(error).__name__})
+                return
+        if left_s == 0:
             await self.cancel(job_id)
 
 

@@ -160,6 +160,19 @@ def test_a_job_that_was_handed_over_is_not_cancelled_under_its_new_reader(
             assert jobs(service) == {job_id: "queued"}
 
 
+def test_a_job_that_is_left_again_is_kept_for_the_whole_time_again(redis_url: str, worker: ScriptedWorker) -> None:
+    """The time of the first leaving passes while the question is away for the second time."""
+    worker.ledger.beat("scripted@test:1", "default", [])
+    with serving(redis_url, api_keep_abandoned_s=4.0) as service:
+        job_id = abandon(service)
+        first_ends = time.monotonic() + 4.0
+        time.sleep(2.0)
+        assert abandon_again(service) == job_id
+        time.sleep(max(0.0, first_ends - time.monotonic()) + 0.6)
+        assert jobs(service) == {job_id: "queued"}
+        eventually(lambda: jobs(service) == {job_id: "cancelled"}, what="it is cancelled in the end")
+
+
 def test_a_kept_job_that_was_cancelled_is_not_handed_over(patient: Service) -> None:
     job_id = abandon(patient)
     patient.http.post(f"/v1/jobs/{job_id}/cancel")
