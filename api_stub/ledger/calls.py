@@ -156,7 +156,7 @@ def drop(job_id: str) -> Call[bool]:
 
 
 def reap(pause_s: float = 0.0) -> Call[Sweep]:
-    """Sweep once, unless another sweep that asked for a pause is younger than its pause."""
+    """Sweep once, unless another sweep that passed a pause is younger than `pause_s`."""
 
     def parse(reply: list[Any]) -> Sweep:
         fields = [str(field) for field in reply[1:]]

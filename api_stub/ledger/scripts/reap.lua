@@ -1,5 +1,5 @@
 -- One sweep: ended leases, passed deadlines, retries that are due, lost doorbells. It costs what is due, not what exists. Any number
--- of reapers may sweep at the same time; `pause_s` lets one of them do it for all, who is then free for so long.
+-- of reapers may sweep at the same time; to one that passes a `pause_s`, anybody's sweep that is younger counts as its own.
 -- Answers whether more is due, then id, task, model and priority of every job that it rang for.
 local BATCH = 200
 local MAX_DEAD = 10000
@@ -12,8 +12,12 @@ local seconds = watch()
 redis.call('ZREMRANGEBYSCORE', KEY.settings, '-inf', stamp)
 redis.call('ZADD', KEY.settings, moment(now + CONFIG.lease_s), SHARED.settings)
 redis.call('PEXPIRE', KEY.settings, math.ceil(CONFIG.lease_s * 1000))
-if pause_s > 0 and not redis.call('SET', KEY.sweep, stamp, 'NX', 'PX', math.ceil(pause_s * 1000)) then
-  return reply
+if pause_s > 0 then
+  local last = tonumber(redis.call('GET', KEY.sweep) or '0') or 0
+  if now >= last and now < last + pause_s then -- a last sweep in the future is one before the clock was set back
+    return reply
+  end
+  redis.call('SET', KEY.sweep, stamp, 'PX', math.ceil(pause_s * 1000))
 end
 
 local function ring_again(id, row)

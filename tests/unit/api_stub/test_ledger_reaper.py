@@ -466,6 +466,23 @@ def test_one_sweep_counts_for_all_processes_until_its_pause_is_over(
     assert ids(second.reap(pause_s=60)) == ["b"]
 
 
+def test_a_process_that_sweeps_seldom_keeps_nobody_else_from_it(connect: Connect, redis_client: redis.Redis) -> None:
+    seldom, often = connect(LedgerConfig()), connect(LedgerConfig())
+    seldom.reap(pause_s=3600)
+    started(often, "a")
+    lease_ends(redis_client, "a")
+    eventually(lambda: ids(often.reap(pause_s=0.05)) == ["a"], timeout_s=5, what="the sweep of the other")
+
+
+def test_redis_clock_that_is_set_back_stops_no_sweep(ledger: Ledger, redis_client: redis.Redis) -> None:
+    """The last sweep's mark lies an hour ahead then, and so does its expiry."""
+    started(ledger, "a")
+    lease_ends(redis_client, "a")
+    redis_client.set(names.SWEEP_KEY, f"{time.time() + 3600:.6f}", ex=3600)
+    assert ids(ledger.reap(pause_s=0.75)) == ["a"]
+    assert redis_client.pttl(names.SWEEP_KEY) <= 750
+
+
 def test_jobs_of_a_model_whose_last_worker_fell_silent_are_looked_at_once_more(
     ledger: Ledger, redis_client: redis.Redis
 ) -> None:
