@@ -134,7 +134,7 @@ class Ledger:
     def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """Take jobs from lost workers, end those out of time or attempts, ring again for those whose doorbell was lost.
 
-        Returns the doorbells that were rung. Does nothing when another sweep with a `pause_s` is younger than `pause_s`.
+        Returns the doorbells that were rung. Does nothing when a sweep that passed a pause is younger than `pause_s`.
         """
         bells: list[Bell] = []
         for number in range(MAX_BATCHES):

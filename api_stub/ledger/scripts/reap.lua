@@ -160,6 +160,14 @@ local function let_in_front(model, oldest)
   release(oldest.list)
 end
 
+-- Workers of 0.1.0 beat without asking for a look at what waits for them: another one when a lease is over.
+local function look_again_while_served(list)
+  local model = string.match(list, '^(.*):%d+$')
+  if redis.call('EXISTS', KEY.workers .. model) == 1 and redis.call('EXISTS', KEY.waiting .. list, KEY.turns .. list) > 0 then
+    redis.call('ZADD', KEY.serving, 'NX', moment(now + CONFIG.lease_s), model)
+  end
+end
+
 for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, 'LIMIT', 0, BATCH)) do
   redis.call('ZREM', KEY.serving, model)
   look_at_lists(model)
@@ -173,6 +181,7 @@ for _, list in ipairs(lists) do
   end
   release(list)
   find_aged(list)
+  look_again_while_served(list)
 end
 for model, oldest in pairs(aged) do
   let_in_front(model, oldest)

@@ -499,6 +499,20 @@ def test_jobs_of_a_model_whose_last_worker_fell_silent_are_looked_at_once_more(
     assert redis_client.zcard(names.SERVING_KEY) == 0
 
 
+def test_lists_are_looked_at_for_workers_whose_release_does_not_ask_for_it(
+    connect: Connect, redis_client: redis.Redis
+) -> None:
+    """Workers of 0.1.0 sign on without it, and this sweep takes from them the set that their own sweeps read."""
+    ledger = connect(LedgerConfig(lease_s=0.2, grace_s=0.005))
+    redis_client.zadd(names.workers_key("default"), {"of-0.1.0": time.time() + 60})
+    ledger.submit("a", question())
+    ledger.reap()
+    lose_doorbells(redis_client)
+    redis_client.delete(names.workers_key("default"))  # it took the message, died, and its lease is over
+    assert reap_until_bells(ledger)[0].job_id == "a"
+    assert redis_client.zcard(names.SERVING_KEY) == 0
+
+
 def test_nothing_is_kept_of_a_model_without_jobs(ledger: Ledger, redis_client: redis.Redis) -> None:
     claim = started(ledger, "a", model="once", priority=0)
     ledger.finish("a", claim.fence, answer(claim))
