@@ -36,6 +36,8 @@ _HEADERS_WITHIN: Final = 64 * 1024
 _HEADERS: Final = re.compile(rb'(?<!\\)"headers"\s*:\s*(?=\{)')
 _MAX_HEADERS: Final = 8
 _TEXT: Final = r'"(?:[^"\\]|\\.)*"'
+#: A text of JSON, to its end or that of the input: it never fails, so a pass over the input is one pass.
+_TEXT_OR_REST: Final = re.compile(r'"(?:[^"\\]++|\\.)*+["\\]?+', re.DOTALL)
 _PAIR: Final = re.compile(rf"\s*[{{,]\s*({_TEXT})\s*:\s*({_TEXT}|true|false|null|-?[0-9]+)(?=\s*[,}}])")
 
 
@@ -55,6 +57,10 @@ class Unreadable(Exception):
     def __init__(self, reason: DropReason) -> None:
         super().__init__(reason.value)
         self.reason = reason
+
+
+class TooManyContainers(ValueError):
+    """Raised for JSON that would cost hundreds of times its size. `str()` says number and limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,8 @@ def read_entry(raw: bytes) -> Entry:
             return _refused(raw, f"job: {len(raw)} bytes in the message, the limit is {MAX_ENTRY_BYTES}")
         try:
             value = read_json(raw.decode())
+        except TooManyContainers as error:
+            return _refused(raw, f"job: {error}")
         except (ValueError, RecursionError) as error:
             return _refused(raw, f"job: the message is no JSON that can be read ({type(error).__name__})")
         if not isinstance(value, dict):
@@ -122,12 +130,20 @@ def read_entry(raw: bytes) -> Entry:
 
 
 def read_json(text: str) -> object:
-    """Parse JSON of a bounded number of objects and lists. Raises ValueError, or RecursionError for deep nesting."""
-    num_containers = text.count("{") + text.count("[")
-    if num_containers > MAX_CONTAINERS:
-        raise ValueError(f"{num_containers} objects and lists, the limit is {MAX_CONTAINERS}")
+    """Parse JSON of a bounded number of objects and lists.
+
+    Raises ValueError, which may be TooManyContainers, or RecursionError for deep nesting.
+    """
+    if _num_brackets(text) > MAX_CONTAINERS:  # those of texts are none, but taking the texts out costs more
+        num_containers = _num_brackets(_TEXT_OR_REST.sub("", text))
+        if num_containers > MAX_CONTAINERS:
+            raise TooManyContainers(f"{num_containers} objects and lists in the message, the limit is {MAX_CONTAINERS}")
     value: object = json.loads(text)
     return value
+
+
+def _num_brackets(text: str) -> int:
+    return text.count("{") + text.count("[")
 
 
 def usable_id(value: object) -> str | None:

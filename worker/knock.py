@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from api_stub.contract.job import TaskName
-from worker.entry import MAX_BODY_BYTES, DropReason, Entry, Unreadable, read_json, usable_id
+from worker.entry import MAX_BODY_BYTES, DropReason, Entry, TooManyContainers, Unreadable, read_json, usable_id
 from worker.inflate import inflate
 
 #: What the row of a job names as its task when its message named none of ours.
@@ -79,6 +79,8 @@ def _body(entry: Entry) -> object:
         raise _NotRead(f"job: {len(raw)} bytes of JSON in the message, the limit is {MAX_BODY_BYTES}")
     try:
         return read_json(raw.decode(charset))
+    except TooManyContainers as error:
+        raise _NotRead(f"job: {error}") from None
     except RecursionError:
         raise _NotRead("job: the message's body is nested too deep") from None
     except Exception as error:  # noqa: BLE001 - a codec or json, whatever they raise

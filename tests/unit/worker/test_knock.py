@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from api_stub.contract.job import TaskName
-from worker.entry import MAX_BODY_BYTES, DropReason, Entry, Unreadable
+from worker.entry import MAX_BODY_BYTES, MAX_CONTAINERS, DropReason, Entry, Unreadable
 from worker.knock import Knock, read_knock
 
 ENTRY = Entry("1234", "visionq.vqa", 3)
@@ -82,7 +82,7 @@ def test_a_message_that_asks_for_nothing_afterwards_is_a_job(embed: object) -> N
         ({"compression": "zstd"}, "compression: 'zstd'"),
         ({"compression": "gzip", "body": "hello"}, "compression: the body is no gzip"),
         ({"body": "[" * 100_000}, "job: the message's body is nested too deep"),
-        ({"body": "{}," * 200_000}, "job: the message's body is no JSON"),
+        ({"body": "{}," * 200_000}, "job: 200000 objects and lists in the message, the limit is 100000"),
         ({"body": "9" * 5_000}, "job: the message's body is no JSON"),
         ({"body": " " * (MAX_BODY_BYTES + 1)}, f"job: {MAX_BODY_BYTES + 1} bytes"),
         ({"problem": "job: no JSON"}, "job: no JSON"),
@@ -106,3 +106,14 @@ def test_a_bomb_is_refused_with_the_limit() -> None:
     bomb = base64.b64encode(zlib.compress(bytes(50_000_000))).decode()
     knock = read_knock(replace(ENTRY, body=bomb, body_encoding="base64", compression="gzip"))
     assert knock.problem == f"compression: the body inflates to more than {MAX_BODY_BYTES} bytes"
+
+
+@pytest.mark.parametrize("text", ["[" * (MAX_CONTAINERS + 1), '"{' * MAX_CONTAINERS + "\\"])
+def test_brackets_within_a_text_are_no_lists(text: str) -> None:
+    assert read([[], {"question": text}]).fields == {"question": text}
+
+
+def test_a_body_of_very_many_lists_is_refused_with_the_limit() -> None:
+    knock = read([[], {"metadata": [[]] * MAX_CONTAINERS}])
+    assert f"{MAX_CONTAINERS + 4} objects and lists" in str(knock.problem)
+    assert f"the limit is {MAX_CONTAINERS}" in str(knock.problem)
