@@ -38,6 +38,8 @@ def plain_cause(error: BaseException) -> str:
     for link in _chain(error):
         if isinstance(link, socket.gaierror):
             return link.strerror or "the name has no address"
+        if isinstance(link, ssl.SSLError):  # whose number is one of its own, and no errno
+            return f"TLS: {link.reason.replace('_', ' ').lower()}" if link.reason else "TLS failed"
         if isinstance(link, OSError) and link.errno is not None and link.strerror:
             return os.strerror(link.errno)  # asyncio puts an address into its own words
         text = str(link)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import socketserver
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +50,27 @@ def refusals_of(url: str) -> list[str]:
     asyncio.run(asynchronous())
     assert not any(SECRET in text for text in said)
     return said
+
+
+@pytest.fixture
+def untalkative() -> Iterator[int]:
+    """The port of a server that answers whatever it is told with something that is no TLS."""
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(b"-ERR unknown command\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        yield int(server.server_address[1])
+        server.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "https"])
+def test_a_server_that_speaks_no_tls_is_named_as_that(untalkative: int, scheme: str) -> None:
+    for said in refusals_of(f"{scheme}://127.0.0.1:{untalkative}"):
+        assert said.endswith(f"TLS: wrong version number (127.0.0.1:{untalkative})")
 
 
 @pytest.fixture
