@@ -22,5 +22,5 @@ class Call(Generic[T]):
 
 
 def task_of(name: str) -> TaskName | None:
-    """Return the task that a row or a reply names."""
-    return TaskName(name) if name else None
+    """Return the task that a row or a reply names; None without one, or for one that another release has added."""
+    return TaskName(name) if name in set(TaskName) else None

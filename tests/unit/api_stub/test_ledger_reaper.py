@@ -546,3 +546,29 @@ def test_reaper_outlives_an_absent_redis(tmp_path: Path, caplog: pytest.LogCaptu
             what = "the append-only file brought the job back and it is rung"
             eventually(lambda: doorbells_in(ledger.client), what=what)
     server.stop()
+
+
+def test_a_task_of_another_release_breaks_no_reader_and_no_sweep(ledger: Ledger, redis_client: redis.Redis) -> None:
+    for job_id in ("newer", "a"):
+        started(ledger, job_id)
+    redis_client.hset(names.job_key("newer"), "task", "visionq.of-tomorrow")
+    lease_ends(redis_client, "newer", "a")
+    assert {(bell.job_id, bell.task) for bell in ledger.reap()} == {("newer", None), ("a", TaskName.VQA)}
+    assert ledger.view("newer") in ledger.list_jobs().jobs
+    assert claimed(ledger, "newer").task is None
+
+
+def test_reaper_outlives_what_it_cannot_read(connect: Connect, redis_client: redis.Redis) -> None:
+    ledger = connect(HASTY)
+    started(ledger, "odd")
+    redis_client.hset(names.job_key("odd"), "priority", "urgent")
+    lease_ends(redis_client, "odd")
+    with running(Reaper(ledger, sweep_s=0.01)):
+        eventually(lambda: "odd" in doorbells_in_text(redis_client), what="the sweep that met it")
+        started(ledger, "a")
+        eventually(lambda: '"a"' in doorbells_in_text(redis_client), what="a later sweep rings")
+
+
+def doorbells_in_text(client: redis.Redis) -> str:
+    lists = (names.queue_list("default", step) for step in names.PRIORITY_STEPS)
+    return "".join("".join(client.lrange(key, 0, -1)) for key in lists)
