@@ -97,6 +97,7 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "fence": names.FENCE_KEY,
         "submitted": names.SUBMITTED_KEY,
         "lists": names.LISTS_KEY,
+        "news": names.NEWS_KEY,
         "serving": names.SERVING_KEY,
         "sweep": names.SWEEP_KEY,
         "watch": names.WATCH_KEY,

@@ -22,7 +22,7 @@ end
 local function create(id, job)
   local row = {list = job.list, model = job.model, tenant = job.tenant, task = job.task, priority = job.priority,
     deadline = job.deadline_s ~= '' and moment(now + tonumber(job.deadline_s)) or nil,
-    place = redis.call('INCR', KEY.submitted)}
+    place = next_number()}
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'task', job.task, 'model', job.model, 'priority', job.priority,
     'list', job.list, 'tenant', job.tenant, 'body', job.body, 'digest', job.digest, 'created', stamp, 'queued_at', stamp,
     'seq', 0, 'attempt', 0, 'losses', 0, 'retries', 0, 'place', row.place, 'order', 0, 'bell', 0)

@@ -55,13 +55,18 @@ local function add_in_flight(row, num)
   end
 end
 
+-- The next sweep looks at this list.
+local function tell(list)
+  redis.call('ZADD', KEY.news, 'NX', stamp, list)
+end
+
 -- The next sweep looks at the lists of a model that keep jobs waiting. Whoever takes messages may lose them without a word, so this
 -- is asked for as long as workers are there, and once more when they are gone.
 local function look_at_lists(model)
   for step in pairs(STEP) do
     local list = model .. ':' .. step
     if redis.call('EXISTS', KEY.waiting .. list, KEY.turns .. list) > 0 then
-      redis.call('SADD', KEY.lists, list)
+      tell(list)
     end
   end
 end
@@ -72,6 +77,7 @@ local function one_less(model)
     for step in pairs(STEP) do
       redis.call('DEL', KEY.watermark .. model .. ':' .. step)
       redis.call('SREM', KEY.lists, model .. ':' .. step)
+      redis.call('ZREM', KEY.news, model .. ':' .. step)
     end
   end
 end
@@ -84,6 +90,7 @@ local function await_doorbell(id, row, bell)
     add_in_flight(row, 1)
   end
   redis.call('SADD', KEY.lists, row.list)
+  tell(row.list)
   schedule(id, nil, tonumber(row.deadline))
 end
 
@@ -102,7 +109,7 @@ end
 -- Writes the job's doorbell and answers its number, which is `bell` or a new one. `row` needs: task model list tenant priority
 -- deadline.
 local function ring(id, row, bell)
-  bell = bell or redis.call('INCR', KEY.submitted)
+  bell = bell or next_number()
   await_doorbell(id, row, bell)
   local key, model = broker_list(row.list)
   local values = {id = quote(id), task = quote((row.task or '') ~= '' and row.task or DOORBELL.task), priority = row.priority,
@@ -120,6 +127,7 @@ local function hold(id, row)
   redis.call('HSET', KEY.job .. id, 'bell', 0)
   redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
   redis.call('SADD', KEY.lists, row.list)
+  tell(row.list)
   if not is_capped(row.model, row.tenant) then
     take_turns(row.list, row.tenant)
   end

@@ -142,7 +142,7 @@ end
 -- Moves an aged job into its model's first list. One at a time, so that the urgent jobs stay ahead of all the aged ones together.
 local function let_in_front(model, oldest)
   if redis.call('EXISTS', KEY.workers .. model) == 1 then
-    redis.call('SADD', KEY.lists, oldest.list) -- whose next job may have waited too long as well
+    tell(oldest.list) -- whose next job may have waited too long as well
   end
   local id, first = oldest.id, model .. ':0'
   local former = redis.call('GET', KEY.aged .. model)
@@ -172,16 +172,42 @@ for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, '
   redis.call('ZREM', KEY.serving, model)
   look_at_lists(model)
 end
-local lists = redis.call('SPOP', KEY.lists, BATCH)
-local is_more = #due == BATCH or #lists == BATCH
-for _, list in ipairs(lists) do
+local is_more = #due == BATCH
+
+local function look_at(list)
   if find_suspects(list) == BATCH then
-    redis.call('SADD', KEY.lists, list)
+    tell(list)
     is_more = true
   end
   release(list)
   find_aged(list)
   look_again_while_served(list)
+end
+
+local news = redis.call('ZPOPMIN', KEY.news, BATCH)
+is_more = is_more or #news == 2 * BATCH
+for i = 1, #news, 2 do
+  look_at(news[i])
+end
+
+-- Beside processes of 0.1.0, and for a while after them, a sweep does what theirs do: it looks at every list that has jobs.
+local OLDER_S = 600
+local ours, others, older = unpack(redis.call('HMGET', KEY.watch, 'ours', 'others', 'older'))
+local theirs = string.format('%.0f', tonumber(redis.call('GET', KEY.submitted) or '0') - tonumber(ours or '0'))
+if theirs ~= (others or '0') then
+  redis.call('HSET', KEY.watch, 'others', theirs)
+  note_older()
+  older = stamp
+end
+if older and now - tonumber(older) < OLDER_S then
+  for _, list in ipairs(redis.call('SMEMBERS', KEY.lists)) do
+    look_at(list)
+    local model = string.match(list, '^(.*):%d+$')
+    if (redis.call('GET', KEY.depth .. model) or '0') == '0' then
+      redis.call('SREM', KEY.lists, list)
+      redis.call('DEL', KEY.watermark .. list)
+    end
+  end
 end
 for model, oldest in pairs(aged) do
   let_in_front(model, oldest)

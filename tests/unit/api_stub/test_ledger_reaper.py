@@ -448,7 +448,7 @@ def test_a_sweep_costs_what_is_due_and_not_what_exists(ledger: Ledger, redis_cli
     for _ in range(5):
         ledger.reap()
     assert commands_of_a_sweep(ledger, redis_client) <= alone + 1
-    assert redis_client.scard(names.LISTS_KEY) == 0
+    assert redis_client.zcard(names.NEWS_KEY) == 0
 
 
 def test_one_sweep_counts_for_all_processes_until_its_pause_is_over(
@@ -519,7 +519,7 @@ def test_nothing_is_kept_of_a_model_without_jobs(ledger: Ledger, redis_client: r
     lose_doorbells(redis_client, "once")
     kept = [key for key in redis_client.scan_iter("*once*") if redis_client.ttl(key) == -1]
     assert kept == [names.depth_key("once")]
-    assert redis_client.scard(names.LISTS_KEY) == 0
+    assert not redis_client.exists(names.LISTS_KEY, names.NEWS_KEY)
 
 
 # the loop
