@@ -267,12 +267,14 @@ def _unwritable(fields: Mapping[str, object]) -> str:
 def digest(job: Job) -> str:
     """Return a hash of the job's canonical JSON: the same body gives the same digest.
 
-    Releases that knew no checkpoint defaults wrote the neutral value of an absent field. It is hashed for it still, so
-    that a job handed in again after an upgrade is the same job; a neutral value that was given is told apart by name.
+    Release 0.1.0 knew no checkpoint defaults: it wrote the neutral value of every absent field, in its row and to
+    gateways. A body without an absent field may be its own and is hashed as it was; the neutral value is hashed for an
+    absent field, too, so that a job handed in again by another release is the same job. Where one field is absent, its
+    writer knows of absent ones, and a neutral value beside it that was given is told apart by name.
     """
     sampling = job.sampling
     absent = {name: value for name, value in NEUTRAL.items() if getattr(sampling, name) is None}
-    given = [name for name, value in NEUTRAL.items() if getattr(sampling, name) == value]
+    given = [name for name, value in NEUTRAL.items() if absent and getattr(sampling, name) == value]
     filled = job.model_copy(update={"sampling": sampling.model_copy(update=absent)})
     return hashlib.sha256("".join((filled.to_json(), *given)).encode()).hexdigest()
 
