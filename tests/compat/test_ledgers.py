@@ -233,3 +233,29 @@ def test_a_cancel_of_either_release_reaches_a_worker_of_the_other(scene: Scene) 
         view = scene.ledger.view(job_id)
         assert view is not None
         assert view.status == scene.earlier("ledger.view(job_id).status.value", job_id=job_id) == "cancelled"
+
+
+@pytest.mark.parametrize("scene", [("ours", "ours")], indirect=True, ids=["ours"])
+@pytest.mark.parametrize("sign", ["ledger.beat('theirs@host:1', 'default', [])", "ledger.reap()", "ledger.submit"])
+def test_sweeps_look_at_every_list_while_the_last_release_is_about_and_not_for_ever(scene: Scene, sign: str) -> None:
+    def walks() -> bool:
+        before = _calls(scene.client, "smembers")
+        scene.ledger.reap()
+        return _calls(scene.client, "smembers") > before
+
+    scene.submit("ours", "a")
+    scene.live()
+    assert not walks()
+    if sign == "ledger.submit":
+        scene.submit("theirs", "b", is_rung=False)
+    else:
+        scene.earlier(f"answer = {sign} and None")
+    assert walks()
+    assert walks()
+    scene.client.hincrbyfloat(names.WATCH_KEY, "older", -601)
+    assert not walks()
+
+
+def _calls(client: redis.Redis, command: str) -> int:
+    stats = client.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})
+    return int(stats["calls"])

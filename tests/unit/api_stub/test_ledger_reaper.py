@@ -449,6 +449,7 @@ def test_a_sweep_costs_what_is_due_and_not_what_exists(ledger: Ledger, redis_cli
         ledger.reap()
     assert commands_of_a_sweep(ledger, redis_client) <= alone + 1
     assert redis_client.zcard(names.NEWS_KEY) == 0
+    assert not redis_client.hexists(names.WATCH_KEY, "older")  # processes of this release take none of theirs for older
 
 
 def test_one_sweep_counts_for_all_processes_until_its_pause_is_over(
