@@ -37,7 +37,7 @@ from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.media import MediaUri
 from api_stub.contract.media_options import MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
-from api_stub.contract.sampling import NEUTRAL, SamplingParams
+from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WholeNumber, WireModel, check_depth
 
 MAX_JOB_BYTES = 256 * 1024
@@ -267,16 +267,14 @@ def _unwritable(fields: Mapping[str, object]) -> str:
 def digest(job: Job) -> str:
     """Return a hash of the job's canonical JSON: the same body gives the same digest.
 
-    Release 0.1.0 knew no checkpoint defaults: it wrote the neutral value of every absent field, in its row and to
-    gateways. A body without an absent field may be its own and is hashed as it was; the neutral value is hashed for an
-    absent field, too, so that a job handed in again by another release is the same job. Where one field is absent, its
-    writer knows of absent ones, and a neutral value beside it that was given is told apart by name.
+    A field that is absent is hashed as `earlier_json` has it: a job handed in again after an upgrade is the same.
     """
-    sampling = job.sampling
-    absent = {name: value for name, value in NEUTRAL.items() if getattr(sampling, name) is None}
-    given = [name for name, value in NEUTRAL.items() if absent and getattr(sampling, name) == value]
-    filled = job.model_copy(update={"sampling": sampling.model_copy(update=absent)})
-    return hashlib.sha256("".join((filled.to_json(), *given)).encode()).hexdigest()
+    return hashlib.sha256("".join((earlier_json(job), *job.sampling.named_neutral())).encode()).hexdigest()
+
+
+def earlier_json(job: Job) -> str:
+    """Return the job's JSON as release 0.1.0 wrote it."""
+    return job.model_copy(update={"sampling": job.sampling.filled()}).to_json()
 
 
 def _check_question(question: str | None, messages: tuple[Message, ...] | None) -> None:

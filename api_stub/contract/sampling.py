@@ -32,6 +32,15 @@ class SamplingParams(WireModel):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10.0)
     stop: tuple[StopString, ...] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
 
+    def filled(self) -> SamplingParams:
+        """Return it with neutral values for absent ones, as release 0.1.0 wrote it: it knew no checkpoint defaults."""
+        return self.model_copy(update={name: value for name, value in NEUTRAL.items() if getattr(self, name) is None})
+
+    def named_neutral(self) -> list[str]:
+        """Return the fields whose neutral value was given, told by another that is absent; 0.1.0 wrote them all."""
+        said = {name: getattr(self, name) for name in NEUTRAL}
+        return [name for name, value in NEUTRAL.items() if None in said.values() and said[name] == value]
+
 
 #: What the fields that a checkpoint may have a default for mean when nobody says anything.
 NEUTRAL: Final[Mapping[str, object]] = MappingProxyType({"min_new_tokens": 0, "repetition_penalty": 1.0, "stop": ()})

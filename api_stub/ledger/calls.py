@@ -5,6 +5,7 @@ No I/O: `Ledger` and `AsyncLedger` execute the same calls. Every call may be rep
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,7 +17,7 @@ from api_stub.contract.event import (
     RetryReason,
     body_fragment,
 )
-from api_stub.contract.job import Job, TaskName, digest
+from api_stub.contract.job import Job, TaskName, digest, earlier_json
 from api_stub.contract.names import list_id, priority_step
 from api_stub.contract.result import celery_failure
 from api_stub.contract.status import JobStatus
@@ -61,11 +62,12 @@ def _create(job_id: str, job: Job | None, task: TaskName, model: str, priority: 
         return Submission(reply[0])
 
     body, mark = (job.to_json(), digest(job)) if job else ("", "")
+    former = hashlib.sha1(earlier_json(job).encode(), usedforsecurity=False).hexdigest() if job else ""
     tenant, deadline_s = (job.tenant, job.deadline_s) if job else ("", None)
     where = list_id(model, priority_step(priority))
     return Call(
         Transition.SUBMIT,
-        (job_id, mark, body, task.value, model, priority, where, tenant, deadline_s or "", origin, *_hook(job)),
+        (job_id, mark, body, task.value, model, priority, where, tenant, deadline_s or "", origin, *_hook(job), former),
         parse,
     )
 

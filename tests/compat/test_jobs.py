@@ -116,6 +116,21 @@ def test_one_id_and_body_from_both_releases_is_one_job(
         ledger.submit("a", parse_job(fields | {"metadata": {"other": 1}}))
 
 
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_a_neutral_value_that_was_given_to_the_last_release_is_the_same_job_after_an_upgrade(
+    earlier: Earlier, ledger: Ledger, field: str
+) -> None:
+    fields = {"task": "visionq.vqa", "question": "Why?"}
+    given = parse_job(fields | {"sampling": {field: NEUTRAL[field]}})
+    earlier('ledger.submit("a", job.parse_job(text)).value', text=given.to_json())
+    assert ledger.submit("a", given) is Submission.SAME
+    with pytest.raises(JobConflict):
+        ledger.submit("a", parse_job(fields | {"sampling": {field: NEUTRAL[field], "seed": 1}}))
+    ledger.submit("b", parse_job(fields))
+    with pytest.raises(JobConflict):
+        ledger.submit("b", given)
+
+
 def test_a_job_handed_in_by_one_release_is_retried_by_the_other(earlier: Earlier, redis_url: str) -> None:
     with Client(redis_url) as client:
         first = earlier('client.vqa(question="Why?", job_id="a").id')
