@@ -128,6 +128,7 @@ def test_a_follow_up_carries_the_conversation(
     worker.answer(first, "left")
     expect(page.locator(ANSWERED)).to_have_count(1)
     page.get_by_role("button", name="Draw an image").click()
+    expect(page.get_by_role("list", name="Media of the next question").get_by_role("img")).to_have_count(1)
     ask(page, "And now?")
     second = newest_job(service, num_known=1)
     worker.answer(second, "right")
