@@ -174,12 +174,14 @@ for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, '
 end
 local is_more = #due == BATCH
 
+local looked_at = {}
+
 local function look_at(list)
   if find_suspects(list) == BATCH then
     tell(list)
     is_more = true
   end
-  release(list)
+  looked_at[string.match(list, '^(.*):%d+$')] = true
   find_aged(list)
   look_again_while_served(list)
 end
@@ -211,6 +213,12 @@ if older and now - tonumber(older) < OLDER_S then
 end
 for model, oldest in pairs(aged) do
   let_in_front(model, oldest)
+end
+-- Last: a suspect in one list may have been what kept its tenant's jobs in another back.
+for model in pairs(looked_at) do
+  for step in pairs(STEP) do
+    release(model .. ':' .. step)
+  end
 end
 reply[1] = is_more and 1 or 0
 return reply

@@ -249,6 +249,21 @@ def test_the_last_priority_runs_under_a_steady_load_of_the_first(connect: Connec
     assert min(b - a for a, b in pairwise(slow)) > WINDOW / 2  # urgent jobs keep most of the turns
 
 
+def test_a_lost_doorbell_in_one_list_holds_nobody_back_in_another(connect: Connect, redis_client: redis.Redis) -> None:
+    """The aged job is in the first list and its tenant's next one in the other; both are free in the same sweep."""
+    broker = connect(LedgerConfig(ageing_s=5, tenant_max_running=1))
+    for job_id in ("old", "next"):
+        broker.submit(job_id, question(tenant="zoo"))
+    redis_client.hset(names.job_key("old"), "queued_at", "1")
+    broker.ledger.beat("worker-1", "default", [])
+    broker.ledger.reap()
+    redis_client.delete(*broker.lists)
+    redis_client.zadd(names.NEWS_KEY, {"default:6": 1, "default:0": 2})
+    broker.ledger.reap()
+    assert redis_client.hexists(names.job_key("old"), "alarm")
+    assert broker.receive() == "next"
+
+
 def test_an_aged_jobs_second_doorbell_finds_it_done(connect: Connect, redis_client: redis.Redis) -> None:
     broker = connect(LedgerConfig(ageing_s=5))
     broker.submit("slow", question(priority=9))
