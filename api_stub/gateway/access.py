@@ -54,6 +54,17 @@ async def _identified(
 CallerHere = Annotated[Caller, Depends(_identified)]
 
 
+async def _operator(caller: CallerHere) -> Caller:
+    if not caller.is_operator:
+        detail = "operators only: the key's entry in VISIONQ_API_KEYS needs `role=operator`"
+        raise Problem(HTTPStatus.FORBIDDEN, "forbidden", detail)
+    return caller
+
+
+#: The caller, when it is an operator; for others the route answers 403.
+OperatorHere = Annotated[Caller, Depends(_operator)]
+
+
 def _with_key(gateway: Gateway, credentials: HTTPAuthorizationCredentials | None) -> Caller:
     caller = gateway.keys.caller(credentials.credentials) if credentials is not None else None
     if caller is None:

@@ -1,8 +1,8 @@
 """API keys: who may call, as whom, and how much. Only hashes are kept; a key's name is its tenant.
 
 An entry is `NAME:SHA256`, then options: `rate=` (requests per minute), `in_flight=` (unfinished jobs), `models=` and
-`buckets=` (comma-separated; what the key may use), `webhook_secret=` (`whsec_…`, two while one is changed). Keys are
-long random strings, so a plain hash is enough.
+`buckets=` (comma-separated; what the key may use), `role=operator` (may run the queues and sees those of all tenants),
+`webhook_secret=` (`whsec_…`, two while one is changed). Keys are long random strings, so a plain hash is enough.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from api_stub.settings import GatewaySettings
 PREFIX: Final = "vq_"
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _ENTRY: Final = re.compile(rf"(?P<name>{_NAME}):(?P<digest>[0-9a-fA-F]{{64}})")
-_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets", "webhook_secret"})
+_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets", "role", "webhook_secret"})
+OPERATOR: Final = "operator"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks. Without keys there is one caller, without a name, who may do everything on this machine.
 
-    `rate_per_minute` and `max_in_flight`: 0 means no limit. `models`, `buckets`: None means all.
+    `rate_per_minute` and `max_in_flight`: 0 means no limit. `models`, `buckets`: None means all. `role`: empty or
+    OPERATOR.
     """
 
     tenant: str = ""
@@ -40,6 +42,12 @@ class Caller:
     max_in_flight: int = 0
     models: frozenset[str] | None = None
     buckets: frozenset[str] | None = None
+    role: str = ""
+
+    @property
+    def is_operator(self) -> bool:
+        """True for a key with `role=operator`, and for everybody where there are no keys."""
+        return self.is_anonymous or self.role == OPERATOR
 
     def sees(self, tenant: str) -> bool:
         """Tell whether a job of `tenant` exists for this caller."""
@@ -167,6 +175,7 @@ def _entry(variable: str, number: int, line: str, settings: GatewaySettings) -> 
         max_in_flight=_number(variable, name, options, "in_flight", settings.api_max_in_flight),
         models=models,
         buckets=buckets,
+        role=_role(variable, name, options.get("role", "")),
     )
     try:
         webhook_secrets = parse_secrets(options.get("webhook_secret", ""))
@@ -180,6 +189,12 @@ def _option(variable: str, name: str, word: str) -> tuple[str, str]:
     if option not in _OPTIONS or not equals or not value:
         raise InvalidSettings(f"{variable}: key {name!r}: {option!r} is none of {', '.join(sorted(_OPTIONS))}")
     return option, value
+
+
+def _role(variable: str, name: str, role: str) -> str:
+    if role not in ("", OPERATOR):
+        raise InvalidSettings(f"{variable}: key {name!r}: role={role} is unknown, the only role is {OPERATOR}")
+    return role
 
 
 def _names(value: str | None) -> frozenset[str] | None:

@@ -14,7 +14,7 @@ import pytest
 
 from api_stub.client import Client
 from api_stub.errors import InvalidSettings
-from api_stub.gateway.keys import KeyRing, check_host, digest_of, new_key
+from api_stub.gateway.keys import ANYBODY, KeyRing, check_host, digest_of, new_key
 from api_stub.settings import GatewaySettings
 from tests.gateway.service import Service, serving
 from tests.gateway.test_jobs import QUESTION, submit
@@ -212,6 +212,7 @@ def test_without_keys_the_gateway_refuses_to_be_open(host: str, is_open: bool) -
         (f"alice:{'0' * 64} rate=fast", "key 'alice': rate is not a number"),
         (f"alice:{'0' * 64} colour=red", "'colour' is none of"),
         (f"alice:{'0' * 64} models=A!", "not a model name"),
+        (f"alice:{'0' * 64} role=king", "key 'alice': role=king is unknown, the only role is operator"),
         (f"alice:{'0' * 64}; bob:{'0' * 64}", "two names"),
     ],
 )
@@ -232,6 +233,16 @@ def test_keys_may_lie_in_a_file(tmp_path: Path) -> None:
     assert bob.sees("bob")
     assert not bob.sees("alice")
     assert ring.caller("c") is None
+
+
+def test_an_operator_is_a_key_with_the_role_and_everybody_without_keys() -> None:
+    entries = f"alice:{digest_of('a')} role=operator rate=5; bob:{digest_of('b')}"
+    ring = KeyRing.load(GatewaySettings.model_validate({"api_keys": entries}))
+    alice, bob = ring.caller("a"), ring.caller("b")
+    assert alice is not None
+    assert bob is not None
+    assert (alice.is_operator, bob.is_operator, ANYBODY.is_operator) == (True, False, True)
+    assert not alice.sees("bob")
 
 
 def test_cross_origin_calls_are_for_listed_origins_only(service: Service, redis_url: str) -> None:
