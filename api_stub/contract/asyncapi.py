@@ -29,7 +29,8 @@ Jobs go in as Celery messages (protocol 2, JSON) through kombu's Redis transport
 content-encoding, content-type, headers, properties}}`, `body` in base64, into the list `<queue>` for priority 0 and
 `<queue>\\u0006\\u0016<step>` for the steps {", ".join(map(str, names.PRIORITY_STEPS[1:]))}; a priority goes to the
 highest step not above it. Events are published on a channel and kept in a stream of the same name (field `event`, entry
-id `<seq>-0`). A result is a key of Celery's result backend, and published on a channel of the same name."""
+id `<seq>-0`); `job.queued` enters the stream with the event after it. A result is a key of Celery's result backend, and
+published on a channel of the same name."""
 
 
 class CeleryFailure(BaseModel):

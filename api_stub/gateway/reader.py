@@ -11,11 +11,10 @@ import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import redis
 
-from api_stub.contract import names
 from api_stub.contract.event import FinalEvent, StreamGap
 from api_stub.cursor import EventCursor
 from api_stub.errors import StoreUnavailable, UnknownJob
@@ -151,22 +150,15 @@ class _Streams:
         Raises UnknownJob, redis.RedisError.
         """
         async with self._turn:
-            # The ending first: whatever came before it is in the stream by now.
-            known = await self._ledger.replay(job_id, after=None)
-            if not known.is_known:
-                raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
-            entries = [] if only_final else await self._entries(job_id, last_seq)
-        frames = [frame for raw in entries if (frame := Frame.parse(raw)) is not None]
+            known = await self._ledger.replay(job_id, None if only_final else last_seq, PAGE)
+        if not known.is_known:
+            raise UnknownJob(f"no job {job_id!r}: never submitted, not adopted yet, or its record has expired")
+        frames = [frame for raw in known.events if (frame := Frame.parse(raw)) is not None]
         is_ended = bool(frames) and isinstance(frames[-1].event, FinalEvent)
-        is_full = len(entries) >= PAGE and not is_ended
+        is_full = len(known.events) >= PAGE and not is_ended
         if known.ending is not None and not is_full and not is_ended:
             frames.append(Frame(known.ending, known.ending.to_json()))
         return _Page(frames, is_full)
-
-    async def _entries(self, job_id: str, last_seq: int) -> list[str]:
-        stream = names.events_key(job_id)
-        entries: Any = await self._ledger.client.xrange(stream, min=f"{last_seq + 1}-0", count=PAGE)
-        return [fields["event"] for _, fields in entries]
 
 
 class EventReaders:

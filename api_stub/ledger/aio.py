@@ -127,9 +127,9 @@ class AsyncLedger:
         """See `Ledger.list_jobs`."""
         return await self._run(views.list_jobs(tenant, status, model, cursor, limit))
 
-    async def replay(self, job_id: str, after: int | None = 0) -> Replay:
+    async def replay(self, job_id: str, after: int | None = 0, limit: int | None = None) -> Replay:
         """See `Ledger.replay`."""
-        return await self._run(views.replay(job_id, after))
+        return await self._run(views.replay(job_id, after, limit))
 
     async def _run(self, call: Call[T]) -> T:
         try:

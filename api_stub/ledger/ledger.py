@@ -162,9 +162,12 @@ class Ledger:
         """
         return self._run(views.list_jobs(tenant, status, model, cursor, limit))
 
-    def replay(self, job_id: str, after: int | None = 0) -> Replay:
-        """Read a job's events after seq `after` and its ending in one step; None: only the ending."""
-        return self._run(views.replay(job_id, after))
+    def replay(self, job_id: str, after: int | None = 0, limit: int | None = None) -> Replay:
+        """Read a job's events after seq `after` and its ending in one step; None: only the ending.
+
+        `limit`: about how many events at most.
+        """
+        return self._run(views.replay(job_id, after, limit))
 
     def _run(self, call: Call[T]) -> T:
         try:

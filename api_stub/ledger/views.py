@@ -33,6 +33,8 @@ class JobPage:
 class Replay:
     """A job's events as JSON, oldest first, and how it ended, read in one step.
 
+    `job.queued` is among them also while the stream has not begun, which it does when the job is claimed or ends.
+
     `is_known` is False when the job has no row: never submitted, not adopted yet, or expired.
     """
 
@@ -65,14 +67,14 @@ def dead(limit: int) -> Call[tuple[JobView, ...]]:
     return Call(Transition.DEAD, (limit,), lambda reply: tuple(_view(row) for row in reply))
 
 
-def replay(job_id: str, after: int | None) -> Call[Replay]:
-    """Read a job's events after seq `after` (None: none of them) and its ending."""
+def replay(job_id: str, after: int | None, limit: int | None = None) -> Call[Replay]:
+    """Read a job's events after seq `after` (None: none of them), `limit` at most, and its ending."""
 
     def parse(reply: list[str]) -> Replay:
         status, final, *events = reply
         return Replay(bool(status), final_event(final) if final else None, tuple(events))
 
-    return Call(Transition.REPLAY, (job_id, "" if after is None else f"{after + 1}-0"), parse)
+    return Call(Transition.REPLAY, (job_id, "" if after is None else f"{after + 1}-0", limit or ""), parse)
 
 
 def _view(reply: list[Any]) -> JobView:

@@ -7,7 +7,7 @@
 --   list     which priority list of which queue carries its doorbell
 --   place    its place among the held jobs of its tenant
 --   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never)
---   bell     number of its newest doorbell; 0 when no message announces the job
+--   bell     number of its newest doorbell; 0 or absent when no message announces the job
 --   losses   workers that were lost while they held it; retries: faults of the world that sent it back
 --   alarm    when a reaper must ring, or look again for the doorbell
 --   lease    until when its worker may be silent, on the clock of `watched`
@@ -63,6 +63,13 @@ local function watch()
   return seconds
 end
 
+local OLDER_S = 600
+
+local function is_beside_older()
+  local older = redis.call('HGET', KEY.watch, 'older')
+  return older and now - tonumber(older) < OLDER_S
+end
+
 local function next_number()
   redis.call('HINCRBY', KEY.watch, 'ours', 1)
   return redis.call('INCR', KEY.submitted)
@@ -72,13 +79,33 @@ local function count(what)
   redis.call('HINCRBY', KEY.counts, what, 1)
 end
 
+local function event_json(id, seq, attempt, ts, fragment)
+  return '{"v":' .. EVENT.version .. ',"job_id":' .. quote(id) .. ',"seq":' .. seq .. ',"attempt":' .. attempt .. ',"ts":' .. ts
+    .. ',' .. fragment .. '}'
+end
+
 -- The stream's entry ids are `<seq>-0`: a reader can ask for everything after a seq.
-local function write_event(id, seq, attempt, fragment)
-  local event = '{"v":' .. EVENT.version .. ',"job_id":' .. quote(id) .. ',"seq":' .. seq .. ',"attempt":' .. attempt
-    .. ',"ts":' .. stamp .. ',' .. fragment .. '}'
+local function append(id, seq, event)
   redis.call('XADD', KEY.events .. id, seq .. '-0', 'event', event)
+end
+
+local function publish(id, event)
   redis.pcall('PUBLISH', KEY.events .. id, event) -- refused: readers find it in the stream, when the channel falls silent
+end
+
+local function write_event(id, seq, attempt, fragment)
+  local event = event_json(id, seq, attempt, stamp, fragment)
+  append(id, seq, event)
+  publish(id, event)
   return event
+end
+
+-- A job's first event. A stream of it alone would cost a waiting job more than all the rest does, so it enters the stream in front of
+-- the second; until then, readers answer it from the row.
+local function queued_event(id)
+  local created, model, priority = unpack(redis.call('HMGET', KEY.job .. id, 'created', 'model', 'priority'))
+  local fragment = '"type":"job.queued","model":' .. quote(model) .. ',"priority":' .. priority
+  return event_json(id, 1, 0, created, fragment), fragment
 end
 
 -- The delivery of an event to the job's webhook, if that wants the event: it exists from the same step on as the event itself.
@@ -100,6 +127,9 @@ end
 
 local function emit(id, attempt, fragment)
   local seq = redis.call('HINCRBY', KEY.job .. id, 'seq', 1)
+  if seq == 2 and redis.call('EXISTS', KEY.events .. id) == 0 then
+    append(id, 1, (queued_event(id)))
+  end
   local event = write_event(id, seq, attempt, fragment)
   enqueue_delivery(id, seq, event, fragment)
   return event, seq

@@ -1,4 +1,4 @@
--- A new row, queued, with its first event.
+-- A new row, queued, and its first event.
 
 -- The index that `list_jobs` reads: bounded in number, cleared of expired rows as new ones come, and gone when no job has come for
 -- as long as a row could be kept that waited no longer than a deadline may be.
@@ -18,6 +18,15 @@ local function list_under(tenant, id)
   end
 end
 
+local function announce(id)
+  local event, fragment = queued_event(id)
+  if is_beside_older() then
+    append(id, 1, event) -- whose claims begin with the second event, and whose readers know the stream alone
+  end
+  publish(id, event)
+  enqueue_delivery(id, 1, event, fragment)
+end
+
 -- `job` needs: digest body task model priority list tenant deadline_s (empty: none) hook_url hook_events (empty: none).
 local function create(id, job)
   local row = {list = job.list, model = job.model, tenant = job.tenant, task = job.task, priority = job.priority,
@@ -25,7 +34,7 @@ local function create(id, job)
     place = next_number()}
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'task', job.task, 'model', job.model, 'priority', job.priority,
     'list', job.list, 'tenant', job.tenant, 'body', job.body, 'digest', job.digest, 'created', stamp, 'queued_at', stamp,
-    'seq', 0, 'attempt', 0, 'losses', 0, 'retries', 0, 'place', row.place, 'order', 0, 'bell', 0)
+    'seq', 1, 'attempt', 0, 'losses', 0, 'retries', 0, 'place', row.place, 'order', 0)
   if row.deadline then
     redis.call('HSET', KEY.job .. id, 'deadline', row.deadline)
   end
@@ -35,7 +44,7 @@ local function create(id, job)
   redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
   redis.call('INCR', KEY.depth .. job.model)
   list_under(job.tenant, id)
-  emit(id, 0, '"type":"job.queued","model":' .. quote(job.model) .. ',"priority":' .. job.priority)
+  announce(id)
   return row
 end
 

@@ -124,8 +124,7 @@ local function hold(id, row)
   if redis.call('ZADD', line_of(row.list, row.tenant), row.place, id) == 1 then
     redis.call('HINCRBY', KEY.num_held, row.list, 1)
   end
-  redis.call('HSET', KEY.job .. id, 'bell', 0)
-  redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
+  redis.call('HDEL', KEY.job .. id, 'bell', 'alarm', 'not_before')
   redis.call('SADD', KEY.lists, row.list)
   tell(row.list)
   if not is_capped(row.model, row.tenant) then

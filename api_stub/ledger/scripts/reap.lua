@@ -193,15 +193,13 @@ for i = 1, #news, 2 do
 end
 
 -- Beside processes of 0.1.0, and for a while after them, a sweep does what theirs do: it looks at every list that has jobs.
-local OLDER_S = 600
-local ours, others, older = unpack(redis.call('HMGET', KEY.watch, 'ours', 'others', 'older'))
+local ours, others = unpack(redis.call('HMGET', KEY.watch, 'ours', 'others'))
 local theirs = string.format('%.0f', tonumber(redis.call('GET', KEY.submitted) or '0') - tonumber(ours or '0'))
 if theirs ~= (others or '0') then
   redis.call('HSET', KEY.watch, 'others', theirs)
   note_older()
-  older = stamp
 end
-if older and now - tonumber(older) < OLDER_S then
+if is_beside_older() then
   for _, list in ipairs(redis.call('SMEMBERS', KEY.lists)) do
     look_at(list)
     local model = string.match(list, '^(.*):%d+$')

@@ -19,7 +19,7 @@ count(origin == 'client' and 'submitted' or 'adopted')
 
 if origin ~= 'client' then
   -- Nobody knows when its message was pushed, so it says nothing about the messages behind it: order stays 0.
-  redis.call('HSET', KEY.job .. id, 'alarm', moment(now + CONFIG.grace_s))
+  redis.call('HSET', KEY.job .. id, 'bell', 0, 'alarm', moment(now + CONFIG.grace_s))
   schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
   return {'created'}
 end

@@ -61,11 +61,15 @@ def delta(claim: Claim, number: int, text: str, offset: int = 0, num_tokens: int
 
 
 def events(client: redis.Redis, job_id: str) -> list[Event]:
-    """The job's stream; asserts that `seq` starts at 1 and has no gaps."""
-    entries = client.xrange(names.events_key(job_id))
-    stream = [parse_event(fields["event"]) for _, fields in entries]
+    """The job's events as a reader gets them; asserts that `seq` starts at 1 without gaps, and all are in the stream.
+
+    Of a job that nobody has claimed yet there is one, and no stream.
+    """
+    replayed = Ledger(client, LedgerConfig()).replay(job_id).events
+    stream = [parse_event(event) for event in replayed]
     assert [event.seq for event in stream] == list(range(1, len(stream) + 1))
-    assert [entry_id for entry_id, _ in entries] == [f"{event.seq}-0" for event in stream]
+    written = [(entry_id, fields["event"]) for entry_id, fields in client.xrange(names.events_key(job_id))]
+    assert written == [(f"{seq}-0", event) for seq, event in enumerate(replayed, 1) if len(replayed) > 1]
     assert all(event.job_id == job_id for event in stream)
     return stream
 

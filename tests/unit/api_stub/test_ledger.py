@@ -92,6 +92,52 @@ def test_submitted_job_is_queued_and_announced_as_event_number_one(ledger: Ledge
     assert depth(redis_client) == 1
 
 
+@pytest.mark.parametrize("second", ["claim", "cancel", "expire"])
+def test_a_jobs_stream_begins_with_its_second_event_and_says_the_first_as_it_was_published(
+    ledger: Ledger, redis_client: redis.Redis, second: str
+) -> None:
+    heard: list[str] = []
+    with redis_client.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(names.events_key("a"))
+        ledger.submit("a", question(priority=3, deadline_s=60))
+        ledger.submit("a", question(priority=3, deadline_s=60))
+
+        def hear() -> bool:
+            published = channel.get_message()
+            heard.extend([published["data"]] if published else [])
+            return published is None
+
+        eventually(lambda: hear() and heard, 5.0, "it is published")
+    assert not redis_client.exists(names.events_key("a"))
+    assert len(heard) == 1
+    assert ledger.replay("a").events == (*heard,)
+    assert ledger.replay("a", limit=1).events == (*heard,)
+    assert ledger.replay("a", after=1).events == ledger.replay("a", after=None).events == ()
+    if second == "claim":
+        claimed(ledger, "a")
+    elif second == "cancel":
+        ledger.cancel("a")
+    else:
+        redis_client.hset(names.job_key("a"), "deadline", "1")
+        ledger.claim("a", "worker-1")
+    whole = ledger.replay("a").events
+    assert whole[:1] == (*heard,)
+    assert [fields["event"] for _, fields in redis_client.xrange(names.events_key("a"))] == list(whole)
+    assert len(whole) == 2
+    assert ledger.replay("a", limit=1).events == whole[:1]
+    assert ledger.replay("a", after=1).events == whole[1:]
+
+
+def test_the_first_event_is_not_told_again_when_a_finished_jobs_stream_is_gone(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    claim = started(ledger, "a")
+    ledger.finish("a", claim.fence, answer(claim))
+    redis_client.delete(names.events_key("a"))
+    replay = ledger.replay("a")
+    assert (replay.events, replay.ending is not None) == ((), True)
+
+
 def test_same_id_and_body_is_the_same_job(ledger: Ledger, redis_client: redis.Redis) -> None:
     ledger.submit("a", question())
     assert ledger.submit("a", question()) is Submission.SAME
