@@ -5,8 +5,8 @@
 -- attempt losses retries fence worker token lease number cancel started started_seq place order bell alarm not_before finished
 -- finished_by final retried_as hook_url hook_events.
 --   list     which priority list of which queue carries its doorbell
---   place    its place among the held jobs of its tenant
---   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never)
+--   place    its place among the held jobs of its tenant; absent without a tenant, `order` counts then
+--   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never, absent: not rung yet)
 --   bell     number of its newest doorbell; 0 or absent when no message announces the job
 --   losses   workers that were lost while they held it; retries: faults of the world that sent it back
 --   alarm    when a reaper must ring, or look again for the doorbell

@@ -34,7 +34,10 @@ local function create(id, job)
     place = next_number()}
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'task', job.task, 'model', job.model, 'priority', job.priority,
     'list', job.list, 'tenant', job.tenant, 'body', job.body, 'digest', job.digest, 'created', stamp, 'queued_at', stamp,
-    'seq', 1, 'attempt', 0, 'losses', 0, 'retries', 0, 'place', row.place, 'order', 0)
+    'seq', 1, 'attempt', 0, 'losses', 0, 'retries', 0)
+  if job.tenant ~= '' then
+    redis.call('HSET', KEY.job .. id, 'place', row.place)
+  end
   if row.deadline then
     redis.call('HSET', KEY.job .. id, 'deadline', row.deadline)
   end

@@ -121,7 +121,8 @@ end
 
 -- Puts a queued job into its tenant's line.
 local function hold(id, row)
-  if redis.call('ZADD', line_of(row.list, row.tenant), row.place, id) == 1 then
+  local place = row.place or redis.call('HGET', KEY.job .. id, 'order') or 0
+  if redis.call('ZADD', line_of(row.list, row.tenant), place, id) == 1 then
     redis.call('HINCRBY', KEY.num_held, row.list, 1)
   end
   redis.call('HDEL', KEY.job .. id, 'bell', 'alarm', 'not_before')

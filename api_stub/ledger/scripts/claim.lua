@@ -48,7 +48,7 @@ redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')
 begin_running(id, row, worker)
 redis.call('ZADD', KEY.due, moment(now + CONFIG.lease_s), id)
 -- Doorbells of one list arrive in order: whoever was submitted before this job and still waits has lost its own.
-if tonumber(row.order) > tonumber(redis.call('GET', KEY.watermark .. row.list) or '0') then
+if tonumber(row.order or '0') > tonumber(redis.call('GET', KEY.watermark .. row.list) or '0') then
   redis.call('SET', KEY.watermark .. row.list, row.order)
   tell(row.list)
 end

@@ -18,8 +18,8 @@ local row = create(id, {digest = digest, body = body, task = task, model = model
 count(origin == 'client' and 'submitted' or 'adopted')
 
 if origin ~= 'client' then
-  -- Nobody knows when its message was pushed, so it says nothing about the messages behind it: order stays 0.
-  redis.call('HSET', KEY.job .. id, 'bell', 0, 'alarm', moment(now + CONFIG.grace_s))
+  -- Nobody knows when its message was pushed, so it says nothing about the messages behind it: order is 0.
+  redis.call('HSET', KEY.job .. id, 'order', 0, 'place', row.place, 'bell', 0, 'alarm', moment(now + CONFIG.grace_s))
   schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
   return {'created'}
 end

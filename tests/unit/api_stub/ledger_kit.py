@@ -13,11 +13,16 @@ from api_stub.contract.job import Job, VqaJob
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Bell, Claim, Publication
+from api_stub.ledger.views import replay
 from tests.servers import eventually
 
 #: Leases and graces that are over before the next look.
 HASTY = LedgerConfig(lease_s=0.005, grace_s=0.005, max_attempts=2)
+
+
+_REPLAY = script(Transition.REPLAY, LedgerConfig())
 
 
 def question(text: str = "What colour is it?", **fields: object) -> Job:
@@ -65,7 +70,8 @@ def events(client: redis.Redis, job_id: str) -> list[Event]:
 
     Of a job that nobody has claimed yet there is one, and no stream.
     """
-    replayed = Ledger(client, LedgerConfig()).replay(job_id).events
+    call = replay(job_id, after=0)
+    replayed = call.parse(client.eval(_REPLAY, 0, *map(str, call.args))).events
     stream = [parse_event(event) for event in replayed]
     assert [event.seq for event in stream] == list(range(1, len(stream) + 1))
     written = [(entry_id, fields["event"]) for entry_id, fields in client.xrange(names.events_key(job_id))]
