@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any, Final
@@ -90,22 +91,26 @@ class EntryMessage(Message):
         }
         super().__init__(made, channel=channel, **options)
         self._raw = payload.envelope
+        self.bell_of = entry.job_id if entry.is_doorbell else None
 
 
 class GuardedChannel(Channel):
     """Makes messages of list entries, drops what is none, and waits while Redis refuses to hand any out.
 
-    The transport option `on_entry` is called for every entry that came off a list, whatever became of it, and `on_drop`
-    with the reason for each that was dropped.
+    The transport option `on_entry` is called for every entry that came off a list, whatever became of it, `on_drop`
+    with the reason for each that was dropped, `on_unanswered` with the ids of jobs whose doorbells are left behind.
     """
 
     QoS = GuardedQoS
     Message = EntryMessage
-    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop")
+    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop", "on_unanswered")
     on_entry: Callable[[], None] | None = None
     on_drop: Callable[[DropReason], None] | None = None
+    on_unanswered: Callable[[Sequence[str]], None] | None = None
     # kombu's, which its stubs leave out.
     connection_errors: tuple[type[Exception], ...]
+    _consumers: set[str]
+    _in_poll: Any
     _queue_cycle: Any
     _q_for_pri: Callable[[str, int], str]
     _flush_brpop_reauth: Callable[[], None]
@@ -115,6 +120,19 @@ class GuardedChannel(Channel):
         logger.error("message dropped", extra={"action": "receive", "reason": reason.value} | facts)
         if self.on_drop is not None:
             self.on_drop(reason)
+
+    def leave_unanswered(self, job_id: str) -> None:
+        """Tell of a doorbell that is gone without having been answered."""
+        if self.on_unanswered is not None:
+            self.on_unanswered((job_id,))
+
+    def stop_receiving(self) -> None:
+        """Take nothing more. What the last BRPOP still brings, within its second, goes back at once."""
+        for tag in list(self._consumers):
+            self.basic_cancel(tag)
+        if self._in_poll:
+            with suppress(Empty, *self.connection_errors):
+                self._brpop_read()
 
     def _size(self, queue: str) -> int:
         try:

@@ -8,7 +8,7 @@ message per free thread, results and retries never by Celery (the ledger writes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from celery import Celery, bootsteps, signals
@@ -20,6 +20,7 @@ from api_stub.contract import names
 from api_stub.ledger import link
 from worker.entry import DropReason
 from worker.lifecycle.consumption import Consumption
+from worker.lifecycle.drain import Drain
 from worker.runtime import Runtime
 from worker.settings import WorkerSettings
 
@@ -36,10 +37,12 @@ def make_app(
     settings: WorkerSettings,
     on_entry: Callable[[], None] | None = None,
     on_drop: Callable[[DropReason], None] | None = None,
+    on_unanswered: Callable[[Sequence[str]], None] | None = None,
 ) -> Celery:
     """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks.
 
-    `on_entry` is called for everything that comes off the queue, `on_drop` for what nobody can be answered for.
+    `on_entry` is called for everything that comes off the queue, `on_drop` for what nobody can be answered for,
+    `on_unanswered` with the ids of jobs whose doorbells a connection leaves behind.
     """
     url = settings.redis_url.get_secret_value()
     queue = names.queue(settings.model_name)
@@ -80,7 +83,8 @@ def make_app(
         # A full Redis, or one that is a replica for a moment, refuses the loop's own commands: no reason to end.
         broker_channel_error_retry=True,
         broker_connection_timeout=4,
-        broker_transport_options=_transport_options() | {"on_entry": on_entry, "on_drop": on_drop},
+        broker_transport_options=_transport_options()
+        | {"on_entry": on_entry, "on_drop": on_drop, "on_unanswered": on_unanswered},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_retry_on_timeout=True,
@@ -116,8 +120,11 @@ def without_rejections(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], Reject))
 
 
-def consumption_step(consumption: Consumption) -> type[bootsteps.StartStopStep]:
-    """Return what tells `consumption`, for every connection to the broker anew, that the event loop turns."""
+def consumption_step(consumption: Consumption, drain: Drain) -> type[bootsteps.StartStopStep]:
+    """Return what tells `consumption`, for every connection to the broker anew, that the event loop turns.
+
+    When the worker drains it ends the consumption: Celery lets a message that comes now wait for all running tasks.
+    """
 
     class Consuming(bootsteps.StartStopStep):
         requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -128,6 +135,8 @@ def consumption_step(consumption: Consumption) -> type[bootsteps.StartStopStep]:
 
         def stop(self, parent: Any) -> None:
             consumption.unsubscribed()
+            if drain.is_draining and parent.task_consumer is not None:
+                parent.task_consumer.channel.stop_receiving()
 
     return Consuming
 
@@ -145,7 +154,7 @@ def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
     logging.getLogger("celery.app.trace").addFilter(without_rejections)
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
-    app.steps["consumer"].add(consumption_step(runtime.consumption))
+    app.steps["consumer"].add(consumption_step(runtime.consumption, runtime.drain))
     worker: Worker = app.Worker(
         hostname=runtime.worker_name,
         pool="threads",

@@ -58,7 +58,7 @@ def start(
         runtime.start()
     except CannotStart as error:
         refuse(redact(str(error)))
-    celery_app = make_app(settings, runtime.consumption.met, runtime.metrics.count_dropped)
+    celery_app = make_app(settings, runtime.consumption.met, runtime.metrics.count_dropped, runtime.leave_unanswered)
     register(celery_app, runtime)
     _leave_out_of_collections()
     status = serve(celery_app, settings, runtime)

@@ -1,4 +1,7 @@
-"""The messages that a worker holds, as kombu keeps them in Redis (`unacked`): to be put back if the worker is lost.
+"""The messages that a worker holds.
+
+A plain one is kept in Redis as well (`unacked`), as kombu does, to be put back if the worker is lost: it is the only
+copy of its job. A doorbell is not, because the ledger has the job and finds doorbells that are lost.
 
 One unreadable copy, and one refused write, cost only themselves.
 """
@@ -20,10 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedQoS(QoS):
-    """Keeps what is held in Redis as far as Redis lets it.
+    """Keeps plain messages in Redis as far as Redis lets it, and doorbells in memory.
 
-    An acknowledgement that is refused is let go: the message comes back once more, and its job is over then. A message
-    that Redis does not note (`unacked` is no hash, say) is served all the same, and put back from here if need be.
+    A doorbell is never put back: the channel tells that nobody here answers it. An acknowledgement that is refused is
+    let go: the message comes back once more, and its job is over then. A message that Redis does not note (`unacked` is
+    no hash, say) is served all the same, and put back from here if need be.
     """
 
     channel: Any
@@ -31,24 +35,30 @@ class GuardedQoS(QoS):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._unnoted: dict[str, dict[str, object]] = {}
+        self._in_memory: dict[str, Any] = {}
         self._to_put_back: list[dict[str, object]] = []
 
     def append(self, message: Any, delivery_tag: str) -> None:
+        if message.bell_of is not None:
+            self._keep(message, delivery_tag)
+            return
         try:
             super().append(message, delivery_tag)
         except redis.ResponseError as error:
             logger.warning("not noted as held", extra={"action": "receive", "error": str(error)})
             self.channel.leave_wrong_server(error)
-            self._unnoted[delivery_tag] = message._raw
             with self.channel.conn_or_acquire() as client:  # one half may have been written
                 self._remove_from_indices(delivery_tag, client.pipeline(transaction=False)).execute(
                     raise_on_error=False
                 )
-            LocalQoS.append(self, message, delivery_tag)
+            self._keep(message, delivery_tag)
+
+    def _keep(self, message: Any, delivery_tag: str) -> None:
+        self._in_memory[delivery_tag] = message
+        LocalQoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        if self._unnoted.pop(delivery_tag, None) is not None:
+        if self._in_memory.pop(delivery_tag, None) is not None:
             LocalQoS.ack(self, delivery_tag)
             return
         try:
@@ -77,9 +87,12 @@ class GuardedQoS(QoS):
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Put a message back that was held by us or by a lost worker. A copy that is no message costs only itself."""
-        envelope = self._unnoted.pop(tag, None)
-        if envelope is not None:
-            self._put_back(envelope)
+        message = self._in_memory.pop(tag, None)
+        if message is not None:
+            if message.bell_of is not None:
+                self.channel.leave_unanswered(message.bell_of)
+            else:
+                self._put_back(message._raw)
             return
         is_dropped = False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -66,6 +66,19 @@ class Intake:
                 self._on_refusal(claim.reason)
             return None
         return Accepted(claim, problem)
+
+    def decline(self, job_ids: Sequence[str]) -> None:
+        """Have the ledger ring again, for another worker, for jobs whose doorbells were taken here. Any thread.
+
+        Raises nothing: a doorbell that cannot be written now is found missing by a sweep.
+        """
+        facts = {"action": "decline", "job_ids": list(job_ids)}
+        try:
+            num_rung = self._ledger.ring_again(job_ids)
+        except redis.RedisError as error:
+            logger.warning("doorbells not rung again", extra=facts | {"error": type(error).__name__})
+        else:
+            logger.info("doorbells rung again", extra=facts | {"num_rung": num_rung})
 
     def close(self) -> None:
         """Stop waiting for Redis."""

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -121,6 +121,14 @@ class Runtime:
         reaper = Reaper(self.ledger, self.settings.sweep_s)
         threading.Thread(target=reaper.run, args=(self._stopping,), name="reaper", daemon=True).start()
         logger.info("worker ready", extra={"action": "ready", "worker": self.worker_name})
+
+    def leave_unanswered(self, job_ids: Sequence[str]) -> None:
+        """Doorbells are left behind by a connection to the broker. When the worker ends, too, others take the jobs.
+
+        One that goes on still has them on its threads.
+        """
+        if self.drain.is_draining:
+            self.intake.decline(job_ids)
 
     def fail(self, finding: Finding) -> None:
         """End the process so that a supervisor restarts it: as SIGTERM does, but with a failing exit status.

@@ -64,7 +64,10 @@ class _JobTask(Task[Any, Any]):
     def _handle(self, entry: Entry) -> None:
         if self._runtime.drain.is_draining:
             logger.info("message put back", extra={"action": "drain", "job_id": entry.job_id})
-            raise Reject(reason="draining", requeue=True)  # another worker takes it at once
+            if not entry.is_doorbell or entry.job_id is None:
+                raise Reject(reason="draining", requeue=True)  # Celery does so when its other tasks are over
+            self._runtime.intake.decline([entry.job_id])  # another worker takes it at once
+            return
         accepted = self._runtime.intake.accept(read_knock(entry))
         if accepted is not None:
             self._runtime.pipeline.run(accepted)

@@ -102,6 +102,10 @@ class AsyncLedger:
         """See `Ledger.drop`."""
         return await self._run(calls.drop(job_id))
 
+    async def ring_again(self, job_ids: Sequence[str]) -> int:
+        """See `Ledger.ring_again`."""
+        return await self._run(calls.ring_again(job_ids)) if job_ids else 0
+
     async def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """See `Ledger.reap`."""
         bells: list[Bell] = []

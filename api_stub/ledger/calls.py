@@ -157,6 +157,11 @@ def drop(job_id: str) -> Call[bool]:
     return Call(Transition.DROP, (job_id,), lambda reply: bool(reply > 0))
 
 
+def ring_again(job_ids: Sequence[str]) -> Call[int]:
+    """Write the doorbells of waiting jobs again, taken by a worker that will not answer them."""
+    return Call(Transition.RING_AGAIN, tuple(job_ids), int)
+
+
 def reap(pause_s: float = 0.0) -> Call[Sweep]:
     """Sweep once, unless another sweep that passed a pause is younger than `pause_s`."""
 

@@ -131,6 +131,13 @@ class Ledger:
         """Take a job off the dead list; False: it is not on it. The job itself stays."""
         return self._run(calls.drop(job_id))
 
+    def ring_again(self, job_ids: Sequence[str]) -> int:
+        """Ring at once for those of the jobs that still wait: whoever took their doorbells will not answer them.
+
+        Returns for how many. Without this call a sweep finds them after a grace. Repeated, it rings twice, in vain.
+        """
+        return self._run(calls.ring_again(job_ids)) if job_ids else 0
+
     def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """Take jobs from lost workers, end those out of time or attempts, ring again for those whose doorbell was lost.
 

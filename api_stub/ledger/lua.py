@@ -32,6 +32,7 @@ class Transition(StrEnum):
     FINISH = "finish"
     GIVE_BACK = "give_back"
     CANCEL = "cancel"
+    RING_AGAIN = "ring_again"
     REAP = "reap"
     VIEW = "view"
     LIST_JOBS = "list_jobs"
@@ -48,6 +49,7 @@ _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
     Transition.SUBMIT: ("_queue", "_create"),
     Transition.RETRY: ("_queue", "_create"),
     Transition.BEAT: ("_queue",),
+    Transition.RING_AGAIN: ("_queue",),
     Transition.CLAIM: ("_queue", "_ending"),
     Transition.FINISH: ("_queue", "_ending"),
     Transition.GIVE_BACK: ("_queue", "_ending"),

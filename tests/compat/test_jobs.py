@@ -147,7 +147,7 @@ CALLS = {
     "gateway": (Transition.LIST_JOBS, Transition.REAP, Transition.TAKE_DELIVERIES, Transition.SETTLE_DELIVERY),
     "worker": (
         *(Transition.CLAIM, Transition.BEAT, Transition.LEAVE, Transition.PUBLISH, Transition.FINISH),
-        *(Transition.GIVE_BACK, Transition.REAP),
+        *(Transition.GIVE_BACK, Transition.RING_AGAIN, Transition.REAP),
     ),
 }
 

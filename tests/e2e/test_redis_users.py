@@ -121,7 +121,7 @@ CALLS = {
     ),
     "worker": (
         *(Transition.SUBMIT, Transition.CLAIM, Transition.BEAT, Transition.LEAVE, Transition.PUBLISH),
-        *(Transition.FINISH, Transition.GIVE_BACK, Transition.REAP),
+        *(Transition.FINISH, Transition.GIVE_BACK, Transition.RING_AGAIN, Transition.REAP),
     ),
 }
 

@@ -265,6 +265,21 @@ class LedgerMachine(RuleBasedStateMachine):
             job.becomes(JobStatus.CANCELLED if job.is_cancelling else JobStatus.QUEUED)
             job.is_delayed = delay_s > 0
 
+    @rule(job_ids=st.lists(jobs, max_size=3))
+    def leave_doorbells_unanswered(self, job_ids: list[str]) -> None:
+        """Doorbells of whatever jobs: only those that one announces get another."""
+        announced = [job_id for job_id in job_ids if self._is_announced(self.model[job_id])]
+        num_there = self._num_doorbells()
+        assert self.ledger.ring_again(job_ids) == len(announced)
+        assert self._num_doorbells() == num_there + len(announced)
+        assert all(self._is_waiting(self.model[job_id]) for job_id in announced)
+
+    def _is_announced(self, job: ModelJob) -> bool:
+        return job.status is JobStatus.QUEUED and self.redis.hget(names.job_key(job.job_id), "bell") != "0"
+
+    def _num_doorbells(self) -> int:
+        return sum(int(self.redis.llen(names.queue_list("default", step))) for step in names.PRIORITY_STEPS)
+
     @rule(claim=consumes(claims))
     def die(self, claim: Claim) -> None:
         """The worker forgets its claim; nobody will ever speak for it again."""
