@@ -275,7 +275,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert all(self._is_waiting(self.model[job_id]) for job_id in announced)
 
     def _is_announced(self, job: ModelJob) -> bool:
-        return job.status is JobStatus.QUEUED and self.redis.hget(names.job_key(job.job_id), "bell") != "0"
+        return job.status is JobStatus.QUEUED and self.redis.hget(names.job_key(job.job_id), "bell") not in (None, "0")
 
     def _num_doorbells(self) -> int:
         return sum(int(self.redis.llen(names.queue_list("default", step))) for step in names.PRIORITY_STEPS)

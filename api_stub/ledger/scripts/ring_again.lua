@@ -4,7 +4,7 @@ local num_rung = 0
 go_on_when_full()
 for _, id in ipairs(ARGV) do
   local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'tenant', 'deadline', 'bell')
-  if row.status == 'queued' and row.bell ~= '0' then
+  if row.status == 'queued' and (row.bell or '0') ~= '0' then
     ring(id, row)
     num_rung = num_rung + 1
   end
