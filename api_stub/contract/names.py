@@ -32,6 +32,7 @@ WATCH_KEY: Final = PREFIX + "watch"  # HASH at, seconds: how long Redis was seen
 COUNTS_KEY: Final = PREFIX + "counts"  # HASH of ledger counters (claims, reaped leases, rung bells, ...)
 TURN_KEY: Final = PREFIX + "turn"  # counter: one number per turn of a tenant
 NUM_HELD_KEY: Final = PREFIX + "num_held"  # HASH `<model>:<priority step>` -> number of jobs held back
+PAUSED_KEY: Final = PREFIX + "paused"  # HASH model -> Redis time at which an operator paused its queue
 LEASES_KEY: Final = (
     PREFIX + "leases"
 )  # ZSET lease in seconds -> Redis time until which a worker that counts it is alive

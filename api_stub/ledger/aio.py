@@ -11,14 +11,27 @@ import redis.asyncio
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls, link, views
+from api_stub.ledger import calls, link, operations, views
 from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import MAX_BATCHES, MAX_CONNECTIONS
 from api_stub.ledger.lua import Transition, script
-from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
+from api_stub.ledger.rows import (
+    Bell,
+    Cancelled,
+    CancelledJobs,
+    Claim,
+    Deleted,
+    Finished,
+    Hold,
+    Publication,
+    QueueChange,
+    Refusal,
+    Submission,
+)
 from api_stub.ledger.views import JobPage, Replay
 
 T = TypeVar("T")
@@ -105,6 +118,36 @@ class AsyncLedger:
     async def ring_again(self, job_ids: Sequence[str]) -> int:
         """See `Ledger.ring_again`."""
         return await self._run(calls.ring_again(job_ids)) if job_ids else 0
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Ledger.pause`."""
+        return await self._run(operations.pause(model))
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Ledger.resume`."""
+        return await self._run(operations.resume(model))
+
+    async def purge(self, model: str) -> int:
+        """See `Ledger.purge`."""
+        step = await self._run(operations.purge(model, None))
+        num_ended = step.num_ended
+        while step.cursor is not None:
+            step = await self._run(operations.purge(model, step))
+            num_ended += step.num_ended
+        return num_ended
+
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Ledger.cancel_jobs`."""
+        step = await self._run(operations.cancel_jobs(tenant, wanted, None))
+        done = step.done
+        while step.cursor is not None:
+            step = await self._run(operations.cancel_jobs(tenant, wanted, step))
+            done += step.done
+        return done
+
+    async def delete(self, job_id: str) -> Deleted:
+        """See `Ledger.delete`."""
+        return await self._run(operations.delete(job_id))
 
     async def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """See `Ledger.reap`."""

@@ -14,13 +14,26 @@ import redis
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls, link, views
+from api_stub.ledger import calls, link, operations, views
 from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.lua import Transition, script
-from api_stub.ledger.rows import Bell, Cancelled, Claim, Finished, Hold, Publication, Refusal, Submission
+from api_stub.ledger.rows import (
+    Bell,
+    Cancelled,
+    CancelledJobs,
+    Claim,
+    Deleted,
+    Finished,
+    Hold,
+    Publication,
+    QueueChange,
+    Refusal,
+    Submission,
+)
 from api_stub.ledger.views import JobPage, Replay
 
 T = TypeVar("T")
@@ -137,6 +150,42 @@ class Ledger:
         Returns for how many. Without this call a sweep finds them after a grace. Repeated, it rings twice, in vain.
         """
         return self._run(calls.ring_again(job_ids)) if job_ids else 0
+
+    def pause(self, model: str) -> QueueChange:
+        """Let nobody claim a model's jobs until `resume`. Submits are taken, running jobs end, deadlines count."""
+        return self._run(operations.pause(model))
+
+    def resume(self, model: str) -> QueueChange:
+        """Let a model's jobs be claimed again, in their order."""
+        return self._run(operations.resume(model))
+
+    def purge(self, model: str) -> int:
+        """End all queued jobs of a model as cancelled, in many short steps; return how many.
+
+        Jobs that are submitted meanwhile stay, and jobs that run.
+        """
+        step = self._run(operations.purge(model, None))
+        num_ended = step.num_ended
+        while step.cursor is not None:
+            step = self._run(operations.purge(model, step))
+            num_ended += step.num_ended
+        return num_ended
+
+    def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """Cancel those of a tenant's jobs that are wanted, in many short steps, newest first.
+
+        Looks at the jobs that `list_jobs` knows; jobs that are submitted meanwhile stay.
+        """
+        step = self._run(operations.cancel_jobs(tenant, wanted, None))
+        done = step.done
+        while step.cursor is not None:
+            step = self._run(operations.cancel_jobs(tenant, wanted, step))
+            done += step.done
+        return done
+
+    def delete(self, job_id: str) -> Deleted:
+        """Remove row, events and result of a final job, and the delivery of its end to a webhook."""
+        return self._run(operations.delete(job_id))
 
     def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
         """Take jobs from lost workers, end those out of time or attempts, ring again for those whose doorbell was lost.

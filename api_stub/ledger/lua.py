@@ -40,6 +40,10 @@ class Transition(StrEnum):
     RETRY = "retry"
     DEAD = "dead"
     DROP = "drop"
+    PAUSE = "pause"
+    PURGE = "purge"
+    CANCEL_JOBS = "cancel_jobs"
+    DELETE = "delete"
     TAKE_DELIVERIES = "take_deliveries"
     SETTLE_DELIVERY = "settle_delivery"
 
@@ -53,7 +57,10 @@ _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
     Transition.CLAIM: ("_queue", "_ending"),
     Transition.FINISH: ("_queue", "_ending"),
     Transition.GIVE_BACK: ("_queue", "_ending"),
-    Transition.CANCEL: ("_queue", "_ending"),
+    Transition.CANCEL: ("_queue", "_ending", "_cancel"),
+    Transition.CANCEL_JOBS: ("_queue", "_ending", "_cancel"),
+    Transition.PAUSE: ("_queue",),
+    Transition.PURGE: ("_queue", "_ending"),
     Transition.REAP: ("_queue", "_ending"),
     Transition.VIEW: ("_queue", "_view"),
     Transition.LIST_JOBS: ("_queue", "_view"),
@@ -90,6 +97,7 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "aged": names.aged_key(""),
         "turn": names.TURN_KEY,
         "num_held": names.NUM_HELD_KEY,
+        "paused": names.PAUSED_KEY,
         "leases": names.LEASES_KEY,
         "settings": names.SETTINGS_KEY,
         "queue": names.queue(""),

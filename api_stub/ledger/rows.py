@@ -68,7 +68,7 @@ class RefusalReason(StrEnum):
     BUSY = "busy"  # another claim holds it, or it was given back and its delay is not over
     FINAL = "final"  # completed or failed
     CANCELLED = "cancelled"
-    HELD = "held"  # its tenant is at its cap; the ledger rings when it is its turn
+    HELD = "held"  # its queue is paused, or its tenant at its cap; the ledger rings when it is its turn
     APART = "apart"  # it lost workers before and must not run beside others that did; a reaper rings soon
     EXPIRED = "expired"  # the deadline passed in the queue, perhaps just now
 
@@ -117,6 +117,38 @@ class Cancelled(StrEnum):
     CANCELLED = "cancelled"  # it was queued and is final now
     CANCELLING = "cancelling"  # it is running and its worker was asked to stop
     FINAL = "final"  # it had ended before
+
+
+class Deleted(StrEnum):
+    """What `delete` did."""
+
+    UNKNOWN = "unknown"
+    DELETED = "deleted"
+    UNFINISHED = "unfinished"  # it is queued or running; nothing was changed
+
+
+@dataclass(frozen=True, slots=True)
+class QueueChange:
+    """What `pause` and `resume` did: `is_changed` is False when the queue was paused, or not, already.
+
+    `depth`: the model's queued and running jobs. `num_workers`: workers that serve it.
+    """
+
+    is_changed: bool
+    depth: int
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelledJobs:
+    """What `cancel_jobs` did: `num_cancelled` were queued and have ended, `num_cancelling` run and were told."""
+
+    num_cancelled: int
+    num_cancelling: int
+
+    def __add__(self, other: CancelledJobs) -> CancelledJobs:
+        """Return the sums."""
+        return CancelledJobs(self.num_cancelled + other.num_cancelled, self.num_cancelling + other.num_cancelling)
 
 
 @dataclass(frozen=True, slots=True)

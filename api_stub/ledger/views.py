@@ -79,7 +79,7 @@ def replay(job_id: str, after: int | None, limit: int | None = None) -> Call[Rep
 
 def _view(reply: list[Any]) -> JobView:
     job_id, status, task, model, priority, tenant, attempt, created, *rest = reply
-    started, finished, worker, cancel, final, position, num_workers = rest
+    started, finished, worker, cancel, final, position, num_workers, paused = rest
     is_running = status == JobStatus.IN_PROGRESS
     known = JobView(
         job_id=job_id,
@@ -96,6 +96,7 @@ def _view(reply: list[Any]) -> JobView:
         position=int(position) if position != "" else None,
         num_workers=int(num_workers),
         worker=worker or None,
+        paused=bool(paused) or None,
     )
     return _with_ending(known, final_event(final)) if final else known
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import redis
 from hypothesis import HealthCheck, settings
@@ -28,12 +29,15 @@ from api_stub.contract import names
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalEvent, OutputDelta, RetryReason
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import (
     Cancelled,
+    CancelledJobs,
     Claim,
+    Deleted,
     Finished,
     Hold,
     JobConflict,
@@ -71,6 +75,7 @@ class ModelJob:
     is_delayed: bool = False
     is_late: bool = False
     is_lease_over: bool = False
+    is_deleted: bool = False
     number: int = 0
     texts: dict[int, list[str]] = field(default_factory=dict)
 
@@ -102,6 +107,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.redis = self.ledger.client
         self.model: dict[str, ModelJob] = {}
         self.last_fence = 0
+        self.is_paused = False
 
     @initialize(target=jobs, tenants=st.lists(TENANTS, min_size=2, max_size=4), is_adopted=st.booleans())
     def begin(self, tenants: list[str], is_adopted: bool) -> object:
@@ -125,7 +131,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert made is Submission.CREATED
         else:
             has_room = self._room(LISTS[2]) > 0 and not self.redis.exists(names.turns_key(LISTS[2]))
-            must_wait = not has_room or self._is_capped(job)
+            must_wait = not has_room or self._is_capped(job) or self.is_paused
             made = self.ledger.submit(job.job_id, job.body)
             assert made is (Submission.HELD if must_wait else Submission.CREATED)
         self.model[job.job_id] = job
@@ -157,6 +163,52 @@ class LedgerMachine(RuleBasedStateMachine):
             job.is_cancelling = True
         assert self.ledger.cancel(job_id) is expected
 
+    @rule(target=jobs, job_id=consumes(jobs))
+    def delete(self, job_id: str) -> object:
+        job = self.model[job_id]
+        answer = self.ledger.delete(job_id)
+        assert answer is (Deleted.DELETED if job.status.is_final else Deleted.UNFINISHED)
+        if not job.status.is_final:
+            return job_id
+        job.is_deleted, job.finished_by = True, None
+        assert self.ledger.delete(job_id) is Deleted.UNKNOWN
+        return multiple()
+
+    # what operators do
+
+    @rule()
+    def pause(self) -> None:
+        assert self.ledger.pause("default").is_changed is not self.is_paused
+        self.is_paused = True
+
+    @rule()
+    def resume(self) -> None:
+        assert self.ledger.resume("default").is_changed is self.is_paused
+        self.is_paused = False
+
+    @rule()
+    def purge(self) -> None:
+        queued = [job for job in self.model.values() if job.status is JobStatus.QUEUED]
+        assert self.ledger.purge("default") == len(queued)
+        for job in queued:
+            job.becomes(JobStatus.CANCELLED)
+
+    @rule(tenant=TENANTS, status=st.sampled_from((None, JobStatus.QUEUED, JobStatus.IN_PROGRESS)))
+    def cancel_many(self, tenant: str, status: Literal[JobStatus.QUEUED, JobStatus.IN_PROGRESS] | None) -> None:
+        wanted = [
+            job
+            for job in self.model.values()
+            if job.tenant == tenant and not job.status.is_final and status in (None, job.status)
+        ]
+        running = [job for job in wanted if job.status is JobStatus.IN_PROGRESS]
+        done = self.ledger.cancel_jobs(tenant, JobSelection(status=status, model="default"))
+        assert done == CancelledJobs(len(wanted) - len(running), len(running))
+        for job in wanted:
+            if job in running:
+                job.is_cancelling = True
+            else:
+                job.becomes(JobStatus.CANCELLED)
+
     # what workers do
 
     @rule(target=claims, job_id=jobs, worker=st.sampled_from(WORKERS))
@@ -166,7 +218,7 @@ class LedgerMachine(RuleBasedStateMachine):
         must_be_apart = (
             can_start and job.losses > 0 and any(self._is_loser_on(other, worker) for other in self._others(job))
         )
-        must_wait = can_start and not must_be_apart and self._is_capped(job)
+        must_wait = can_start and not must_be_apart and (self._is_capped(job) or self.is_paused)
         claim = self.ledger.claim(job_id, worker)
         if isinstance(claim, Refusal):
             assert not can_start or must_be_apart or must_wait, claim
@@ -356,11 +408,14 @@ class LedgerMachine(RuleBasedStateMachine):
             elif job.status is JobStatus.IN_PROGRESS and job.is_lease_over:
                 job.losses += 1
                 must_ring = self._lose(job)
-            if must_ring:
+            if must_ring and self.is_paused:
+                assert self._is_held(job)
+            elif must_ring:
                 assert job.job_id in bells
             elif job.job_id in bells:
                 assert job.status is JobStatus.QUEUED
                 assert not job.is_delayed
+                assert not self.is_paused
 
     def _lose(self, job: ModelJob) -> bool:
         if job.is_cancelling:
@@ -406,18 +461,30 @@ class LedgerMachine(RuleBasedStateMachine):
             assert in_turn <= {job.tenant for job in jobs}
             assert {job.tenant for job in jobs if not self._is_capped(job)} <= in_turn
             free = [job for job in jobs if not self._is_capped(job)]
-            assert not free or self._room(list_id) <= 0
+            assert not free or self.is_paused or self._room(list_id) <= 0
 
     @invariant()
     def every_job_is_where_its_model_is(self) -> None:
         for job in self.model.values():
             view = self.ledger.view(job.job_id)
+            if job.is_deleted:
+                self._check_gone(job)
+                continue
             assert view is not None
+            assert bool(view.paused) is (self.is_paused and job.status is JobStatus.QUEUED)
             assert (view.status, view.attempt, view.cancelling) == (job.status, job.attempt, job.is_cancelling)
             self._check_stream(job)
             {JobStatus.QUEUED: self._check_queued, JobStatus.IN_PROGRESS: self._check_running}.get(
                 job.status, self._check_final
             )(job)
+
+    def _check_gone(self, job: ModelJob) -> None:
+        """Nothing is left of it, and nobody has it in mind."""
+        assert self.ledger.view(job.job_id) is None
+        assert not self.redis.exists(*(key(job.job_id) for key in (names.job_key, names.result_key, names.events_key)))
+        assert self.redis.zscore(names.jobs_key(job.tenant), job.job_id) is None
+        assert self.redis.zscore(names.DUE_KEY, job.job_id) is None
+        assert job.job_id not in self.redis.lrange(names.DEAD_KEY, 0, -1)
 
     def _check_stream(self, job: ModelJob) -> None:
         stream = events(self.redis, job.job_id)  # asserts that seq has no gaps

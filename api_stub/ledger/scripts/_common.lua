@@ -112,11 +112,15 @@ end
 -- The first `type` of a fragment is the event's: others stand only inside a completed job's result, behind it.
 local DELIVERY_TTL_S = 7 * 86400
 
+local function delivery_of(id, seq, ts)
+  return 'msg_' .. redis.sha1hex(id .. ' ' .. seq .. ' ' .. ts)
+end
+
 local function enqueue_delivery(id, seq, event, fragment)
   local url, wanted, tenant = unpack(redis.call('HMGET', KEY.job .. id, 'hook_url', 'hook_events', 'tenant'))
   local kind = url and string.match(fragment, '"type":"([%w._]+)"')
   if kind and string.find(wanted, ',' .. kind .. ',', 1, true) then
-    local delivery = 'msg_' .. redis.sha1hex(id .. ' ' .. seq .. ' ' .. stamp)
+    local delivery = delivery_of(id, seq, stamp)
     redis.call('HSET', KEY.delivery .. delivery, 'job_id', id, 'type', kind, 'url', url, 'tenant', tenant or '', 'event', event,
       'tries', 0)
     redis.call('EXPIRE', KEY.delivery .. delivery, DELIVERY_TTL_S)

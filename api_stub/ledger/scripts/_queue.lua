@@ -3,7 +3,7 @@
 -- Doorbells are written by these scripts alone, in the step that queues the job or finds its doorbell lost. Only a few of each
 -- list are out at a time (`waiting`). The other jobs are held, one line per tenant, and whenever there is room the first of the
 -- line whose turn it is gets its doorbell. So nobody waits behind another's backlog. A tenant at its cap takes no turns until one
--- of its jobs leaves.
+-- of its jobs leaves. Of a paused model all jobs are held, and no doorbell is written.
 
 -- When must a reaper look at a queued job: at its alarm or at its deadline, whichever comes first.
 local function schedule(id, alarm, deadline)
@@ -17,6 +17,11 @@ end
 
 local function line_of(list, tenant)
   return KEY.held .. list .. ':' .. tenant
+end
+
+-- Since when nobody may claim jobs of this model; nothing when they may.
+local function is_paused(model)
+  return redis.call('HGET', KEY.paused, model)
 end
 
 -- A tenant's jobs of one model that run or whose doorbells are out.
@@ -190,7 +195,7 @@ local function release(list)
     return
   end
   local model = string.match(list, '^(.*):%d+$')
-  local num = room(list)
+  local num = is_paused(model) and 0 or room(list)
   while num > 0 do
     local tenant = redis.call('ZRANGE', KEY.turns .. list, 0, 0)[1]
     if not tenant then

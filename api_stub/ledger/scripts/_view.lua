@@ -43,5 +43,6 @@ local function view(id)
   end
   local num_workers = redis.call('ZCOUNT', KEY.workers .. row.model, '(' .. stamp, '+inf')
   return {id, row.status, row.task, row.model, row.priority, row.tenant, row.attempt, row.created, row.started or '',
-    row.finished or '', row.worker or '', row.cancel or '', row.final or '', position(id, row), num_workers}
+    row.finished or '', row.worker or '', row.cancel or '', row.final or '', position(id, row), num_workers,
+    row.status == 'queued' and is_paused(row.model) and 1 or ''}
 end

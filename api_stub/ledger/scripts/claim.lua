@@ -33,7 +33,7 @@ end
 local digits = tonumber(string.sub(redis.sha1hex(token), 1, 10), 16)
 row.fence = string.format('%.0f%013.0f', redis.call('INCR', KEY.fence), digits)
 stop_waiting(id, row)
-if is_capped(row.model, row.tenant) then
+if is_paused(row.model) or is_capped(row.model, row.tenant) then
   hold(id, row)
   return {'held'}
 end

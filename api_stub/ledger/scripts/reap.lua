@@ -21,6 +21,9 @@ if pause_s > 0 then
 end
 
 local function ring_again(id, row)
+  if is_paused(row.model) then
+    return hold(id, row)
+  end
   ring(id, row)
   for _, field in ipairs({id, row.task or '', row.model, row.priority}) do
     reply[#reply + 1] = field
@@ -129,7 +132,7 @@ local aged = {}
 
 local function find_aged(list)
   local model, step = string.match(list, '^(.*):(%d+)$')
-  local id = step ~= '0' and redis.call('ZRANGE', KEY.waiting .. list, 0, 0)[1]
+  local id = step ~= '0' and not is_paused(model) and redis.call('ZRANGE', KEY.waiting .. list, 0, 0)[1]
   if not id then
     return
   end

@@ -23,7 +23,7 @@ if origin ~= 'client' then
   schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
   return {'created'}
 end
-if room(list) <= 0 or redis.call('EXISTS', KEY.turns .. list) == 1 or is_capped(model, tenant) then
+if room(list) <= 0 or redis.call('EXISTS', KEY.turns .. list) == 1 or is_capped(model, tenant) or is_paused(model) then
   hold(id, row)
   release(list)
   return {'held'}
