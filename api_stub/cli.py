@@ -29,6 +29,7 @@ from api_stub.flags import JobFlags, JsonFlag, TimeoutFlag, UrlFlag, takes_job_f
 from api_stub.gateway.keys import digest_of, is_key_name, new_key
 from api_stub.handle import JobHandle
 from api_stub.ledger.rows import Cancelled
+from api_stub.queue_cli import cancel_many, queue_app
 from api_stub.report import ExitStatus, reported
 from api_stub.settings import GatewaySettings
 from api_stub.terminal import describe, screen, show
@@ -44,6 +45,7 @@ Media = Annotated[list[str] | None, typer.Argument(help="s3:// URIs, or local fi
 Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 app.add_typer(dead_app, name="dead")
+app.add_typer(queue_app, name="queue")
 app.command()(doctor)
 
 
@@ -112,12 +114,37 @@ def status(job_id: JobId, url: UrlFlag = None, as_json: JsonFlag = False) -> Non
 
 
 @app.command()
-def cancel(job_id: JobId, url: UrlFlag = None, as_json: JsonFlag = False) -> None:
-    """End a queued job; tell a running one to stop."""
+def cancel(
+    job_id: Annotated[str | None, typer.Argument(help="Id of the job; or say which ones by options.")] = None,
+    status: Annotated[str | None, typer.Option(help="All that are `queued` or `in_progress`.")] = None,
+    model: Annotated[str | None, typer.Option(help="All of a model.")] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="All with this in their metadata: JSON, else text; may be repeated."),
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Whose, with these options.")] = "",
+    url: UrlFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """End a queued job; tell a running one to stop. Or all of a tenant's jobs that the options name."""
+    is_many = status is not None or model is not None or bool(metadata)
+    if (job_id is None) != is_many:
+        raise typer.BadParameter("name one job, or say which by --status, --model or --metadata")
     with reported(as_json, job_id), Client(url) as client:
+        if job_id is None:
+            cancel_many(client, status=status, model=model, metadata=metadata or (), tenant=tenant, as_json=as_json)
+            return
         answer = client.job(job_id).cancel()
     words = "had ended before" if answer is Cancelled.FINAL else answer.value
     print(json.dumps({"job_id": job_id, "cancel": answer.value}) if as_json else words)
+
+
+@app.command()
+def delete(job_id: JobId, url: UrlFlag = None, as_json: JsonFlag = False) -> None:
+    """Remove a finished job, its events and its result. What was uploaded stays."""
+    with reported(as_json, job_id), Client(url) as client:
+        client.job(job_id).delete()
+    print(json.dumps({"job_id": job_id, "deleted": True}) if as_json else "deleted")
 
 
 @app.command()

@@ -16,13 +16,15 @@ from typing import Self, Unpack
 from pydantic import SecretStr
 
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, TaskName
+from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.direct import AsyncDirectTransport, DirectTransport
 from api_stub.errors import InvalidSettings
 from api_stub.handle import AsyncJobHandle, JobHandle
+from api_stub.ledger.rows import CancelledJobs, QueueChange
 from api_stub.one_loop import OneLoop
 from api_stub.settings import ClientSettings
-from api_stub.submit import JobOptions, checked, checked_id, compose
+from api_stub.submit import JobOptions, checked, checked_id, checked_model, checked_selection, compose
 from api_stub.transport import AsyncTransport, Transport
 
 
@@ -82,6 +84,37 @@ class Client:
         Raises UnknownJob, InvalidRequest (not finished, or never a valid job), QueueFull, StoreUnavailable.
         """
         return self.job(self._transport.retry(job_id))
+
+    def cancel_jobs(
+        self,
+        *,
+        status: JobStatus | str | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+        tenant: str = "",
+    ) -> CancelledJobs:
+        """Cancel all jobs of a tenant that are queued or in progress and have what is given, at least one of the three.
+
+        `metadata`: members that a job's own must have, equal. A gateway's key has its own tenant. The newest 100 000
+        jobs of the tenant are looked at. Raises InvalidRequest, StoreUnavailable.
+        """
+        return self._transport.cancel_jobs(tenant, checked_selection(status, model, metadata))
+
+    def pause(self, model: str) -> QueueChange:
+        """Let nobody claim a model's jobs until `resume`: running jobs end, submits are taken, deadlines count.
+
+        For operators: a gateway's key needs `role=operator`, else AccessRefused. Raises InvalidRequest (no model name),
+        StoreUnavailable.
+        """
+        return self._transport.pause(checked_model(model))
+
+    def resume(self, model: str) -> QueueChange:
+        """Let a model's jobs be claimed again, in their order. Raises as `pause` does."""
+        return self._transport.resume(checked_model(model))
+
+    def purge(self, model: str) -> int:
+        """End all queued jobs of a model, of all tenants, as cancelled; return how many. Raises as `pause` does."""
+        return self._transport.purge(checked_model(model))
 
     def dead(self, limit: int = 100) -> tuple[JobView, ...]:
         """Return the jobs that were given up because their workers kept dying, newest first."""
@@ -160,6 +193,29 @@ class AsyncClient:
     async def retry(self, job_id: str) -> AsyncJobHandle:
         """See `Client.retry`."""
         return self.job(await self._transport.retry(job_id))
+
+    async def cancel_jobs(
+        self,
+        *,
+        status: JobStatus | str | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+        tenant: str = "",
+    ) -> CancelledJobs:
+        """See `Client.cancel_jobs`."""
+        return await self._transport.cancel_jobs(tenant, checked_selection(status, model, metadata))
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Client.pause`."""
+        return await self._transport.pause(checked_model(model))
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Client.resume`."""
+        return await self._transport.resume(checked_model(model))
+
+    async def purge(self, model: str) -> int:
+        """See `Client.purge`."""
+        return await self._transport.purge(checked_model(model))
 
     async def dead(self, limit: int = 100) -> tuple[JobView, ...]:
         """See `Client.dead`."""

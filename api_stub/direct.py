@@ -12,13 +12,14 @@ from api_stub import connections
 from api_stub.contract.event import Event, FinalEvent, JobCompleted
 from api_stub.contract.job import Job
 from api_stub.contract.result import Result
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.view import JobView
 from api_stub.cursor import answered
-from api_stub.errors import UnknownJob
+from api_stub.errors import InvalidRequest, UnknownJob
 from api_stub.follow import AsyncFollower, Follower
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Cancelled
+from api_stub.ledger.rows import Cancelled, CancelledJobs, Deleted, QueueChange
 from api_stub.settings import ClientSettings
 from api_stub.storage import Storage
 from api_stub.submit import retried, submit, submit_async, submit_errors
@@ -55,6 +56,32 @@ class DirectTransport:
         with connections.store_errors():
             answer = self._ledger.cancel(job_id)
         return _unknown(job_id) if answer is Cancelled.UNKNOWN else answer
+
+    def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+        with connections.store_errors():
+            return self._ledger.cancel_jobs(tenant, wanted)
+
+    def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+        with connections.store_errors():
+            answer = self._ledger.delete(job_id)
+        _check_deleted(job_id, answer)
+
+    def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+        with connections.store_errors():
+            return self._ledger.pause(model)
+
+    def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+        with connections.store_errors():
+            return self._ledger.resume(model)
+
+    def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
+        with connections.store_errors():
+            return self._ledger.purge(model)
 
     def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
         """See `Transport.events`."""
@@ -117,6 +144,32 @@ class AsyncDirectTransport:
             answer = await self._ledger.cancel(job_id)
         return _unknown(job_id) if answer is Cancelled.UNKNOWN else answer
 
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+        with connections.store_errors():
+            return await self._ledger.cancel_jobs(tenant, wanted)
+
+    async def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+        with connections.store_errors():
+            answer = await self._ledger.delete(job_id)
+        _check_deleted(job_id, answer)
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+        with connections.store_errors():
+            return await self._ledger.pause(model)
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+        with connections.store_errors():
+            return await self._ledger.resume(model)
+
+    async def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
+        with connections.store_errors():
+            return await self._ledger.purge(model)
+
     def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
         """See `Transport.events`."""
         return self._follower.events(job_id, after, timeout)
@@ -171,6 +224,13 @@ def _result(ending: FinalEvent) -> Result:
     if isinstance(ending, JobCompleted):
         return ending.result
     return answered(None, ending.error)
+
+
+def _check_deleted(job_id: str, answer: Deleted) -> None:
+    if answer is Deleted.UNKNOWN:
+        _unknown(job_id)
+    if answer is Deleted.UNFINISHED:
+        raise InvalidRequest(f"job {job_id!r} has not ended; only a finished job can be deleted")
 
 
 def _unknown(job_id: str) -> NoReturn:

@@ -55,6 +55,10 @@ class JobHandle:
         """Ask for the job's end: CANCELLED (it was queued), CANCELLING (its worker was told), FINAL (it had ended)."""
         return self._transport.cancel(self.id)
 
+    def delete(self) -> None:
+        """Remove the job, its events and its result; uploads stay. Raises InvalidRequest unless it has ended."""
+        self._transport.delete(self.id)
+
     def __repr__(self) -> str:
         return f"JobHandle({self.id!r})"
 
@@ -89,6 +93,10 @@ class AsyncJobHandle:
     async def cancel(self) -> Cancelled:
         """See `JobHandle.cancel`."""
         return await self._transport.cancel(self.id)
+
+    async def delete(self) -> None:
+        """See `JobHandle.delete`."""
+        await self._transport.delete(self.id)
 
     def __repr__(self) -> str:
         return f"AsyncJobHandle({self.id!r})"

@@ -13,9 +13,10 @@ from pathlib import Path
 from api_stub.contract.event import Event
 from api_stub.contract.job import Job
 from api_stub.contract.result import Result
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.view import JobView
 from api_stub.errors import WrongEventLoop
-from api_stub.ledger.rows import Cancelled
+from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 from api_stub.transport import AsyncTransport
 
 
@@ -41,6 +42,26 @@ class OneLoop:
     async def cancel(self, job_id: str) -> Cancelled:
         """See `Transport.cancel`."""
         return await self._here().cancel(job_id)
+
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+        return await self._here().cancel_jobs(tenant, wanted)
+
+    async def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+        await self._here().delete(job_id)
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+        return await self._here().pause(model)
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+        return await self._here().resume(model)
+
+    async def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
+        return await self._here().purge(model)
 
     async def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
         """See `Transport.events`."""

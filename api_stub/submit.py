@@ -12,7 +12,9 @@ from api_stub.connections import store_errors
 from api_stub.contract.conversation import Message
 from api_stub.contract.job import Job, TaskName, Webhook, parse_job
 from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.names import is_model_name
 from api_stub.contract.sampling import SamplingParams
+from api_stub.contract.selection import JobSelection, parse_selection
 from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
 from api_stub.ledger.aio import AsyncLedger
@@ -109,3 +111,19 @@ def checked_id(job_id: str | None) -> str:
     if not _JOB_ID.fullmatch(job_id):
         raise InvalidRequest(f"job_id: 1 to 128 letters, digits and . _ : - are allowed, got {job_id[:80]!r}")
     return job_id
+
+
+def checked_model(name: str) -> str:
+    """Return the model name. Raises InvalidRequest."""
+    if not is_model_name(name):
+        raise InvalidRequest(f"model: not a model name: {name[:80]!r}")
+    return name
+
+
+def checked_selection(status: str | None, model: str | None, metadata: Mapping[str, object] | None) -> JobSelection:
+    """Return which jobs are meant. Raises InvalidRequest."""
+    given = {"status": status, "model": model, "metadata": dict(metadata) if metadata else None}
+    try:
+        return parse_selection({name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error

@@ -161,6 +161,7 @@ def describe(view: JobView) -> str:
     """Return a job's status in words."""
     lines = [f"{view.job_id}: {view.status}" + (" (cancelling)" if view.cancelling else "")]
     lines.append(f"model {view.model}, served by {view.num_workers} workers, priority {view.priority}")
+    lines += view.warnings or ()
     if view.worker is not None:
         lines.append(f"attempt {view.attempt} by {view.worker}")
     if view.result is not None:
@@ -176,6 +177,8 @@ def _stage(event: Event, job: JobHandle) -> str | None:
             view = job.status()
         except StoreUnavailable:
             return "queued"  # an embellishment must not end a watch that survives the outage
+        if view.warnings:
+            return f"queued: {view.warnings[0]}"
         is_waiting = view.status is JobStatus.QUEUED and not view.num_workers
         return f"queued: no worker serves {event.model!r} yet" if is_waiting else "queued"
     if isinstance(event, JobStarted):

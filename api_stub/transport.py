@@ -13,8 +13,9 @@ from typing import Protocol
 from api_stub.contract.event import Event
 from api_stub.contract.job import Job
 from api_stub.contract.result import Result
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.view import JobView
-from api_stub.ledger.rows import Cancelled
+from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 
 
 class Transport(Protocol):
@@ -31,6 +32,21 @@ class Transport(Protocol):
 
     def cancel(self, job_id: str) -> Cancelled:
         """Ask for a job's end; never answers UNKNOWN."""
+
+    def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """Ask for the end of all jobs of a tenant that are wanted."""
+
+    def delete(self, job_id: str) -> None:
+        """Remove a final job, its events and its result."""
+
+    def pause(self, model: str) -> QueueChange:
+        """Let nobody claim a model's jobs."""
+
+    def resume(self, model: str) -> QueueChange:
+        """Let a model's jobs be claimed again."""
+
+    def purge(self, model: str) -> int:
+        """End all queued jobs of a model; return how many."""
 
     def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
         """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
@@ -65,6 +81,21 @@ class AsyncTransport(Protocol):
 
     async def cancel(self, job_id: str) -> Cancelled:
         """See `Transport.cancel`."""
+
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+
+    async def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+
+    async def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
 
     def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
         """See `Transport.events`."""

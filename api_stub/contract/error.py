@@ -29,6 +29,7 @@ class ErrorCode(StrEnum):
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     QUEUE_FULL = "queue_full"
+    QUEUE_PAUSED = "queue_paused"
     OUT_OF_MEMORY = "out_of_memory"
     POISON_JOB = "poison_job"
     INTERNAL = "internal"
@@ -41,6 +42,7 @@ RETRYABLE_CODES: Final = frozenset(
         ErrorCode.DEADLINE_EXCEEDED,
         ErrorCode.EXPIRED,
         ErrorCode.QUEUE_FULL,
+        ErrorCode.QUEUE_PAUSED,
         ErrorCode.OUT_OF_MEMORY,
         ErrorCode.INTERNAL,
     }

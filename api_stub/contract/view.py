@@ -15,7 +15,7 @@ class JobView(ReadModel):
     `position`: how many jobs of the model are served before this one, as far as can be told now; absent for a job that
     is not in the queue or that waits for a delay to pass.
     `num_workers`: workers that serve the job's model right now; 0 means it waits for one to appear.
-    `paused`: true for a queued job whose model's queue an operator has paused, else absent.
+    `warnings`: what its producer should know while it waits, in words; absent when there is nothing.
     A final job has `result` (completed) or `error`, `partial_text` and `usage` (all other ends).
     """
 
@@ -32,9 +32,14 @@ class JobView(ReadModel):
     finished_at: float | None = None
     position: int | None = None
     num_workers: int = 0
-    paused: bool | None = None
+    warnings: tuple[str, ...] | None = None
     worker: str | None = None
     result: Result | None = None
     error: ErrorInfo | None = None
     partial_text: str | None = None
     usage: Usage | None = None
+
+
+def paused(model: str) -> str:
+    """Return the warning about a queued job whose model's queue is paused."""
+    return f"the queue of the model {model!r} is paused; the job waits until an operator resumes it"

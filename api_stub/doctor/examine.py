@@ -122,6 +122,11 @@ def _queue(client: redis.Redis, model: str, census: Census) -> Iterator[Finding]
     num_held = sum(int(num or 0) for num in client.hmget(names.NUM_HELD_KEY, lists))
     message = f"{model}: {depth} queued or running, {num_bells} doorbells out, {num_held} held, {num_workers} workers"
     yield judged("queues", num_workers > 0 or depth == 0, message, Level.WARNING)
+    (since,) = client.hmget(names.PAUSED_KEY, [model])
+    if since is not None:
+        paused_s = max(0, round(now - float(since)))
+        message = f"{model}: paused {paused_s} s ago, its jobs wait; `visionq queue resume {model}` lets it go on"
+        yield Finding("queues", Level.WARNING, message)
     drift = depth - census.num_open[model]
     if census.is_complete and abs(drift) > max(10, depth // 10):  # work goes on while the rows are counted
         yield Finding("queues", Level.PROBLEM, f"{model}: its depth is {depth}, its open jobs are {depth - drift}")

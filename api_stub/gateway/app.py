@@ -19,7 +19,7 @@ from api_stub.gateway.openai import routes as openai_routes
 from api_stub.gateway.openai.runner import BatchRunner
 from api_stub.gateway.openapi import describe
 from api_stub.gateway.remote_media import RemoteRules
-from api_stub.gateway.routes import events, jobs, operations, page, uploads
+from api_stub.gateway.routes import events, jobs, operations, operators, page, uploads
 from api_stub.gateway.webhooks.rules import WebhookRules
 from api_stub.settings import GatewaySettings
 
@@ -29,6 +29,7 @@ ROUTERS = (
     uploads.router,
     openai_routes.router,
     operations.router,
+    operators.router,
     page.router,
 )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 from starlette.responses import Response
 
-from api_stub.contract.job import MAX_MEDIA
+from api_stub.contract.job import MAX_MEDIA, ModelName
+from api_stub.contract.selection import Scalar
 from api_stub.contract.view import JobView
 from api_stub.contract.wire import WholeNumber, WireModel
 
@@ -49,6 +50,42 @@ class JobList(WireModel):
 
     jobs: tuple[JobReply, ...]
     next_cursor: str | None = None
+
+
+class CancelRequest(WireModel):
+    """Which jobs to cancel: those that have all that is given, at least one of status, model and metadata.
+
+    `metadata`: members that a job's metadata must have, equal as JSON. `tenant`: whose; with a key always its own.
+    """
+
+    status: Literal["queued", "in_progress"] | None = None
+    model: ModelName | None = None
+    metadata: dict[str, Scalar] | None = None
+    tenant: str = Field(default="", max_length=64)
+
+
+class CancelReply(WireModel):
+    """How many jobs were queued and are cancelled now, and how many run and were asked to stop."""
+
+    cancelled: int
+    cancelling: int
+
+
+class QueueReply(WireModel):
+    """A queue that was paused or resumed. `changed`: false when it was so before. `depth`: queued and running jobs."""
+
+    model: str
+    paused: bool
+    changed: bool
+    depth: int
+    num_workers: int
+
+
+class PurgeReply(WireModel):
+    """How many queued jobs of a model were cancelled."""
+
+    model: str
+    cancelled: int
 
 
 class UploadRequest(WireModel):

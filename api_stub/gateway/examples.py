@@ -111,6 +111,9 @@ ANSWERS: Final[Mapping[str, dict[str, Any]]] = {
         "content_type": "image/png",
     },
     "QueueList": {"queues": [{"model": "default", "depth": 5, "waiting": 3, "num_workers": 2}]},
+    "CancelReply": {"cancelled": 12, "cancelling": 2},
+    "QueueReply": {"model": "default", "paused": True, "changed": True, "depth": 5, "num_workers": 2},
+    "PurgeReply": {"model": "default", "cancelled": 12},
     "Health": {"status": "ok"},
 }
 

@@ -78,7 +78,7 @@ async def accept(
     check_allowed(caller, job)
     gateway.webhook_rules.check(job, gateway.keys)
     await check_uploads(gateway, caller, media_of(job))
-    job_id = checked_id(job_id) if idempotency_key is None else _id_of(idempotency_key, job.tenant)
+    job_id = checked_id(job_id) if idempotency_key is None else keyed_id(idempotency_key, job.tenant)
     await gateway.limits.reserve(caller, job_id)
     try:
         await _store(gateway, [*inline, *form.inline])
@@ -200,7 +200,8 @@ async def _store(gateway: Gateway, inline: Sequence[InlineMedia]) -> None:
         await gateway.in_storage(lambda m=media: gateway.storage.put(m.uri, m.content, m.content_type))  # type: ignore[misc]
 
 
-def _id_of(idempotency_key: str, tenant: str) -> str:
+def keyed_id(idempotency_key: str, tenant: str) -> str:
+    """Return the id of the job that a tenant's key stands for. Raises Problem."""
     if not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise invalid("Idempotency-Key", "1 to 255 printable ASCII characters are required")
     return str(uuid.uuid5(_NAMESPACE, f"{tenant}\0{idempotency_key}"))

@@ -26,7 +26,7 @@ or wait for its result. Errors are `application/problem+json` (RFC 9457) with a 
 _OURS: Final = frozenset({"jobs", "events", "uploads", "operations"})
 _SCHEMAS: Final = "#/components/schemas/"
 #: The body of these is read by the route itself, or may be large.
-_WITH_BODY: Final = frozenset({"/v1/jobs", "/v1/uploads", "/v1/uploads/inline"})
+_WITH_BODY: Final = frozenset({"/v1/jobs", "/v1/jobs/cancel", "/v1/uploads", "/v1/uploads/inline"})
 _RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}}}
 _LOCATION: Final = {"Location": {"description": "Address of the job", "schema": {"type": "string"}}}
 
@@ -106,7 +106,7 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterable[HTT
     yield HTTPStatus.SERVICE_UNAVAILABLE
     if "{job_id}" in path:
         yield HTTPStatus.NOT_FOUND
-    if path.endswith("/retry"):
+    if path.endswith("/retry") or (method == "delete" and path == "/v1/jobs/{job_id}"):
         yield HTTPStatus.CONFLICT
     if method == "post" and path in _WITH_BODY:
         yield from (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)

@@ -111,6 +111,11 @@ def too_many(code: str, detail: str, retry_after_s: float) -> Problem:
     return Problem(HTTPStatus.TOO_MANY_REQUESTS, code, detail, headers=_retry_after(retry_after_s))
 
 
+def unavailable_now(code: str, detail: str, retry_after_s: float) -> Problem:
+    """Return the problem of a caller that may well be answered later."""
+    return Problem(HTTPStatus.SERVICE_UNAVAILABLE, code, detail, headers=_retry_after(retry_after_s))
+
+
 def too_large(limit: int) -> Problem:
     """Return the problem of a body above the limit."""
     return Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", f"the body is larger than {limit} bytes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Any, Final, Literal
 
 import redis.asyncio
 
@@ -16,12 +16,16 @@ _SCAN_COUNT: Final = 1000
 
 
 class QueueView(WireModel):
-    """One model's queue. `depth`: queued and running jobs; `waiting`: those queued, with a doorbell."""
+    """One model's queue. `depth`: queued and running jobs; `waiting`: those queued, with a doorbell.
+
+    `paused`: true when an operator has paused it, else absent.
+    """
 
     model: str
     depth: int
     waiting: int
     num_workers: int
+    paused: Literal[True] | None = None
 
 
 class Queues:
@@ -48,9 +52,15 @@ class Queues:
         """Look for models anew at the next question."""
         self._found_at = float("-inf")
 
+    async def is_paused(self, model: str) -> bool:
+        """Tell whether an operator has paused a model's queue."""
+        since: Any = await self._commands.hget(names.PAUSED_KEY, model)
+        return since is not None
+
     async def views(self) -> list[QueueView]:
-        """Read all queues now."""
-        models = await self.models()
+        """Read all queues now, paused ones also when they are empty."""
+        paused: Any = await self._commands.hgetall(names.PAUSED_KEY)
+        models = sorted({*await self.models(), *paused})
         seconds, _ = await self._commands.time()
         async with self._commands.pipeline(transaction=False) as reads:
             for model in models:
@@ -62,7 +72,13 @@ class Queues:
         width = 2 + len(names.PRIORITY_STEPS)
         rows = [replies[start : start + width] for start in range(0, len(replies), width)]
         return [
-            QueueView(model=model, depth=int(depth or 0), waiting=sum(waiting), num_workers=num_workers)
+            QueueView(
+                model=model,
+                depth=int(depth or 0),
+                waiting=sum(waiting),
+                num_workers=num_workers,
+                paused=True if model in paused else None,
+            )
             for model, (depth, num_workers, *waiting) in zip(models, rows, strict=True)
         ]
 

@@ -13,6 +13,7 @@ import httpx
 from api_stub.contract.event import Event, StreamGap
 from api_stub.contract.job import Job
 from api_stub.contract.result import Result
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.view import JobView
 from api_stub.cursor import EventCursor, Patience, answered
 from api_stub.errors import QueueFull, StoreUnavailable
@@ -21,7 +22,7 @@ from api_stub.http.refusals import refusal
 from api_stub.http.stream import LIVE_S, SLACK_S, EventStreamParser, stream_path
 from api_stub.http.uploads import upload
 from api_stub.http.wire import LIMITS, headers, send_async, unreachable, whole
-from api_stub.ledger.rows import Cancelled
+from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 
 
 class AsyncHttpTransport:
@@ -47,6 +48,26 @@ class AsyncHttpTransport:
         """See `Transport.cancel`."""
         is_final = (await self.view(job_id)).status.is_final
         return Cancelled.FINAL if is_final else await send_async(self._http, asks.cancel(job_id))
+
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+        return await send_async(self._http, asks.cancel_jobs(tenant, wanted))
+
+    async def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+        await send_async(self._http, asks.delete(job_id))
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+        return await send_async(self._http, asks.pause(model))
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+        return await send_async(self._http, asks.resume(model))
+
+    async def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
+        return await send_async(self._http, asks.purge(model))
 
     async def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
         """See `HttpTransport.events`."""

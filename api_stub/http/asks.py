@@ -13,11 +13,12 @@ from typing import Final, Generic, NoReturn, TypeVar
 from urllib.parse import quote
 
 from api_stub.contract.job import Job
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.errors import InvalidRequest, StoreUnavailable
 from api_stub.http.refusals import Answer, CutShort, refusal
-from api_stub.ledger.rows import Cancelled
+from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ CONNECT_S: Final = 5.0
 #: How long a gateway is asked to wait for a job's end at a time.
 WAIT_S: Final = 30.0
 MIN_WAIT_S: Final = 1.0
+#: How much longer the end of all jobs of a queue may take.
+MANY_JOBS_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,47 @@ def cancel(job_id: str) -> Ask[Cancelled]:
         return Cancelled.CANCELLED if _view(answer).status is JobStatus.CANCELLED else Cancelled.FINAL
 
     return Ask("POST", f"{job_path(job_id)}/cancel", read)
+
+
+def cancel_jobs(tenant: str, wanted: JobSelection) -> Ask[CancelledJobs]:
+    """Ask for the end of all jobs that are wanted."""
+
+    def read(answer: Answer) -> CancelledJobs:
+        said = json.loads(answer.body)
+        return CancelledJobs(int(said["cancelled"]), int(said["cancelling"]))
+
+    fields = json.loads(wanted.to_json()) | ({"metadata": wanted.metadata} if wanted.metadata else {})
+    body = fields | ({"tenant": tenant} if tenant else {})
+    return Ask("POST", "/v1/jobs/cancel", read, json.dumps(body), wait_s=MANY_JOBS_S)
+
+
+def delete(job_id: str) -> Ask[None]:
+    """Remove a final job."""
+    return Ask("DELETE", job_path(job_id), lambda answer: None)
+
+
+def pause(model: str) -> Ask[QueueChange]:
+    """Let nobody claim a model's jobs."""
+    return _queue(model, "pause", _change)
+
+
+def resume(model: str) -> Ask[QueueChange]:
+    """Let a model's jobs be claimed again."""
+    return _queue(model, "resume", _change)
+
+
+def purge(model: str) -> Ask[int]:
+    """End all queued jobs of a model."""
+    return _queue(model, "purge", lambda answer: int(json.loads(answer.body)["cancelled"]))
+
+
+def _queue(model: str, what: str, read: Callable[[Answer], T]) -> Ask[T]:
+    return Ask("POST", f"/v1/queues/{quote(model, safe='')}/{what}", read, wait_s=MANY_JOBS_S)
+
+
+def _change(answer: Answer) -> QueueChange:
+    said = json.loads(answer.body)
+    return QueueChange(bool(said["changed"]), int(said["depth"]), int(said["num_workers"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from api_stub.contract.event import FinalEvent, JobCompleted, parse_event
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import JobView
+from api_stub.contract.view import JobView, paused
 from api_stub.ledger.call import Call, task_of
 from api_stub.ledger.lua import Transition
 
@@ -79,7 +79,7 @@ def replay(job_id: str, after: int | None, limit: int | None = None) -> Call[Rep
 
 def _view(reply: list[Any]) -> JobView:
     job_id, status, task, model, priority, tenant, attempt, created, *rest = reply
-    started, finished, worker, cancel, final, position, num_workers, paused = rest
+    started, finished, worker, cancel, final, position, num_workers, is_paused = rest
     is_running = status == JobStatus.IN_PROGRESS
     known = JobView(
         job_id=job_id,
@@ -96,7 +96,7 @@ def _view(reply: list[Any]) -> JobView:
         position=int(position) if position != "" else None,
         num_workers=int(num_workers),
         worker=worker or None,
-        paused=bool(paused) or None,
+        warnings=(paused(model),) if is_paused else None,
     )
     return _with_ending(known, final_event(final)) if final else known
 

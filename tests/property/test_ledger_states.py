@@ -471,7 +471,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self._check_gone(job)
                 continue
             assert view is not None
-            assert bool(view.paused) is (self.is_paused and job.status is JobStatus.QUEUED)
+            assert bool(view.warnings) is (self.is_paused and job.status is JobStatus.QUEUED)
             assert (view.status, view.attempt, view.cancelling) == (job.status, job.attempt, job.is_cancelling)
             self._check_stream(job)
             {JobStatus.QUEUED: self._check_queued, JobStatus.IN_PROGRESS: self._check_running}.get(

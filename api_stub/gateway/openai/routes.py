@@ -9,10 +9,11 @@ from anyio import to_thread
 from fastapi import APIRouter, Form, Header, Path, Query, Request, Response, UploadFile
 from starlette.responses import StreamingResponse
 
+from api_stub.contract.error import ErrorCode
 from api_stub.gateway.abandoned import question_of
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.intake import accept, read_job
+from api_stub.gateway.intake import accept, keyed_id, read_job
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.openai import files
 from api_stub.gateway.openai.batches import BatchRequest, BatchStore
@@ -31,13 +32,15 @@ from api_stub.gateway.openai.shapes import (
     ModelList,
     ModelObject,
 )
-from api_stub.gateway.problems import Problem, invalid
+from api_stub.gateway.problems import Problem, invalid, unavailable_now
 
 TAG: Final = "openai"
 router = APIRouter(prefix="/v1", tags=[TAG])
 
 _Id = Annotated[str, Path(min_length=1, max_length=100)]
 _After = Annotated[str | None, Query(max_length=100, description="The last id of the page before.")]
+#: When a client of a paused queue should ask again.
+PAUSED_RETRY_S: Final = 5.0
 _CANCELLABLE: Final = frozenset({"validating", "in_progress", "finalizing", "cancelling", "cancelled"})
 
 
@@ -59,14 +62,23 @@ async def complete_chat(
         raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", "send application/json")
     chat = parse_chat((await read_job(request)).fields)
     await check_model(gateway, caller, chat.model)
-    is_keyed = idempotency_key is not None
-    question = None if chat.stream or is_keyed else await to_thread.run_sync(question_of, await request.body())
+    keyed = None if idempotency_key is None else keyed_id(idempotency_key, caller.tenant)
+    question = None if chat.stream or keyed else await to_thread.run_sync(question_of, await request.body())
     kept = None if question is None else await gateway.abandoned.take(caller.tenant, question)
+    if kept is None and (keyed is None or await gateway.ledger.view(keyed) is None):
+        await _check_running(gateway, chat.model)
     job_id = kept or await _submitted(request, gateway, caller, chat, idempotency_key)
-    asked = Asked(job_id, caller.tenant, question, is_keyed)
+    asked = Asked(job_id, caller.tenant, question, keyed is not None)
     if chat.stream:
         return ChatStream(gateway, asked, chat.model, chat.wants_usage)
     return await whole_answer(request, gateway, asked)
+
+
+async def _check_running(gateway: Gateway, model: str) -> None:
+    """Raise Problem (503) when nobody would answer: an operator has paused the queue."""
+    if await gateway.queues.is_paused(model):
+        detail = f"model: the queue of {model!r} is paused; ask again later"
+        raise unavailable_now(ErrorCode.QUEUE_PAUSED, detail, PAUSED_RETRY_S)
 
 
 async def _submitted(

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: hand in, look, list, wait, cancel, retry."""
+"""Jobs over HTTP: hand in, look, list, wait, cancel, retry, delete."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import ModelName
+from api_stub.contract.selection import parse_selection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.errors import UnknownJob
+from api_stub.errors import InvalidRequest, UnknownJob
 from api_stub.gateway.access import CallerHere, GatewayHere, RootPathHere
-from api_stub.gateway.bodies import JobList, JobReply, answer, job_path
+from api_stub.gateway.bodies import CancelReply, CancelRequest, JobList, JobReply, answer, job_path
 from api_stub.gateway.examples import problem_example
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.intake import accept, read_job, retry
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import MEDIA_TYPE as PROBLEM_TYPE
-from api_stub.gateway.problems import invalid
+from api_stub.gateway.problems import Problem, invalid
 from api_stub.gateway.sse import leaving
-from api_stub.ledger.rows import Cancelled
+from api_stub.ledger.rows import Cancelled, Deleted
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -128,9 +130,8 @@ async def list_jobs(
     tenant: Annotated[str, Query(max_length=64, description="Whose jobs; with a key always its own.")] = "",
 ) -> Response:
     """List the caller's jobs, newest first. A page may hold fewer than `limit` and still have a next one."""
-    whose = tenant if caller.is_anonymous else caller.tenant
     try:
-        page = await gateway.ledger.list_jobs(whose, status, model, cursor, limit)
+        page = await gateway.ledger.list_jobs(_tenant(caller, tenant), status, model, cursor, limit)
     except ValueError as error:
         raise invalid("cursor", "not one that a page of jobs gave") from error
     return answer(JobList(jobs=tuple(JobReply.of(view, root_path) for view in page.jobs), next_cursor=page.next_cursor))
@@ -153,6 +154,29 @@ async def show_job(
     return answer(JobReply.of(view, root_path))
 
 
+@router.delete("/{job_id}", status_code=HTTPStatus.NO_CONTENT)
+async def delete_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> None:
+    """Remove a final job, its events and its result; what was uploaded stays. 409 for one that has not ended."""
+    await visible(gateway, caller, job_id)
+    if await gateway.ledger.delete(job_id) is Deleted.UNFINISHED:
+        raise Problem(HTTPStatus.CONFLICT, "unfinished", f"job {job_id!r} has not ended; cancel it first")
+    await gateway.limits.release(caller, job_id)
+
+
+@router.post("/cancel", response_model=CancelReply)
+async def cancel_jobs(gateway: GatewayHere, caller: CallerHere, wanted: CancelRequest) -> Response:
+    """Cancel all of the caller's jobs that have a status, a model or certain metadata; may be repeated.
+
+    Looks at the jobs that `GET /v1/jobs` lists. Jobs that are handed in meanwhile stay.
+    """
+    try:
+        selection = parse_selection(wanted.model_dump(exclude={"tenant"}, exclude_none=True))
+    except InvalidJob as error:
+        raise InvalidRequest(str(error)) from error
+    done = await gateway.ledger.cancel_jobs(_tenant(caller, wanted.tenant), selection)
+    return answer(CancelReply(cancelled=done.num_cancelled, cancelling=done.num_cancelling))
+
+
 @router.post("/{job_id}/cancel", response_model=JobReply)
 async def cancel_job(gateway: GatewayHere, caller: CallerHere, root_path: RootPathHere, job_id: JobId) -> Response:
     """Ask for a job's end; may be repeated. 202 while a worker still has to stop, else 200."""
@@ -172,6 +196,10 @@ async def retry_job(gateway: GatewayHere, caller: CallerHere, root_path: RootPat
         HTTPStatus.ACCEPTED,
         {"Location": job_path(new_id, root_path)},
     )
+
+
+def _tenant(caller: Caller, asked: str) -> str:
+    return asked if caller.is_anonymous else caller.tenant
 
 
 async def visible(gateway: Gateway, caller: Caller, job_id: str) -> JobView:

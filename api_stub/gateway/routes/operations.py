@@ -30,9 +30,9 @@ class QueueList(WireModel):
     queues: tuple[QueueView, ...]
 
 
-@router.get("/v1/queues")
+@router.get("/v1/queues", response_model_exclude_none=True)
 async def list_queues(gateway: GatewayHere, caller: CallerHere) -> QueueList:
-    """Tell the depth of each model's queue and how many workers serve it."""
+    """Tell the depth of each model's queue and how many workers serve it, and whether it is paused."""
     return QueueList(queues=tuple(await gateway.queues.views()))
 
 

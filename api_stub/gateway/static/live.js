@@ -47,7 +47,8 @@ function showQueues(page, queues) {
     page.model.value = names.has(model) ? model : "default";
   }
   const queue = queues.find((one) => one.model === page.model.value) || { depth: 0, waiting: 0, num_workers: 0 };
-  page.live("queued").textContent = queue.waiting;
+  page.live("queued").textContent = queue.paused ? `${queue.waiting}, paused` : queue.waiting;
+  page.live("queued").title = queue.paused ? "An operator has paused this queue: jobs wait until it is resumed" : "";
   page.live("running").textContent = Math.max(queue.depth - queue.waiting, 0);
   page.live("workers").textContent = queue.num_workers;
 }
@@ -76,5 +77,6 @@ function state(job) {
   const mark = document.createElement("span");
   mark.className = `state-${job.status}`;
   mark.textContent = words[job.status] || job.status;
+  mark.title = (job.warnings || []).join("; ");
   return mark;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from typing import TypeVar
 
 import pytest
 import redis
@@ -14,8 +15,12 @@ from api_stub.contract.event import RetryReason
 from api_stub.contract.job import TaskName
 from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
+from api_stub.contract.view import paused
+from api_stub.ledger import calls
+from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.lua import Transition
 from api_stub.ledger.rows import CancelledJobs, Claim, Deleted, Finished, Refusal, RefusalReason, Submission
 from tests.unit.api_stub.broker_kit import Broker, leftovers
 from tests.unit.api_stub.ledger_kit import (
@@ -31,6 +36,7 @@ from tests.unit.api_stub.ledger_kit import (
     started,
 )
 
+T = TypeVar("T")
 HELD = Refusal(RefusalReason.HELD)
 
 
@@ -137,11 +143,12 @@ def test_a_view_says_that_its_queue_is_paused(ledger: Ledger) -> None:
     running, queued = ledger.view("running"), ledger.view("queued")
     assert queued is not None
     assert running is not None
-    assert (queued.paused, running.paused) == (True, None)
+    assert queued.warnings == (paused("default"),)
+    assert running.warnings is None
     ledger.resume("default")
     resumed = ledger.view("queued")
     assert resumed is not None
-    assert "paused" not in resumed.to_json()
+    assert "warnings" not in resumed.to_json()
 
 
 # purge
@@ -180,30 +187,28 @@ def claimed_new(ledger: Ledger, job_id: str, tenant: str) -> Claim:
     return claimed(ledger, job_id)
 
 
-def test_a_purge_works_in_short_steps_and_spares_what_comes_meanwhile(ledger: Ledger) -> None:
-    for i in range(1000):
-        ledger.submit(f"old-{i}", question(tenant=f"tenant-{i % 7}"))
-    is_over = threading.Event()
-    num_new = 0
+class Meddled(Ledger):
+    """After every step of a purge somebody submits one more job."""
 
-    def submit() -> None:
-        nonlocal num_new
-        while not is_over.is_set():
-            ledger.submit(f"new-{num_new}", question(tenant=f"tenant-{num_new % 7}"))
-            num_new += 1
+    num_steps = 0
 
-    ledger.submit("new", question())
-    producer = threading.Thread(target=submit)
-    producer.start()
-    try:
-        num_ended = ledger.purge("default")
-    finally:
-        is_over.set()
-        producer.join()
-    assert {status_of(ledger, f"old-{i}") for i in range(1000)} == {JobStatus.CANCELLED}
-    assert num_ended >= 1001
-    assert num_new > 0
-    assert status_of(ledger, f"new-{num_new - 1}") is JobStatus.QUEUED
+    def _run(self, call: Call[T]) -> T:
+        reply = super()._run(call)
+        if call.transition is Transition.PURGE:
+            tenant = ("", "zoo")[self.num_steps % 2]
+            super()._run(calls.submit(f"new-{self.num_steps}", question(tenant=tenant, priority=self.num_steps % 10)))
+            self.num_steps += 1
+        return reply
+
+
+def test_a_purge_works_in_short_steps_and_spares_what_comes_meanwhile(redis_url: str) -> None:
+    with closing(Meddled.connect(redis_url, LedgerConfig())) as ledger:
+        for i in range(1000):
+            ledger.submit(f"old-{i}", question(tenant=f"tenant-{i % 7}"))
+        assert ledger.purge("default") == 1000
+        assert {status_of(ledger, f"old-{i}") for i in range(1000)} == {JobStatus.CANCELLED}
+        assert ledger.num_steps >= 10
+        assert {status_of(ledger, f"new-{i}") for i in range(ledger.num_steps)} == {JobStatus.QUEUED}
 
 
 def test_a_purge_finds_jobs_that_move_while_it_looks(ledger: Ledger, redis_client: redis.Redis) -> None:
