@@ -38,6 +38,7 @@ JOB_EXAMPLES: Final[dict[str, dict[str, Any]]] = {
     },
 }
 
+CANCEL_EXAMPLE: Final[dict[str, Any]] = {"status": "queued", "model": "default", "metadata": {"run": 7}}
 UPLOAD_EXAMPLE: Final = {"content_type": "image/png", "num_bytes": 48213}
 #: One event as a reader of server-sent events gets it.
 EVENT_EXAMPLE: Final = {

@@ -14,7 +14,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api_stub.contract.schema import schemas
-from api_stub.gateway.examples import ANSWERS, EVENT_EXAMPLE, JOB_EXAMPLES, UPLOAD_EXAMPLE, problem_example
+from api_stub.gateway.examples import (
+    ANSWERS,
+    CANCEL_EXAMPLE,
+    EVENT_EXAMPLE,
+    JOB_EXAMPLES,
+    UPLOAD_EXAMPLE,
+    problem_example,
+)
 from api_stub.gateway.problems import MEDIA_TYPE as PROBLEM_TYPE
 from api_stub.gateway.problems import ProblemBody
 from api_stub.gateway.sse import MEDIA_TYPE as EVENT_STREAM
@@ -152,6 +159,7 @@ def _event() -> dict[str, Any]:
 
 def _describe_others(paths: dict[str, Any]) -> None:
     paths["/v1/uploads"]["post"]["requestBody"]["content"]["application/json"]["example"] = UPLOAD_EXAMPLE
+    paths["/v1/jobs/cancel"]["post"]["requestBody"]["content"]["application/json"]["example"] = CANCEL_EXAMPLE
     absent = {"schema": {"$ref": _SCHEMAS + "Health"}, "example": {"status": "redis does not answer"}}
     paths["/readyz"]["get"]["responses"]["503"] = {
         "description": "Redis does not answer",

@@ -251,6 +251,7 @@ def test_a_purge_gets_over_rows_that_somebody_removed(ledger: Ledger, redis_clie
         ledger.submit(f"job-{i}", question(tenant="zoo"))
     redis_client.delete(names.job_key("job-1"), names.job_key("job-19"))
     assert ledger.purge("default") == 18
+    assert redis_client.hgetall(names.NUM_HELD_KEY) == {}
 
 
 # cancelling many
