@@ -18,9 +18,9 @@ from api_stub.ledger.rows import CancelledJobs, Deleted, QueueChange
 
 @dataclass(frozen=True, slots=True)
 class PurgeStep:
-    """`last` and `cursor` are for the next step; a `cursor` of None: this was the last one."""
+    """`first` and `cursor` are for the next step; a `cursor` of None: this was the last one."""
 
-    last: str
+    first: str
     cursor: str | None
     num_ended: int
 
@@ -55,11 +55,11 @@ def purge(model: str, former: PurgeStep | None) -> Call[PurgeStep]:
     """End some of a model's queued jobs, those that were there at the first step."""
 
     def parse(reply: list[Any]) -> PurgeStep:
-        last, cursor, num_ended = reply
-        return PurgeStep(last, cursor or None, num_ended)
+        first, cursor, num_ended = reply
+        return PurgeStep(first, cursor or None, num_ended)
 
-    last, cursor = (former.last, former.cursor or "") if former is not None else ("", "")
-    return Call(Transition.PURGE, (model, last, cursor), parse)
+    first, cursor = (former.first, former.cursor or "") if former is not None else ("", "")
+    return Call(Transition.PURGE, (model, first, cursor), parse)
 
 
 def cancel_jobs(tenant: str, wanted: JobSelection, former: CancelStep | None) -> Call[CancelStep]:

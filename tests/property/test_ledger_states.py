@@ -322,9 +322,11 @@ class LedgerMachine(RuleBasedStateMachine):
         """Doorbells of whatever jobs: only those that one announces get another."""
         announced = [job_id for job_id in job_ids if self._is_announced(self.model[job_id])]
         num_there = self._num_doorbells()
-        assert self.ledger.ring_again(job_ids) == len(announced)
-        assert self._num_doorbells() == num_there + len(announced)
-        assert all(self._is_waiting(self.model[job_id]) for job_id in announced)
+        num_rung = 0 if self.is_paused else len(announced)
+        assert self.ledger.ring_again(job_ids) == num_rung
+        assert self._num_doorbells() == num_there + num_rung
+        has_its_place = self._is_held if self.is_paused else self._is_waiting
+        assert all(has_its_place(self.model[job_id]) for job_id in announced)
 
     def _is_announced(self, job: ModelJob) -> bool:
         return job.status is JobStatus.QUEUED and self.redis.hget(names.job_key(job.job_id), "bell") not in (None, "0")

@@ -1,4 +1,4 @@
--- Ends the queued jobs of one model that were there at the first call, some at a time. Answers what the next call is given as `last`
+-- Ends the queued jobs of one model that were there at the first call, some at a time. Answers what the next call is given as `first`
 -- and `cursor` (none after the last call), and how many jobs this one ended.
 --
 -- A queued job waits for its doorbell, is held, or waits for its alarm, and may go from one to the other between two calls. Those with
@@ -6,13 +6,18 @@
 -- last, and goes on only in a call that has found nobody waiting and nobody held. So whoever it misses was claimed meanwhile.
 local MAX_ENDED = 100
 local MAX_LOOKS = 250
-local model, last, cursor = unpack(ARGV)
-last = last ~= '' and last or redis.call('GET', KEY.submitted) or '0'
+local model, first, cursor = unpack(ARGV)
+first = first ~= '' and first or (redis.call('GET', KEY.submitted) or '0') .. ' ' .. stamp
+local last, since = string.match(first, '^(%d+) ([%d.]+)$')
 local num_ended = 0
 
+local function was_there(row)
+  return tonumber(row.created) <= tonumber(since) or tonumber(row.place or row.order or '1e300') <= tonumber(last)
+end
+
 local function end_queued(id)
-  local row = read(id, 'status', 'model', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'place')
-  if row.status == 'queued' and row.model == model and tonumber(row.place) <= tonumber(last) then
+  local row = read(id, 'status', 'model', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created', 'place', 'order')
+  if row.status == 'queued' and row.model == model and was_there(row) then
     unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was queued: its queue was purged')
     num_ended = num_ended + 1
   end
@@ -53,11 +58,11 @@ go_on_when_full()
 for step in pairs(STEP) do
   end_list(model .. ':' .. step)
   if num_ended > 0 then
-    return {last, cursor ~= '' and cursor or '0', num_ended}
+    return {first, cursor ~= '' and cursor or '0', num_ended}
   end
 end
 local page = redis.call('ZSCAN', KEY.due, cursor ~= '' and cursor or '0', 'COUNT', MAX_LOOKS)
 for i = 1, #page[2], 2 do
   end_queued(page[2][i])
 end
-return {last, page[1] == '0' and '' or page[1], num_ended}
+return {first, page[1] == '0' and '' or page[1], num_ended}

@@ -136,6 +136,21 @@ def test_a_job_that_waits_long_is_not_let_in_front_of_a_paused_queue(ledger: Led
     assert redis_client.hget(names.job_key("old"), "list") == "default:9"
 
 
+def test_doorbells_that_a_draining_worker_leaves_are_not_written_for_what_is_held(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    for job_id in ("unheard", "claimed"):
+        ledger.submit(job_id, question())
+    lose_doorbells(redis_client)
+    ledger.pause("default")
+    assert ledger.claim("claimed", "worker-1") == HELD
+    assert ledger.ring_again(["claimed", "unheard"]) == 0
+    assert doorbells_in(redis_client) == []
+    assert redis_client.hgetall(names.NUM_HELD_KEY) == {"default:6": "2"}
+    ledger.resume("default")
+    assert doorbells_in(redis_client) == ["unheard", "claimed"]
+
+
 def test_a_view_says_that_its_queue_is_paused(ledger: Ledger) -> None:
     started(ledger, "running")
     ledger.submit("queued", question())
