@@ -16,7 +16,7 @@ from api_stub.handle import JobHandle
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, eventually
 
-LONG = {"question": "hello", "max_new_tokens": 1900, "min_new_tokens": 1900}
+LONG = {"question": "hello", "max_new_tokens": 300, "min_new_tokens": 300}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_worker_takes_nothing_of_a_paused_queue_until_it_goes_on(worker: Worke
         plain = client.job(str(uuid.uuid4()))
         with Celery(broker=server.url) as celery:
             celery.send_task("visionq.vqa", kwargs={"question": "hello"}, queue="visionq.default", task_id=plain.id)
-        assert running.result(timeout=120).usage.completion_tokens == 1900
+        assert running.result(timeout=120).usage.completion_tokens == 300
         eventually(lambda: late.status().status is JobStatus.EXPIRED, 60, "the deadline passes")
         eventually(lambda: is_known(plain), 60, "the plain message is adopted")
         server.kill()
@@ -83,5 +83,5 @@ def test_a_purge_beside_a_worker_ends_all_that_waits(worker: WorkerProcess, serv
         assert num_ended > 0
         cancelled = [job for job in jobs if job.status().status is JobStatus.CANCELLED]
         assert len(cancelled) == num_ended
-        assert running.result(timeout=120).usage.completion_tokens == 1900
+        assert running.result(timeout=120).usage.completion_tokens == 300
         assert client.vqa(question="hello").result(timeout=120).attempt == 1
