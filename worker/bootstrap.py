@@ -19,6 +19,7 @@ from worker.engine.vision import VisionConfig
 from worker.errors import CannotStart
 from worker.intake import Intake
 from worker.lifecycle.attempt import Attempts
+from worker.lifecycle.circuit import Circuit
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.health import Health
@@ -38,6 +39,7 @@ from worker.observability.metrics import Metrics
 from worker.pipeline import Pipeline
 from worker.prompting.prepare import PromptBuilder
 from worker.prompting.trials import trial_prompts
+from worker.proofs import Proofs
 from worker.runtime import Runtime
 from worker.settings import Attention, KVBackend, Switch, WorkerSettings
 from worker.streaming.publisher import Publisher
@@ -81,6 +83,10 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         policy,
         retries=settings.storage_retries,
     )
+    circuit = Circuit(
+        Proofs(fetcher, decoders, policy, lambda timeout_s: try_out(engine, prompts, answers, timeout_s)),
+        job_meter.fell_sick,
+    )
     runtime = Runtime(
         worker_name=worker_name,
         settings=settings,
@@ -98,6 +104,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             engine=engine,
             events=publisher,
             meter=job_meter,
+            circuit=circuit,
             on_engine_dead=lambda: runtime.fail(Finding(Trouble.ENGINE_DEAD, "a job met a dead engine")),
             max_retries=settings.max_retries,
         ),
@@ -112,6 +119,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         step_meter=step_meter,
         token_meter=token_meter,
         intake=Intake(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
+        circuit=circuit,
         drain=Drain(attempts, settings.drain_s),
         heartbeat=Heartbeat(
             ledger,

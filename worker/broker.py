@@ -99,14 +99,16 @@ class GuardedChannel(Channel):
 
     The transport option `on_entry` is called for every entry that came off a list, whatever became of it, `on_drop`
     with the reason for each that was dropped, `on_unanswered` with the ids of jobs whose doorbells are left behind.
+    While `may_take` says no, nothing is asked for.
     """
 
     QoS = GuardedQoS
     Message = EntryMessage
-    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop", "on_unanswered")
+    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop", "on_unanswered", "may_take")
     on_entry: Callable[[], None] | None = None
     on_drop: Callable[[DropReason], None] | None = None
     on_unanswered: Callable[[Sequence[str]], None] | None = None
+    may_take: Callable[[], bool] | None = None
     # kombu's, which its stubs leave out.
     connection_errors: tuple[type[Exception], ...]
     _consumers: set[str]
@@ -166,6 +168,10 @@ class GuardedChannel(Channel):
         for queue in [routing_key] if is_ours else self._lookup(exchange, routing_key):
             push = pipe.lpush if leftmost else pipe.rpush
             push(self._q_for_pri(queue, priority), json.dumps(payload))
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if self.may_take is None or self.may_take():
+            super()._brpop_start(timeout)  # type: ignore[misc]
 
     def _brpop_read(self, **options: Any) -> bool:
         try:

@@ -38,11 +38,13 @@ def make_app(
     on_entry: Callable[[], None] | None = None,
     on_drop: Callable[[DropReason], None] | None = None,
     on_unanswered: Callable[[Sequence[str]], None] | None = None,
+    may_take: Callable[[], bool] | None = None,
 ) -> Celery:
     """Return a Celery app for the settings' queue. Tasks are registered by worker.tasks.
 
     `on_entry` is called for everything that comes off the queue, `on_drop` for what nobody can be answered for,
-    `on_unanswered` with the ids of jobs whose doorbells a connection leaves behind.
+    `on_unanswered` with the ids of jobs whose doorbells a connection leaves behind. While `may_take` says no, the queue
+    is not read.
     """
     url = settings.redis_url.get_secret_value()
     queue = names.queue(settings.model_name)
@@ -84,7 +86,7 @@ def make_app(
         broker_channel_error_retry=True,
         broker_connection_timeout=4,
         broker_transport_options=_transport_options()
-        | {"on_entry": on_entry, "on_drop": on_drop, "on_unanswered": on_unanswered},
+        | {"on_entry": on_entry, "on_drop": on_drop, "on_unanswered": on_unanswered, "may_take": may_take},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_retry_on_timeout=True,

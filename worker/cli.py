@@ -58,7 +58,13 @@ def start(
         runtime.start()
     except CannotStart as error:
         refuse(redact(str(error)))
-    celery_app = make_app(settings, runtime.consumption.met, runtime.metrics.count_dropped, runtime.leave_unanswered)
+    celery_app = make_app(
+        settings,
+        runtime.consumption.met,
+        runtime.metrics.count_dropped,
+        runtime.leave_unanswered,
+        lambda: runtime.circuit.may_take,
+    )
     register(celery_app, runtime)
     _leave_out_of_collections()
     status = serve(celery_app, settings, runtime)

@@ -6,6 +6,7 @@
     │   ├── ModelMismatch         model_mismatch
     │   ├── MediaNotFound         media_not_found
     │   ├── MediaForbidden        media_forbidden
+    │   │   └── MediaRefused          media_forbidden, unless it is the worker whom storage refuses
     │   ├── MediaTooLarge         media_too_large
     │   ├── MediaCorrupt          media_corrupt
     │   ├── MediaUnsupported      media_unsupported
@@ -13,25 +14,49 @@
     │   └── DeadlineExceeded      deadline_exceeded
     ├── TransientError        the world is slow: the job may be tried again
     │   ├── StorageUnavailable    storage_unavailable
-    │   └── OutOfMemory           out_of_memory
+    │   │   ├── StorageRefuses        storage_unavailable: it refuses this worker, whatever it is asked for
+    │   │   └── DiskFailed            storage_unavailable: nothing can be written on the worker's disk
+    │   ├── OutOfMemory           out_of_memory
+    │   │   └── DecoderOutOfMemory    out_of_memory
+    │   └── DecoderFailed         internal: a decoder's own program fails
     ├── GenerationFailed      the engine gave one request up, for the reason it carries
+    ├── Unforeseen            internal: an error that nobody thought of
     ├── EngineDead            the engine thread is gone: stop and be restarted
     └── CannotStart           a worker that cannot serve refuses to start, naming the setting
+
+An error names the `part` of the worker that it casts doubt on. Whether that part fails every job, and not this one
+alone, is for worker.lifecycle.circuit to say.
 
 Messages name the thing, the limit and the value; never a credential, a signed URL or a stack trace.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import ClassVar
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 
 
+class Part(StrEnum):
+    """What of a worker can fail every job. A metric's label."""
+
+    STORAGE = "storage"
+    DISK = "disk"
+    DECODERS = "decoders"
+    ENGINE = "engine"
+    PROGRAM = "program"  # what is between them; an error that nobody foresaw
+
+
 class WorkerError(Exception):
-    """Root of everything the worker raises on purpose. `code` is what the producer sees."""
+    """Root of everything the worker raises on purpose. `code` is what the producer sees.
+
+    `part` is None for what is the job's own fault. `is_proven`: the worker's fault beyond doubt, whatever the job.
+    """
 
     code: ClassVar[ErrorCode] = ErrorCode.INTERNAL
+    part: Part | None = None
+    is_proven: bool = False
 
     def info(self) -> ErrorInfo:
         """Return the error as it is stored with the job."""
@@ -61,9 +86,15 @@ class MediaNotFound(RequestError):
 
 
 class MediaForbidden(RequestError):
-    """Raised when a bucket is not on the worker's allow-list or storage refuses the worker's credentials."""
+    """Raised when a bucket is not on the worker's allow-list or storage refuses the object and serves others."""
 
     code = ErrorCode.MEDIA_FORBIDDEN
+
+
+class MediaRefused(MediaForbidden):
+    """Raised when storage refuses an object to a worker to which it has served none yet."""
+
+    part = Part.STORAGE
 
 
 class MediaTooLarge(RequestError):
@@ -104,12 +135,40 @@ class StorageUnavailable(TransientError):
     """Raised when storage did not answer, or answered 5xx or 429, also after retries."""
 
     code = ErrorCode.STORAGE_UNAVAILABLE
+    part = Part.STORAGE
+
+
+class StorageRefuses(StorageUnavailable):
+    """Raised when storage refuses the worker also what it served before. `is_proven`: it names the credentials."""
+
+    def __init__(self, message: str, *, is_proven: bool = False) -> None:
+        super().__init__(message)
+        self.is_proven = is_proven
+
+
+class DiskFailed(StorageUnavailable):
+    """Raised when a job's files cannot be written."""
+
+    part = Part.DISK
 
 
 class OutOfMemory(TransientError):
     """Raised when one request did not fit into the device's memory."""
 
     code = ErrorCode.OUT_OF_MEMORY
+    part = Part.ENGINE
+
+
+class DecoderOutOfMemory(OutOfMemory):
+    """Raised when no process to decode media can be started, or the system ended one."""
+
+    part = Part.DECODERS
+
+
+class DecoderFailed(TransientError):
+    """Raised when a decoder's own program fails: it does not start, or has a defect."""
+
+    part = Part.DECODERS
 
 
 class GenerationFailed(WorkerError):
@@ -118,10 +177,17 @@ class GenerationFailed(WorkerError):
     def __init__(self, error: ErrorInfo) -> None:
         super().__init__(error.message)
         self._error = error
+        self.part = Part.ENGINE if error.code in (ErrorCode.INTERNAL, ErrorCode.OUT_OF_MEMORY) else None
 
     def info(self) -> ErrorInfo:
         """Return the engine's error."""
         return self._error
+
+
+class Unforeseen(WorkerError):
+    """Stands for an exception that nobody thought of."""
+
+    part = Part.PROGRAM
 
 
 class EngineDead(WorkerError):

@@ -14,10 +14,12 @@ from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import CompletedBody, FinalBody, RetryReason
 from api_stub.contract.result import FinishReason
 from api_stub.ledger.rows import RefusalReason
+from worker.endings import GiveBack
 from worker.engine.engine import Engine
 from worker.engine.request import Finish, RequestOutput
 from worker.engine.step_times import Stage, StepClock
 from worker.entry import DropReason
+from worker.errors import Part
 from worker.lifecycle.attempt import Attempt, StopReason
 from worker.media.cache import MediaCacheStats
 from worker.media.room import RoomStats
@@ -124,9 +126,14 @@ class JobMeter:
             (metrics.attempts_stopped, StopReason),
             (metrics.claims_refused, RefusalReason),
             (metrics.messages_dropped, DropReason),
+            (metrics.worker_sick, Part),
         ):
             for value in values:
                 family.labels(value.value)
+
+    def fell_sick(self, part: Part, is_sick: bool) -> None:
+        """The worker fell sick, or is well again."""
+        self._metrics.worker_sick.labels(part.value).set(is_sick)
 
     def begins(self, attempt: Attempt) -> None:
         """A job was claimed."""
@@ -147,7 +154,7 @@ class JobMeter:
         """A doorbell rang for nothing."""
         self._metrics.claims_refused.labels(reason.value).inc()
 
-    def ends(self, attempt: Attempt, body: FinalBody | RetryReason | None, outcome: str, watch: Stopwatch) -> None:
+    def ends(self, attempt: Attempt, body: FinalBody | GiveBack | None, outcome: str, watch: Stopwatch) -> None:
         """An attempt is over: `outcome` is what became of the `body` that it would end with."""
         metrics = self._metrics
         status, _, answer = outcome.removeprefix("job.").partition(":")
@@ -157,8 +164,8 @@ class JobMeter:
             metrics.attempts_stopped.labels(attempt.stop_reason.value).inc()
         if not is_ours or status == "unsettled" or body is None:
             return
-        if isinstance(body, RetryReason):
-            metrics.request_retry.labels(body.value).inc()
+        if isinstance(body, GiveBack):
+            metrics.request_retry.labels(body.reason.value).inc()
         elif isinstance(body, CompletedBody):
             metrics.request_success.labels(body.result.finish_reason.value).inc()
             metrics.e2e_request_latency.observe(watch.total_s)

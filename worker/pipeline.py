@@ -14,19 +14,27 @@ from typing import Final, Protocol
 
 import redis
 
-from api_stub.contract.error import ErrorCode, ErrorInfo, InvalidJob
+from api_stub.contract.error import InvalidJob
 from api_stub.contract.event import CompletedBody, FinalBody, ProgressBody, RetryReason, Stage
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Claim
 from api_stub.ledger.verdicts import is_passing
 from worker.answers import Answer, Answers
-from worker.endings import MAX_RETRIES, failed_body, retried_or_failed, stopped_body, storage_pause_s, used
+from worker.endings import (
+    MAX_RETRIES,
+    GiveBack,
+    as_worker_error,
+    given_back_by_the_sick,
+    retried_or_failed,
+    stopped_body,
+    used,
+)
 from worker.engine.request import Finish, GenerationRequest
-from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, OutOfMemory, WorkerError
+from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, Part
 from worker.intake import Accepted
 from worker.lifecycle.attempt import Attempt, Attempts, Stopped, StopReason
+from worker.lifecycle.circuit import Circuit
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
 from worker.media.room import Room
 from worker.metering import JobMeter
@@ -40,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 #: Between two tries to tell the ledger how a job ended, while Redis is away.
 FINISH_PAUSE_S: Final = 0.2
-#: Before a job that did not fit into memory is tried again, per attempt made: its neighbours end, or a worker with
-#: more room takes it.
-OOM_PAUSE_S: Final = 2.0
 NO_MEDIA: Final = Collected([], 0.0, 0)
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
@@ -83,6 +88,7 @@ class Pipeline:
         engine: EngineDoor,
         events: EventDoor,
         meter: JobMeter,
+        circuit: Circuit,
         on_engine_dead: Callable[[], None],
         max_retries: int = MAX_RETRIES,
     ) -> None:
@@ -96,6 +102,7 @@ class Pipeline:
         self._engine = engine
         self._events = events
         self._meter = meter
+        self._circuit = circuit
         self._on_engine_dead = on_engine_dead
         self._max_retries = max_retries
         self._pause = threading.Event()
@@ -123,14 +130,15 @@ class Pipeline:
 
     def _ending(
         self, attempt: Attempt, problem: str | None, answer: Answer, watch: Stopwatch
-    ) -> FinalBody | RetryReason | None:
-        """Return how the job ends: a final body, a reason to give it back, or None when it is no longer ours."""
+    ) -> FinalBody | GiveBack | None:
+        """Return how the job ends: a final body, a give-back, or None when it is no longer ours."""
         usage = Usage()
         try:
             job = self._read(attempt, problem)
             inputs = self._prepare(attempt, job, watch)
             usage = used(job, inputs, 0)
             finish = self._generate(attempt, job, inputs, answer, watch)
+            self._circuit.success(Part.ENGINE, Part.PROGRAM)
             self._meter.answered(watch.first_token_s(finish))
             return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
         except Stopped as stopped:
@@ -138,19 +146,14 @@ class Pipeline:
         except EngineDead as error:
             logger.error("engine is dead", extra=_facts(attempt) | {"error": str(error)})
             self._on_engine_dead()
-            return RetryReason.GIVEN_BACK
-        except WorkerError as error:
-            return retried_or_failed(attempt.claim, error.info(), answer, usage, self._max_retries)
-        except MemoryError:
-            logger.warning("job did not fit into memory", extra=_facts(attempt), exc_info=True)
-            info = OutOfMemory("preparing the job did not fit into the worker's memory").info()
-            return retried_or_failed(attempt.claim, info, answer, usage, self._max_retries)
-        except Exception as error:
-            logger.exception("job broke", extra=_facts(attempt))
-            info = ErrorInfo.of(
-                ErrorCode.INTERNAL, f"unexpected {type(error).__name__}; the worker's log has the details"
-            )
-            return failed_body(info, answer, usage)
+            return GiveBack(RetryReason.GIVEN_BACK)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job has an end
+            fault = as_worker_error(error)
+        if fault.part is not None:
+            words, job_id = str(fault), attempt.claim.job_id
+            if self._circuit.fault(fault.part, job_id, words, is_proven=fault.is_proven):
+                return given_back_by_the_sick(attempt.claim, fault, answer, usage)
+        return retried_or_failed(attempt.claim, fault, answer, usage, self._max_retries)
 
     def _read(self, attempt: Attempt, problem: str | None) -> Job:
         if problem is not None or not attempt.claim.body:
@@ -192,6 +195,7 @@ class Pipeline:
         watch.fetch.seconds -= collected.decode_s
         watch.prepare.seconds += collected.decode_s
         self._meter.collected(watch.fetch.seconds, collected.decode_s, collected.num_bytes)
+        self._circuit.success(Part.STORAGE, *((Part.DISK, Part.DECODERS) if collected.num_bytes else ()))
         self._progress(attempt, Stage.PREPARING, 0, len(parts))
         return collected
 
@@ -236,7 +240,7 @@ class Pipeline:
             metadata=job.metadata,
         )
 
-    def _settle(self, attempt: Attempt, body: FinalBody | RetryReason | None) -> str:
+    def _settle(self, attempt: Attempt, body: FinalBody | GiveBack | None) -> str:
         """Tell the ledger, however long Redis is away, until it answers or the lease is lost.
 
         A process that ends waits no longer than its lease: a reaper finds the job, and it is done again.
@@ -248,9 +252,9 @@ class Pipeline:
         job_id, fence = attempt.claim.job_id, attempt.claim.fence
         while attempt.stop_reason is not StopReason.LOST:
             try:
-                if isinstance(body, RetryReason):
-                    delay_s = _pause_s(body, attempt.claim)
-                    return "given_back" if self._ledger.give_back(job_id, fence, body, delay_s) else "lost"
+                if isinstance(body, GiveBack):
+                    is_ours = self._ledger.give_back(job_id, fence, body.reason, body.pause_s, body.is_charged)
+                    return "given_back" if is_ours else "lost"
                 return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
             except redis.RedisError as error:
                 logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})
@@ -279,17 +283,6 @@ class Pipeline:
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
         self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
-
-
-def _pause_s(reason: RetryReason, claim: Claim) -> float:
-    """Return how long a job waits in the ledger before it is rung again."""
-    match reason:
-        case RetryReason.OUT_OF_MEMORY:
-            return OOM_PAUSE_S * claim.attempt
-        case RetryReason.STORAGE:
-            return storage_pause_s(claim.num_retries)
-        case _:
-            return 0.0
 
 
 def _facts(attempt: Attempt) -> dict[str, object]:

@@ -20,6 +20,7 @@ from worker.engine.engine import Engine
 from worker.errors import CannotStart, WorkerError
 from worker.intake import Intake
 from worker.lifecycle.attempt import Attempts
+from worker.lifecycle.circuit import Circuit
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.health import Health, Vitals
@@ -66,6 +67,7 @@ class Runtime:
     publisher: Publisher[TimedStep]
     pipeline: Pipeline
     intake: Intake
+    circuit: Circuit
     drain: Drain
     heartbeat: Heartbeat
     media_cache: MediaCache
@@ -156,6 +158,7 @@ class Runtime:
             is_publisher_alive=self.publisher.is_alive,
             is_consuming=self.consumption.is_consuming,
             is_draining=self.drain.is_draining,
+            sick_of=self.circuit.reason,
             redis_silent_s=round(time.monotonic() - self.heartbeat.last_beat_at, 3),
             num_held=len(self.attempts),
             num_running=self.engine.num_running,
@@ -178,6 +181,8 @@ class Runtime:
         return time.monotonic() - self.heartbeat.last_beat_at < self.settings.lease_s
 
     def _num_to_take(self) -> int:
+        if not self.circuit.may_take:
+            return 0  # a sick worker leaves the queue to others
         return num_to_take(self.ledger.client, self.settings.model_name, self.drain)
 
     def stop(self) -> None:

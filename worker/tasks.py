@@ -64,10 +64,22 @@ class _JobTask(Task[Any, Any]):
     def _handle(self, entry: Entry) -> None:
         if self._runtime.drain.is_draining:
             logger.info("message put back", extra={"action": "drain", "job_id": entry.job_id})
-            if not entry.is_doorbell or entry.job_id is None:
-                raise Reject(reason="draining", requeue=True)  # Celery does so when its other tasks are over
-            self._runtime.intake.decline([entry.job_id])  # another worker takes it at once
+            self._put_back(entry)
             return
-        accepted = self._runtime.intake.accept(read_knock(entry))
-        if accepted is not None:
-            self._runtime.pipeline.run(accepted)
+        name = entry.job_id or ""
+        if not self._runtime.circuit.begin(name):
+            logger.info("message put back", extra={"action": "circuit", "job_id": entry.job_id})
+            self._put_back(entry)
+            return
+        try:
+            accepted = self._runtime.intake.accept(read_knock(entry))
+            if accepted is not None:
+                self._runtime.pipeline.run(accepted)
+        finally:
+            self._runtime.circuit.end(name)
+
+    def _put_back(self, entry: Entry) -> None:
+        """Leave a message to another worker, which takes it at once."""
+        if not entry.is_doorbell or entry.job_id is None:
+            raise Reject(reason="not taken here", requeue=True)
+        self._runtime.intake.decline([entry.job_id])

@@ -35,8 +35,8 @@ class TriedOut:
     num_media_tokens: int
 
 
-def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers) -> TriedOut:
-    """Ask once and wait; `answers` must be fed with the engine's outputs.
+def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers, timeout_s: float = TIMEOUT_S) -> TriedOut:
+    """Ask once and wait; `answers` must be fed with the engine's outputs. One caller at a time.
 
     Raises the WorkerError that prevents an answer.
     """
@@ -48,11 +48,13 @@ def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers) -> TriedOu
     try:
         sampling = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=0)
         engine.submit(GenerationRequest(answer.request_id, inputs, sampling))
-        finish = answer.wait(TIMEOUT_S)
+        finish = answer.wait(timeout_s)
+        if finish is None:
+            engine.cancel(answer.request_id)
     finally:
         answers.close(answer)
     if finish is None:
-        raise EngineDead(f"no answer within {TIMEOUT_S:.0f} s")
+        raise EngineDead(f"no answer within {timeout_s:.0f} s")
     if finish.error is not None:
         raise GenerationFailed(finish.error)
     return TriedOut(answer.text, finish, inputs.num_media_tokens)

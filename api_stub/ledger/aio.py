@@ -95,9 +95,11 @@ class AsyncLedger:
         """See `Ledger.finish`."""
         return await self._run(calls.finish(job_id, fence, body))
 
-    async def give_back(self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0) -> bool:
+    async def give_back(
+        self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0, is_charged: bool = False
+    ) -> bool:
         """See `Ledger.give_back`."""
-        return await self._run(calls.give_back(job_id, fence, reason, delay_s))
+        return await self._run(calls.give_back(job_id, fence, reason, delay_s, is_charged))
 
     async def cancel(self, job_id: str) -> Cancelled:
         """See `Ledger.cancel`."""

@@ -126,9 +126,10 @@ def finish(job_id: str, fence: int, body: FinalBody) -> Call[Finished]:
     return Call(Transition.FINISH, (job_id, fence, status.value, body_fragment(body), outcome), Finished)
 
 
-def give_back(job_id: str, fence: int, reason: RetryReason, delay_s: float) -> Call[bool]:
+def give_back(job_id: str, fence: int, reason: RetryReason, delay_s: float, is_charged: bool) -> Call[bool]:
     """Queue a held job again, to be rung after `delay_s`."""
-    return Call(Transition.GIVE_BACK, (job_id, fence, reason.value, delay_s), lambda reply: bool(reply == 1))
+    args = (job_id, fence, reason.value, delay_s, int(is_charged))
+    return Call(Transition.GIVE_BACK, args, lambda reply: bool(reply == 1))
 
 
 def cancel(job_id: str) -> Call[Cancelled]:

@@ -118,12 +118,14 @@ class Ledger:
         """End a held job, once: row, Celery result (and its channel) and final event in one step."""
         return self._run(calls.finish(job_id, fence, body))
 
-    def give_back(self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0) -> bool:
-        """Queue a held job again; a reaper rings for it after `delay_s`. No loss is charged.
+    def give_back(
+        self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0, is_charged: bool = False
+    ) -> bool:
+        """Queue a held job again; a reaper rings for it after `delay_s`. No loss is charged; a retry is, if asked for.
 
         A job that was asked to stop becomes final (cancelled) instead. False: not this fence's job any more.
         """
-        return self._run(calls.give_back(job_id, fence, reason, delay_s))
+        return self._run(calls.give_back(job_id, fence, reason, delay_s, is_charged))
 
     def cancel(self, job_id: str) -> Cancelled:
         """End a queued job at once; flag a running one and tell its worker on the cancel channel."""

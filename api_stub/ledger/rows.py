@@ -46,7 +46,8 @@ class Claim:
     `body` is the job's JSON, empty when the job was adopted without a valid one. `fence` is greater than that of every
     earlier claim that Redis remembers, and equal to none, not even to one that it has forgotten. `deadline_left_s` is
     None for a job without a deadline. `queued_s` counts from the moment the job was last queued, `age_s` from its
-    submission. `num_retries`: how often it was given back for its storage.
+    submission. `num_retries`: how often it was given back for a fault that may be
+    its own.
     """
 
     job_id: str

@@ -33,9 +33,12 @@ from worker.errors import (
     MediaCorrupt,
     MediaForbidden,
     MediaNotFound,
+    MediaRefused,
     MediaTooLarge,
     MediaUnsupported,
+    StorageRefuses,
     StorageUnavailable,
+    WorkerError,
 )
 from worker.media.fetch import FetchedMedia, MediaFetcher, s3_client
 from worker.media.policy import MediaPolicy
@@ -149,10 +152,72 @@ def test_a_version_that_storage_calls_malformed_is_not_found(fetch, storage: Fau
 
 
 def test_a_refusal_says_that_it_may_mean_a_missing_object(fetch, storage: FaultyStorage) -> None:
-    storage.always = Status(403, "AccessDenied")
-    with pytest.raises(MediaForbidden, match="may not read it, or it does not exist and the worker may not list"):
+    storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, "AccessDenied")]}
+    with pytest.raises(
+        MediaForbidden, match=r"AccessDenied.* may not read it, or it does not exist and the worker may"
+    ):
         fetch("s3://media/hidden.png")
-    assert storage.seen == ["HEAD"]
+    assert storage.seen == ["HEAD", "GET", "HEAD"]
+
+
+def refused(storage: FaultyStorage, tmp_path: Path, code: str, *, is_known: bool, status: int = 403) -> Exception:
+    """What a read raises when storage refuses everything; `is_known`: it served this worker before."""
+    fetcher = fetcher_at(storage.url)
+    if is_known:
+        fetched_by(fetcher, "s3://media/served.png", tmp_path)
+    storage.always = Status(status, code)
+    with pytest.raises(WorkerError) as caught:
+        fetched_by(fetcher, "s3://media/served.png", tmp_path)
+    assert not fetcher.is_served()
+    storage.always = None
+    assert fetcher.is_served()
+    return caught.value
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (403, "RequestTimeTooSkewed"), (400, "ExpiredToken"), (403, "InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch"), (400, "InvalidToken"),
+    ],
+)  # fmt: skip
+def test_a_worker_without_valid_credentials_is_to_blame_and_no_job(
+    s3_client: S3Client, storage: FaultyStorage, tmp_path: Path, status: int, code: str, is_known: bool
+) -> None:
+    s3_client.put_object(Bucket="media", Key="served.png", Body=png(side=20))
+    error = refused(storage, tmp_path, code, is_known=is_known, status=status)
+    assert isinstance(error, StorageRefuses)
+    assert error.is_proven
+    assert code in str(error)
+
+
+def test_a_worker_that_may_read_nothing_any_more_is_suspect(
+    s3_client: S3Client, storage: FaultyStorage, tmp_path: Path
+) -> None:
+    s3_client.put_object(Bucket="media", Key="served.png", Body=png(side=20))
+    known = refused(storage, tmp_path, "AccessDenied", is_known=True)
+    assert isinstance(known, StorageRefuses)
+    assert not known.is_proven, "the object that it may not read any more may be the only one"
+    assert isinstance(refused(storage, tmp_path, "AccessDenied", is_known=False), MediaRefused)
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "SignatureDoesNotMatch"])
+def test_an_object_that_is_refused_while_others_are_served_is_the_jobs_own_fault(
+    s3_client: S3Client, storage: FaultyStorage, tmp_path: Path, code: str
+) -> None:
+    for key in ("served.png", "hidden.png"):
+        s3_client.put_object(Bucket="media", Key=key, Body=png(side=20))
+    fetcher = fetcher_at(storage.url)
+    fetched_by(fetcher, "s3://media/served.png", tmp_path)
+    storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, code)]}
+    with pytest.raises(MediaForbidden) as caught:
+        fetched_by(fetcher, "s3://media/hidden.png", tmp_path)
+    assert caught.value.part is None
+    s3_client.delete_object(Bucket="media", Key="served.png")
+    storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, code)]}
+    with pytest.raises(MediaForbidden):  # what is gone was not refused
+        fetched_by(fetcher, "s3://media/hidden.png", tmp_path)
 
 
 def test_no_bytes_are_corrupt_media(s3_client: S3Client, fetch) -> None:

@@ -19,7 +19,7 @@ from api_stub.contract.job import TaskName, VqaJob
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.view import JobView
 from tests.servers import eventually
-from worker import pipeline
+from worker import endings
 from worker.bootstrap import build
 from worker.intake import Knock
 from worker.runtime import Runtime
@@ -110,7 +110,7 @@ def worker(
         return loaded
 
     monkeypatch.setattr("worker.bootstrap.load", load_into_little_memory)
-    monkeypatch.setattr(pipeline, "OOM_PAUSE_S", 0.05)
+    monkeypatch.setattr(endings, "OOM_PAUSE_S", 0.05)
     settings = WorkerSettings(
         redis_url=redis_url, sweep_s=0.1, torch_threads=1, max_num_seqs=8, kv_backend=request.param
     )

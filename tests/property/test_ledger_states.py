@@ -308,11 +308,12 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             assert finished is (Finished.ALREADY if job.finished_by == claim.fence else Finished.LOST)
 
-    @rule(claim=claims, delay_s=st.sampled_from((0.0, 3600.0)))
-    def give_back(self, claim: Claim, delay_s: float) -> None:
+    @rule(claim=claims, delay_s=st.sampled_from((0.0, 3600.0)), is_charged=st.booleans())
+    def give_back(self, claim: Claim, delay_s: float, is_charged: bool) -> None:
         job = self.model[claim.job_id]
         is_held = job.is_held_by(claim)
-        assert self.ledger.give_back(claim.job_id, claim.fence, RetryReason.STORAGE, delay_s) is is_held
+        given = self.ledger.give_back(claim.job_id, claim.fence, RetryReason.STORAGE, delay_s, is_charged)
+        assert given is is_held
         if is_held:
             job.becomes(JobStatus.CANCELLED if job.is_cancelling else JobStatus.QUEUED)
             job.is_delayed = delay_s > 0

@@ -1,7 +1,7 @@
 """What probes are told about a worker.
 
 Live: it loads, or it consumes and its engine steps, or it drains. A live worker may be useless for a moment (Redis is
-away): restarting it would not help. Ready: warm, consuming, not draining, Redis answers.
+away, it is sick): restarting it would not help. Ready: warm, consuming, not draining, not sick, Redis answers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What a serving worker says of itself. `redis_silent_s`: since Redis last confirmed a heartbeat."""
+    """What a serving worker says of itself. `redis_silent_s`: since Redis last confirmed a heartbeat. `sick_of`: what
+    fails every job, empty when nothing does."""
 
     is_engine_alive: bool
     is_publisher_alive: bool
     is_consuming: bool
     is_draining: bool
+    sick_of: str
     redis_silent_s: float
     num_held: int
     num_running: int
@@ -96,6 +98,8 @@ class Health:
                 problems.append("draining: no more jobs are taken")
             elif not vitals.is_consuming:
                 problems.append("not consuming: the queue is not being read")
+            if vitals.sick_of:
+                problems.append(f"sick of {vitals.sick_of}")
             if vitals.redis_silent_s > self._redis_patience_s:
                 problems.append(f"redis: silent for {vitals.redis_silent_s:.1f} s")
         return Report(_phase(vitals), tuple(problems), vitals)

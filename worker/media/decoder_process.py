@@ -22,7 +22,7 @@ from typing import Final
 
 from PIL import Image
 
-from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported, OutOfMemory, RequestError
+from worker.errors import DecoderOutOfMemory, MediaCorrupt, MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.confine import Confinement
 from worker.media.decoding import (
     MAX_MESSAGE_BYTES,
@@ -136,7 +136,7 @@ class DecoderProcess:
     def decode(self, task: DecodeTask, should_stop: Callable[[], None]) -> DecodedMedia:
         """Decode a file. `should_stop` raises to give the job up; it is called at least every `POLL_S`.
 
-        Raises the RequestErrors of the decoders, MediaTooLarge when time or memory run out, OutOfMemory when the
+        Raises the RequestErrors of the decoders, MediaTooLarge when time or memory run out, DecoderOutOfMemory when the
         system ended the decoder, DecoderCrashed, DecoderBroken.
         """
         self.num_tasks += 1
@@ -243,7 +243,7 @@ class DecoderProcess:
         if status == -signal.SIGXCPU:
             return TimeoutError()
         if status == -signal.SIGKILL:
-            return OutOfMemory("the system ended the process that decoded the media; memory may be short")
+            return DecoderOutOfMemory("the system ended the process that decoded the media; memory may be short")
         return DecoderCrashed(signal.Signals(-status).name if status < 0 else f"status {status}")
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from worker.errors import CannotStart, MediaCorrupt, OutOfMemory
+from worker.errors import CannotStart, DecoderFailed, DecoderOutOfMemory, MediaCorrupt
 from worker.media.decoder_process import POLL_S, DecodeLimits, DecoderBroken, DecoderCrashed, DecoderProcess
 from worker.media.decoding import DecodeTask
 from worker.media.policy import MediaPolicy
@@ -67,7 +67,7 @@ class Decoders:
         try:
             with self._lent(_go_on, fresh=False) as decoder:
                 decoder.wait_ready(_go_on)
-        except (DecoderBroken, OutOfMemory) as error:
+        except (DecoderBroken, DecoderOutOfMemory) as error:
             raise CannotStart(f"media cannot be decoded: {error}") from error
 
     def decode(
@@ -85,7 +85,7 @@ class Decoders:
         every 0.1 s.
 
         Raises MediaUnsupported, MediaTooLarge (also for time and memory), MediaCorrupt (also for a file that crashes
-        a decoder), OutOfMemory.
+        a decoder), DecoderOutOfMemory, DecoderFailed.
         """
         task = DecodeTask(
             path=path,
@@ -98,10 +98,14 @@ class Decoders:
             return self._decode(task, should_stop)
         except DecoderCrashed:
             pass  # an earlier file may have left the decoder ill: only a crash of a fresh one is this file's own
+        except DecoderBroken as error:
+            raise _failed(error) from error
         try:
             return self._decode(task, should_stop, fresh=True)
         except DecoderCrashed as crash:
             raise MediaCorrupt(f"it crashes the decoder ({crash.signal_name or 'wrong reply'})") from crash
+        except DecoderBroken as error:
+            raise _failed(error) from error
 
     def close(self) -> None:
         """End all decoders; jobs that still decode lose theirs."""
@@ -166,7 +170,7 @@ class Decoders:
         try:
             decoder = self._starter.submit(DecoderProcess, self._limits, environment).result()
         except OSError as error:
-            raise OutOfMemory(f"no process to decode media can be started ({error.strerror})") from error
+            raise DecoderOutOfMemory(f"no process to decode media can be started ({error.strerror})") from error
         with self._lock:
             self._busy.add(decoder)
             is_closed = self._is_closed
@@ -182,6 +186,12 @@ class Decoders:
                 self._idle.append(decoder)
         if not is_kept:
             decoder.close()
+
+
+def _failed(error: DecoderBroken) -> DecoderFailed:
+    """Its words are for the operator: they may hold what the file holds."""
+    logger.error("a decoder's program failed", extra={"action": "decoder_broken", "error": str(error)})
+    return DecoderFailed("the decoder's own program failed; the worker's log has the details")
 
 
 def _go_on() -> None:

@@ -28,6 +28,7 @@ from urllib3.exceptions import HTTPError
 
 from api_stub.contract.media import S3Object
 from worker.errors import (
+    DiskFailed,
     InvalidRequest,
     MediaForbidden,
     MediaNotFound,
@@ -58,6 +59,28 @@ _PASSING_CODES: Final = frozenset(
 _PASSING_STATUS: Final = frozenset({408, 409, 412, 425, 429})
 _MISSING_CODES: Final = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion"})
 _MISSING_STATUS: Final = frozenset({404, 405, 410})
+#: S3 does not take the worker for whom it says it is, whatever it asks for.
+_CREDENTIAL_CODES: Final = frozenset(
+    {
+        "AuthFailure",
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "IncompleteSignature",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidSecurity",
+        "InvalidToken",
+        "InvalidTokenId",
+        "MissingAuthenticationToken",
+        "NotSignedUp",
+        "RequestExpired",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+        "UnrecognizedClientException",
+    }
+)
 
 
 def is_passing(error: Exception) -> bool:
@@ -66,6 +89,30 @@ def is_passing(error: Exception) -> bool:
         status, code = _status_and_code(error)
         return status >= 500 or status in _PASSING_STATUS or code in _PASSING_CODES
     return isinstance(error, _PASSING) and not isinstance(error, _LASTING)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Tell whether storage understood who asks for what, and says no for good."""
+    return isinstance(error, ClientError) and not is_passing(error) and not is_absence(error)
+
+
+def is_absence(error: Exception) -> bool:
+    """Tell whether storage says that there is no such thing."""
+    if not isinstance(error, ClientError):
+        return False
+    status, code = _status_and_code(error)
+    return status in _MISSING_STATUS or code in _MISSING_CODES
+
+
+def is_about_credentials(error: Exception) -> bool:
+    """Tell whether storage refused the worker's clock, key or token, not the object."""
+    return refusal_code(error) in _CREDENTIAL_CODES
+
+
+def refusal_code(error: Exception) -> str:
+    """Return S3's own code; empty where the answer had no body, as those to HEAD have none."""
+    code = _status_and_code(error)[1] if isinstance(error, ClientError) else ""
+    return "" if code.isdigit() else code
 
 
 def translate(error: Exception, media: S3Object) -> WorkerError:
@@ -80,7 +127,7 @@ def translate(error: Exception, media: S3Object) -> WorkerError:
     if isinstance(error, _MALFORMED):
         return InvalidRequest(f"storage cannot be asked for {media.uri}: not a valid bucket, key or version")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, STORAGE_ERRORS[:3]):
-        return StorageUnavailable(f"{media.uri} could not be stored on the worker's disk: {error.strerror}")
+        return DiskFailed(f"{media.uri} could not be stored on the worker's disk: {error.strerror}")
     return StorageUnavailable(f"storage did not deliver {media.uri} ({type(error).__name__})")
 
 

@@ -17,10 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import mkstemp
-from typing import IO, TYPE_CHECKING, Any, TypeVar
-
-import boto3
-from botocore.config import Config
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from api_stub.contract.media import S3Object
 from worker.errors import (
@@ -33,9 +30,11 @@ from worker.errors import (
     WorkerError,
 )
 from worker.media.cache import ObjectIdentity
-from worker.media.faults import STORAGE_ERRORS, is_passing, translate
+from worker.media.faults import STORAGE_ERRORS, is_passing
 from worker.media.policy import MediaPolicy
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
+from worker.media.storage import Refusals, version_of
+from worker.media.storage import s3_client as s3_client
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
@@ -85,23 +84,6 @@ class FetchedMedia:
         return self.format.kind
 
 
-def s3_client(endpoint_url: str | None, region: str, timeout_s: float, *, max_connections: int = 256) -> S3Client:
-    """Build the client that `MediaFetcher` reads with; it may be shared by threads.
-
-    Path-style addresses work on every S3 server. botocore's own retries are off: they would be invisible to
-    deadlines and multiply ours. Credentials come from the usual AWS chain.
-    """
-    config = Config(
-        connect_timeout=timeout_s,
-        read_timeout=timeout_s,
-        retries={"total_max_attempts": 1},
-        max_pool_connections=max_connections,
-        s3={"addressing_style": "path"},
-    )
-    client: S3Client = boto3.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
-    return client
-
-
 class _Passing(Exception):
     """Raised when a try failed in a way that the next one may not; carries what to say if none succeeds."""
 
@@ -123,6 +105,7 @@ class MediaFetcher:
         try_s: float = TRY_S,
     ) -> None:
         self._client = client
+        self._refusals = Refusals(client)
         self._try_s = try_s
         self._policy = policy
         self._retries = retries
@@ -165,6 +148,10 @@ class MediaFetcher:
                 raise
 
         return self._retrying(one_try, should_stop)
+
+    def is_served(self) -> bool:
+        """Tell whether storage serves this worker, as far as that can be found out without a job."""
+        return all(self._refusals.is_served(bucket) for bucket in self._policy.buckets)
 
     def _allowed(self, uri: str) -> S3Object:
         try:
@@ -210,7 +197,7 @@ class MediaFetcher:
             try:
                 answer = ask(abandoned)
             except STORAGE_ERRORS as error:
-                final = translate(error, media)
+                final = self._refusals.judge(error, media)
                 outcome.set_exception(_Passing(final) if is_passing(error) else final)
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the job runs
                 outcome.set_exception(error)
@@ -229,16 +216,17 @@ class MediaFetcher:
             raise
 
     def _head(self, media: S3Object) -> StoredObject:
-        answer = self._client.head_object(Bucket=media.bucket, Key=media.key, **_version(media))
+        answer = self._client.head_object(Bucket=media.bucket, Key=media.key, **version_of(media))
         stored = StoredObject(media, answer["ContentLength"], answer["ETag"], answer.get("VersionId"))
         _check_size(stored, stored.num_bytes, max(self._policy.max_image_bytes, self._policy.max_video_bytes))
         return stored
 
     def _download(self, stored: StoredObject, sink: IO[bytes], path: Path, abandoned: threading.Event) -> FetchedMedia:
         media = stored.media
-        answer = self._client.get_object(Bucket=media.bucket, Key=media.key, IfMatch=stored.etag, **_version(media))
+        answer = self._client.get_object(Bucket=media.bucket, Key=media.key, IfMatch=stored.etag, **version_of(media))
         with closing(answer["Body"]) as body:
             found = self._save(body, sink, stored, abandoned)
+        self._refusals.served(media)
         return FetchedMedia(path, found, replace(stored, etag=answer["ETag"], version_id=answer.get("VersionId")))
 
     def _save(
@@ -279,10 +267,6 @@ def _pieces(body: StreamingBody, abandoned: threading.Event) -> Iterator[bytes]:
             num_bytes = max(MIN_READ_BYTES, num_bytes // 8)
         elif took_s < FAST_READ_S:
             num_bytes = min(MAX_READ_BYTES, num_bytes * 2)
-
-
-def _version(media: S3Object) -> dict[str, Any]:
-    return {"VersionId": media.version_id} if media.version_id else {}
 
 
 def _check_size(stored: StoredObject, num_bytes: int, max_bytes: int) -> None:

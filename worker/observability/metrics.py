@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -91,6 +91,12 @@ class Metrics:
             "messages_dropped_total", "Messages for which nobody could be answered, by the reason why", "reason"
         )
         self.claims_refused = counter("claims_refused_total", "Doorbells that rang for nothing, by reason", "reason")
+        self.worker_sick = Gauge(
+            PREFIX + "worker_sick",
+            "1 while the worker claims no jobs because that part of it fails them",
+            ("reason",),
+            registry=self.registry,
+        )
         self.media_fetch = histogram("media_fetch_seconds", "Waiting for storage, per job with media", LONG_S)
         self.media_fetch_bytes = counter("media_fetch_bytes_total", "Bytes of media read from storage")
         self.media_decode = histogram("media_decode_seconds", "Decoding, per job that had to", LONG_S)

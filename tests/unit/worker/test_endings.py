@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import redis
@@ -18,10 +19,31 @@ from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim
 from tests.unit.api_stub.ledger_kit import claimed, event_types, events, lose, reap_until_bells
 from worker.answers import Answer
-from worker.endings import MAX_RETRY_PAUSE_S, retried_or_failed, storage_pause_s
+from worker.endings import (
+    MAX_RETRY_PAUSE_S,
+    MAX_TRIES,
+    GiveBack,
+    as_worker_error,
+    given_back_by_the_sick,
+    retried_or_failed,
+    storage_pause_s,
+)
+from worker.errors import (
+    DecoderFailed,
+    DiskFailed,
+    GenerationFailed,
+    MediaForbidden,
+    MediaNotFound,
+    MediaRefused,
+    OutOfMemory,
+    StorageRefuses,
+    StorageUnavailable,
+    Unforeseen,
+    WorkerError,
+)
 from worker.streaming.outgoing import AttemptStream
 
-AWAY = ErrorInfo.of(ErrorCode.STORAGE_UNAVAILABLE, "storage did not answer")
+AWAY = StorageUnavailable("storage did not answer")
 
 
 @pytest.fixture
@@ -30,9 +52,9 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
         yield opened
 
 
-def ending(claim: Claim, info: ErrorInfo, max_retries: int) -> FailedBody | RetryReason:
+def ending(claim: Claim, error: WorkerError, max_retries: int = 5) -> FailedBody | GiveBack:
     answer = Answer("request", AttemptStream(claim.job_id, claim.fence))
-    return retried_or_failed(claim, info, answer, Usage(), max_retries)
+    return retried_or_failed(claim, error, answer, Usage(), max_retries)
 
 
 def attempt(ledger: Ledger, client: redis.Redis, max_retries: int) -> str:
@@ -41,11 +63,11 @@ def attempt(ledger: Ledger, client: redis.Redis, max_retries: int) -> str:
     body = ending(claim, AWAY, max_retries)
     if isinstance(body, FailedBody):
         return ledger.finish("a", claim.fence, body).value
-    assert ledger.give_back("a", claim.fence, body, storage_pause_s(claim.num_retries))
+    assert ledger.give_back("a", claim.fence, body.reason, body.pause_s, body.is_charged)
     client.hset(names.job_key("a"), mapping={"alarm": "1", "not_before": "1"})
     client.zadd(names.DUE_KEY, {"a": 1})
     assert [bell.job_id for bell in reap_until_bells(ledger)] == ["a"]
-    return body.value
+    return body.reason.value
 
 
 def test_a_job_without_storage_is_put_back_a_bounded_number_of_times(ledger: Ledger, redis_client: redis.Redis) -> None:
@@ -55,7 +77,7 @@ def test_a_job_without_storage_is_put_back_a_bounded_number_of_times(ledger: Led
     assert reasons == [RetryReason.STORAGE] * 2
     view = ledger.view("a")
     assert view is not None
-    assert view.error == AWAY
+    assert view.error == AWAY.info()
     assert redis_client.hget(names.job_key("a"), "losses") == "0"
 
 
@@ -70,9 +92,63 @@ def test_lost_workers_do_not_use_up_the_retries(ledger: Ledger, redis_client: re
 def test_permanent_faults_fail_at_once(ledger: Ledger) -> None:
     ledger.submit("a", VqaJob(question="hello"))
     claim = claimed(ledger, "a")
-    for code in (ErrorCode.MEDIA_NOT_FOUND, ErrorCode.MEDIA_FORBIDDEN, ErrorCode.INTERNAL):
-        assert isinstance(ending(claim, ErrorInfo.of(code, "no"), 5), FailedBody)
+    prompt = GenerationFailed(ErrorInfo.of(ErrorCode.PROMPT_TOO_LONG, "no"))
+    for error in (MediaNotFound("no"), MediaForbidden("no"), prompt):
+        assert isinstance(ending(claim, error), FailedBody)
     assert isinstance(ending(claim, AWAY, 0), FailedBody)
+
+
+BROKEN = GenerationFailed(ErrorInfo.of(ErrorCode.INTERNAL, "the step failed"))
+
+
+@pytest.mark.parametrize(
+    "error", [MediaRefused("no"), DecoderFailed("no"), BROKEN, Unforeseen("no"), OutOfMemory("no")], ids=repr
+)
+def test_what_may_be_the_workers_fault_is_tried_again_a_bounded_number_of_times(
+    ledger: Ledger, error: WorkerError
+) -> None:
+    ledger.submit("a", VqaJob(question="hello"))
+    for num_retries in range(MAX_TRIES - 1):
+        claim = claimed(ledger, "a")
+        assert claim.num_retries == num_retries
+        body = ending(claim, error)
+        assert isinstance(body, GiveBack)
+        assert ledger.give_back("a", claim.fence, body.reason, 0.0, body.is_charged)
+        ledger.reap()
+    final = ending(claimed(ledger, "a"), error)
+    assert isinstance(final, FailedBody)
+    assert final.error == error.info()
+
+
+def test_a_job_pays_nothing_for_a_worker_that_fails_all_jobs(ledger: Ledger) -> None:
+    ledger.submit("a", VqaJob(question="hello"))
+    answer = Answer("request", AttemptStream("a", 1))
+    for error in (AWAY, StorageRefuses("no"), DiskFailed("no"), DecoderFailed("no"), BROKEN, OutOfMemory("no")):
+        for _ in range(2):
+            claim = claimed(ledger, "a")
+            body = given_back_by_the_sick(claim, error, answer, Usage())
+            assert isinstance(body, GiveBack)
+            assert ledger.give_back("a", claim.fence, body.reason, body.pause_s, body.is_charged)
+            ledger.reap()
+    claim = claimed(ledger, "a")
+    assert (claim.attempt, claim.num_retries) == (13, 0)
+    assert isinstance(ending(claim, BROKEN), GiveBack), "its tries are all its own"
+
+
+def test_a_refused_object_ends_also_on_a_sick_worker(ledger: Ledger) -> None:
+    ledger.submit("a", VqaJob(question="hello"))
+    claim = replace(claimed(ledger, "a"), num_retries=MAX_TRIES - 1)
+    answer = Answer("request", AttemptStream("a", 1))
+    assert isinstance(given_back_by_the_sick(claim, MediaRefused("no"), answer, Usage()), FailedBody)
+
+
+def test_a_full_disk_is_no_bug_and_no_fault_of_the_job() -> None:
+    full = as_worker_error(OSError(28, "No space left on device"))
+    assert isinstance(full, DiskFailed)
+    assert (full.info().code, full.info().retryable) == (ErrorCode.STORAGE_UNAVAILABLE, True)
+    assert "No space left on device" in str(full)
+    assert isinstance(as_worker_error(OSError("a truncated picture")), Unforeseen)
+    assert isinstance(as_worker_error(MemoryError()), OutOfMemory)
 
 
 def test_deadline_passes_while_a_job_waits_for_its_storage(ledger: Ledger, redis_client: redis.Redis) -> None:

@@ -82,6 +82,7 @@ def test_log_lines_with_an_action_are_counted_and_bounded(metrics: Metrics) -> N
 def vitals(**changed: object) -> Vitals:
     well: dict[str, object] = {
         "is_engine_alive": True, "is_publisher_alive": True, "is_consuming": True, "is_draining": False,
+        "sick_of": "",
         "redis_silent_s": 0.1, "num_held": 0, "num_running": 0, "num_waiting": 0,
     }  # fmt: skip
     return Vitals(**(well | changed))  # type: ignore[arg-type]
@@ -95,6 +96,7 @@ def vitals(**changed: object) -> Vitals:
         ({"is_publisher_alive": False}, False, False, "publisher"),
         ({"is_consuming": False}, True, False, "not consuming"),
         ({"is_draining": True, "is_consuming": False}, True, False, "draining"),
+        ({"sick_of": "storage: it refuses"}, True, False, "sick of storage: it refuses"),
         ({"redis_silent_s": 11.0}, True, False, "redis"),
     ],
 )

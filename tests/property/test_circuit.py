@@ -1,0 +1,114 @@
+"""Whatever jobs meet in whatever order, the circuit breaker of a worker keeps to its rules."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from worker.errors import Part
+from worker.lifecycle.circuit import FIRST_PAUSE_S, MAX_FAULTS, MAX_PAUSE_S, Circuit, CircuitState
+
+PARTS = st.sampled_from([Part.STORAGE, Part.ENGINE])
+JOBS = st.integers(0, 2 * MAX_FAULTS).map("job-{}".format)
+
+
+class Breaker(RuleBasedStateMachine):
+    """Compares a circuit with the rules: who is faulty since when, and until when to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.works = True
+        self.told: dict[Part, bool] = {}
+        self.proved: list[Part] = []
+        self.circuit = Circuit(self._proves, self._tell, lambda: self.now)
+        self.faulty: dict[Part, set[str]] = {part: set() for part in Part}
+        self.sick_of: Part | None = None
+        self.pause_s = FIRST_PAUSE_S
+        self.try_at = 0.0
+        self.trying = ""
+
+    def _proves(self, part: Part) -> bool:
+        assert not self.circuit.may_take, "nothing is claimed while the worker is suspect"
+        assert not self.circuit.begin("another")
+        assert self.circuit.fault(part, "another", "no"), "its fault costs no job"
+        self.proved.append(part)
+        if not self.works:
+            raise OSError
+        return True
+
+    def _tell(self, part: Part, is_sick: bool) -> None:
+        self.told[part] = is_sick
+
+    @rule(seconds=st.floats(0.1, MAX_PAUSE_S))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(works=st.booleans())
+    def mend_or_break(self, works: bool) -> None:
+        self.works = works
+
+    @rule(part=PARTS, job_id=JOBS, is_proven=st.booleans())
+    def fault(self, part: Part, job_id: str, is_proven: bool) -> None:
+        num_proofs = len(self.proved)
+        is_blamed = self.circuit.fault(part, job_id, "no", is_proven=is_proven)
+        if self.sick_of is not None:
+            assert is_blamed
+            if self.trying:
+                self.pause_s = min(MAX_PAUSE_S, 2 * self.pause_s)
+                self.sick_of, self.trying, self.try_at = part, "", self.now + self.pause_s
+            return
+        self.faulty[part].add(job_id)
+        is_suspect = is_proven or len(self.faulty[part]) == MAX_FAULTS
+        assert len(self.proved) - num_proofs == (is_suspect and not is_proven)
+        assert is_blamed == (is_suspect and (is_proven or not self.works))
+        if is_blamed:
+            self.sick_of, self.pause_s, self.try_at = part, FIRST_PAUSE_S, self.now + FIRST_PAUSE_S
+        elif is_suspect:
+            self.faulty[part].clear()
+
+    @rule(part=PARTS)
+    def success(self, part: Part) -> None:
+        self.circuit.success(part)
+        self.faulty[part].clear()
+        if self.sick_of is part:
+            self.sick_of, self.trying = None, ""
+
+    @rule(job_id=JOBS)
+    def begin(self, job_id: str) -> None:
+        may_try = self.sick_of is not None and not self.trying and self.now >= self.try_at
+        assert self.circuit.begin(job_id) == (self.sick_of is None or may_try)
+        if may_try:
+            self.trying = job_id
+
+    @precondition(lambda self: self.trying)
+    @rule()
+    def end_without_evidence(self) -> None:
+        self.circuit.end("no job that tries")
+        assert self.circuit.state is CircuitState.TRYING
+        self.circuit.end(self.trying)
+        self.trying, self.try_at = "", self.now
+
+    @invariant()
+    def it_says_what_is(self) -> None:
+        assert self.circuit.reason == (f"{self.sick_of}: no" if self.sick_of else "")
+        assert [part for part, is_sick in self.told.items() if is_sick] == ([self.sick_of] if self.sick_of else [])
+        is_due = not self.trying and self.now >= self.try_at
+        assert self.circuit.may_take == (self.sick_of is None or is_due)
+
+
+TestBreaker = Breaker.TestCase
+TestBreaker.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_one_job_that_fails_again_and_again_is_no_reason_to_suspect_the_worker() -> None:
+    circuit = Circuit(lambda part: False)
+    assert [circuit.fault(Part.ENGINE, "same", "no") for _ in range(20)] == [False] * 20
+    assert circuit.may_take
+
+
+def test_a_success_while_the_worker_is_suspect_clears_it() -> None:
+    circuit = Circuit(lambda part: bool(circuit.success(part)))
+    assert [circuit.fault(Part.ENGINE, str(number), "no") for number in range(20)] == [False] * 20
+    assert circuit.state is CircuitState.CLOSED
