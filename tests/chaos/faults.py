@@ -37,6 +37,7 @@ class FaultKind(StrEnum):
     S3_ERRORS = "S3 errors 500"
     S3_SLOW = "S3 slow"
     S3_TRUNCATED = "S3 truncated bodies"
+    S3_REFUSES_ONE = "S3 refuses one worker"
     PRODUCER_KILL = "producer SIGKILL"
 
     @property
@@ -61,7 +62,9 @@ _PLANES: Final = (
         [FaultKind.REDIS_KILL, FaultKind.REDIS_FULL, FaultKind.REDIS_READ_ONLY, FaultKind.REDIS_NO_REPLICAS],
         Plane.REDIS,
     )
-    | dict.fromkeys([FaultKind.S3_ERRORS, FaultKind.S3_SLOW, FaultKind.S3_TRUNCATED], Plane.STORAGE)
+    | dict.fromkeys(
+        [FaultKind.S3_ERRORS, FaultKind.S3_SLOW, FaultKind.S3_TRUNCATED, FaultKind.S3_REFUSES_ONE], Plane.STORAGE
+    )
     | {FaultKind.PRODUCER_KILL: Plane.PRODUCER}
 )
 
@@ -100,4 +103,6 @@ def _duration(rng: Random, kind: FaultKind, lease_s: float) -> float:
         return rng.uniform(1.0, lease_s + 2.0)
     if kind.plane is Plane.REDIS:
         return rng.uniform(0.5, 3.5)
+    if kind is FaultKind.S3_REFUSES_ONE:
+        return rng.uniform(4.0, 12.0)  # long enough to fall sick, and to try a job in vain
     return rng.uniform(1.0, 4.0)

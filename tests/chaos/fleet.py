@@ -56,29 +56,31 @@ class Life:
 
 @dataclass(slots=True)
 class Slot:
-    """A place for a worker: the proxy it sees Redis through, and who fills it now."""
+    """A place for a worker: the proxies it sees Redis and S3 through, and who fills it now."""
 
     number: int
     redis_url: str
+    s3_url: str
     life: Life | None = None
     start_at: float = field(default_factory=time.monotonic)
 
 
 class Fleet:
-    """Keeps one worker per Redis URL alive until `stop`."""
+    """Keeps one worker per Redis URL and S3 URL alive until `stop`."""
 
     def __init__(
         self,
         directory: Path,
         redis_urls: Sequence[str],
-        s3_url: str,
+        s3_urls: Sequence[str],
         *,
         variables: Mapping[str, str],
         settings: Mapping[str, object],
     ) -> None:
-        self._directory, self._s3_url = directory, s3_url
+        self._directory = directory
         self._variables, self._settings = variables, settings
-        self._slots = [Slot(number, url) for number, url in enumerate(redis_urls)]
+        ways = zip(redis_urls, s3_urls, strict=True)
+        self._slots = [Slot(number, redis_url, s3_url) for number, (redis_url, s3_url) in enumerate(ways)]
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
@@ -161,7 +163,7 @@ class Fleet:
 
     def _start(self, slot: Slot) -> Life:
         worker = WorkerProcess(
-            self._directory, slot.redis_url, self._s3_url, variables=self._variables, **self._settings
+            self._directory, slot.redis_url, slot.s3_url, variables=self._variables, **self._settings
         )
         life = Life(slot.number, worker, time.time())
         self.lives.append(life)

@@ -41,6 +41,7 @@ STORAGE_FAULTS: Final[dict[FaultKind, StorageFault]] = {
     FaultKind.S3_ERRORS: Status(500, "InternalError"),
     FaultKind.S3_SLOW: Drip(0.3, 2048),
     FaultKind.S3_TRUNCATED: Truncate(700),
+    FaultKind.S3_REFUSES_ONE: Status(403, "AccessDenied"),
 }
 CUTS: Final = {
     FaultKind.CUT_REQUESTS: frozenset({Way.REQUESTS}),
@@ -177,9 +178,13 @@ class Injector:
             self._stop.wait(fault.duration_s)
 
     def _break_storage(self, fault: Fault) -> None:
-        self._plant.storage.always = STORAGE_FAULTS[fault.kind]
+        storages = self._plant.storages
+        hit = storages if fault.kind is not FaultKind.S3_REFUSES_ONE else (storages[fault.target],)
+        for storage in hit:
+            storage.always = STORAGE_FAULTS[fault.kind]
         self._stop.wait(fault.duration_s)
-        self._plant.storage.always = None
+        for storage in hit:
+            storage.always = None
 
     def _kill_producer(self) -> None:
         tickets = [self._office.ticket(Plan.ORPHAN) for _ in range(ORPHANS)]

@@ -48,13 +48,14 @@ WORKER_SETTINGS: Final[dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """Everything that can be broken. `links` are the workers' ways to Redis, `producers_link` that of all clients."""
+    """Everything that can be broken. `storages` and `links` are the workers' ways to S3 and Redis, one each;
+    `producers_link` is that of all clients."""
 
     directory: Path
     redis: RedisServer
     s3: S3Server
     s3_client: S3Client
-    storage: FaultyStorage
+    storages: tuple[FaultyStorage, ...]
     links: tuple[TcpProxy, ...]
     producers_link: TcpProxy
     fleet: Fleet
@@ -81,7 +82,8 @@ class Plant:
         """End all faults of network and storage."""
         for link in (*self.links, self.producers_link):
             link.heal()
-        self.storage.always = None
+        for storage in self.storages:
+            storage.always = None
 
 
 @contextmanager
@@ -100,13 +102,13 @@ def plant(directory: Path, num_workers: int = NUM_WORKERS, kept_s: int = KEPT_S)
         stack.callback(s3.stop)
         s3_client = s3.client()
         stack.callback(s3_client.close)
-        storage = stack.enter_context(faulty_storage(s3.url))
+        storages = tuple(stack.enter_context(faulty_storage(s3.url)) for _ in range(num_workers))
         network = stack.enter_context(Network())
         links = tuple(network.proxy(redis_server.port) for _ in range(num_workers))
         fleet = Fleet(
             directory,
             [link.url for link in links],
-            storage.url,
+            [storage.url for storage in storages],
             variables={"TMPDIR": str(scratch)},
             settings=WORKER_SETTINGS | {"result_ttl_s": kept_s, "events_ttl_s": kept_s},
         )
@@ -114,4 +116,4 @@ def plant(directory: Path, num_workers: int = NUM_WORKERS, kept_s: int = KEPT_S)
         fleet.start()
         logger.info("%d workers serve", num_workers)
         producers_link = network.proxy(redis_server.port)
-        yield Plant(directory, redis_server, s3, s3_client, storage, links, producers_link, fleet, kept_s)
+        yield Plant(directory, redis_server, s3, s3_client, storages, links, producers_link, fleet, kept_s)
