@@ -51,6 +51,8 @@ def start(
     # torch and transformers load only now: a wrong setting is told in milliseconds.
     from worker.bootstrap import build
     from worker.celery_app import make_app, serve
+    from worker.link_sender import LinkSender, make_sender
+    from worker.runtime import STOP_TIMEOUT_S
     from worker.tasks import register
 
     try:
@@ -65,9 +67,12 @@ def start(
         runtime.leave_unanswered,
         lambda: runtime.circuit.may_take,
     )
-    register(celery_app, runtime)
+    sender = LinkSender(make_sender(settings), runtime.ledger)
+    register(celery_app, runtime, sender.wake)
+    sender.start()
     _leave_out_of_collections()
     status = serve(celery_app, settings, runtime)
+    sender.stop(STOP_TIMEOUT_S)
     runtime.stop()
     _leave_out_of_collections()
     sys.exit(status)

@@ -68,6 +68,7 @@ class Entry:
     """What a message says of itself. Every text is as the producer wrote it, `None` where it said nothing usable.
 
     `body` is not decoded: `body_encoding` and then `compression` lie over it. `problem` says why it is no job.
+    `root_id` is the first of the tasks that led to this one, where that is another.
     """
 
     job_id: str | None
@@ -80,6 +81,7 @@ class Entry:
     content_type: str | None = None
     content_encoding: str | None = None
     problem: str | None = None
+    root_id: str | None = None
 
     def to_json(self) -> str:
         """Return the entry as JSON, for `from_json`."""
@@ -92,7 +94,8 @@ class Entry:
 
     def envelope(self, queue: str, delivery_tag: str) -> dict[str, object]:
         """Return the message as kombu writes one, for any worker of any release. `read_entry` of it is this entry."""
-        headers: dict[str, object] = {"id": self.job_id, "task": self.task, "compression": self.compression}
+        headers: dict[str, object] = {"id": self.job_id, "task": self.task, "compression": self.compression,
+                                      "root_id": self.root_id}  # fmt: skip
         if self.is_doorbell:
             headers[names.DOORBELL_HEADER] = 1
         if self.problem is not None:
@@ -196,6 +199,7 @@ def _entry(message: Mapping[str, object]) -> Entry:
     if job_id is None and (isinstance(task, str) or problem is not None):  # only protocol 1 has its id in the body
         raise Unreadable(DropReason.NO_ID)
     has_body = not is_doorbell and problem is None
+    root_id = usable_id(headers.get("root_id"))
     return Entry(
         job_id,
         task if isinstance(task, str) and len(task) <= MAX_ID_CHARS else None,
@@ -204,6 +208,7 @@ def _entry(message: Mapping[str, object]) -> Entry:
         body=body if has_body and isinstance(body, str) else "",
         **{name: value for name, value in about.items() if isinstance(value, str) and has_body},
         problem=None if is_doorbell else problem,
+        root_id=root_id if has_body and root_id != job_id else None,
     )
 
 

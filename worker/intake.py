@@ -101,7 +101,12 @@ class Intake:
         try:
             self._again(
                 lambda: self._ledger.adopt(
-                    knock.job_id, task=knock.task, model=self._model, job=job, priority=job.priority if job else 6
+                    knock.job_id,
+                    task=knock.task,
+                    model=self._model,
+                    job=job,
+                    priority=job.priority if job else 6,
+                    links=knock.links.to_json() if knock.links else "",
                 )
             )
         except JobConflict as error:

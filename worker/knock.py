@@ -7,13 +7,14 @@ under which anybody could be answered. Decodes bodies, so it belongs on a thread
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from api_stub.contract.job import TaskName
 from worker.entry import MAX_BODY_BYTES, DropReason, Entry, TooManyContainers, Unreadable, read_json, usable_id
 from worker.inflate import inflate
+from worker.links import Links, UnusableLinks, read_links
 
 #: What the row of a job names as its task when its message named none of ours.
 STAND_IN: Final = TaskName.VQA
@@ -22,21 +23,21 @@ _CHARSETS: Final[Mapping[str, str]] = {
     "utf8": "utf-8", "binary": "utf-8", "ascii": "ascii", "usascii": "ascii", "latin1": "latin-1",
     "iso88591": "latin-1", "utf16": "utf-16", "utf32": "utf-32",
 }  # fmt: skip
-#: What Celery is to do when a task is over, by its name in a message, and what producers call it.
-_AFTERWARDS: Final[Mapping[str, str]] = {
-    "callbacks": "link", "errbacks": "link_error", "chain": "chain", "chord": "chord",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Knock:
-    """`fields` is None for a doorbell, else the kwargs of a plain message; `problem` says why they are no job."""
+    """`fields` is None for a doorbell, else the kwargs of a plain message; `problem` says why they are no job.
+
+    `links` is what Celery sends once the job is over, also when that is at once because it is none.
+    """
 
     job_id: str
     task: TaskName
     priority: int
     fields: Mapping[str, object] | None
     problem: str | None = None
+    links: Links | None = None
 
 
 def read_knock(entry: Entry) -> Knock:
@@ -55,12 +56,15 @@ def read_knock(entry: Entry) -> Knock:
     if job_id is None:
         raise Unreadable(DropReason.NO_ID)
     task = known_task(name)
+    fields: Mapping[str, object] = {}
+    links = None
+    if problem is None:
+        fields, problem = _fields(body)
+        links, unusable = _links(body, entry.root_id)
+        problem = problem or unusable
     if task is None:
         problem = f"task: {_brief(name)} is not served here; send {', '.join(TaskName)}"
-    if problem is not None:
-        return Knock(job_id, task or STAND_IN, entry.priority, {}, problem)
-    fields, problem = _fields(body)
-    return Knock(job_id, task or STAND_IN, entry.priority, fields, problem)
+    return Knock(job_id, task or STAND_IN, entry.priority, {} if problem else fields, problem, links)
 
 
 class _NotRead(Exception):
@@ -106,9 +110,9 @@ def _bytes(entry: Entry) -> bytes:
 def _fields(body: object) -> tuple[Mapping[str, object], str | None]:
     """Return the kwargs of a body and what is wrong with it; protocol 1 names its parts, protocol 2 orders them."""
     if isinstance(body, Mapping):
-        args, kwargs, embed = body.get("args", []), body.get("kwargs", {}), body
-    elif isinstance(body, Sequence) and not isinstance(body, str) and len(body) >= 2:
-        args, kwargs, embed = body[0], body[1], body[2] if len(body) > 2 else {}
+        args, kwargs = body.get("args", []), body.get("kwargs", {})
+    elif isinstance(body, list) and len(body) >= 2:
+        args, kwargs = body[0], body[1]
     else:
         return {}, "job: the message's body is not [args, kwargs, …]"
     if not isinstance(args, list) or args:
@@ -116,10 +120,16 @@ def _fields(body: object) -> tuple[Mapping[str, object], str | None]:
         return {}, f"args: {count} positional arguments, send keyword arguments only"
     if not isinstance(kwargs, Mapping):
         return {}, f"kwargs: an object is required, got {type(kwargs).__name__}"
-    for name, said in _AFTERWARDS.items():
-        if isinstance(embed, Mapping) and embed.get(name):
-            return {}, f"{said}: not served here, nothing would be sent when the job is over; wait for its result"
     return kwargs, None
+
+
+def _links(body: object, root_id: str | None) -> tuple[Links | None, str | None]:
+    """Return what is to be sent when the job is over, and why that cannot be all; protocol 1 has it beside the rest."""
+    embed = body[2] if isinstance(body, list) and len(body) > 2 else body
+    try:
+        return read_links(embed, root_id), None
+    except UnusableLinks as error:
+        return error.usable, str(error)
 
 
 def known_task(name: object) -> TaskName | None:

@@ -10,6 +10,7 @@ results are the ledger's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -24,10 +25,13 @@ from worker.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 
-def register(app: Celery, runtime: Runtime) -> None:
-    """Give the app the three tasks of the contract, served by `runtime`."""
+def register(app: Celery, runtime: Runtime, on_linked: Callable[[], None]) -> None:
+    """Give the app the three tasks of the contract, served by `runtime`.
+
+    `on_linked` is called after a message that wants something sent when its job is over.
+    """
     for name in TaskName:
-        app.register_task(_JobTask(name, runtime))
+        app.register_task(_JobTask(name, runtime, on_linked))
 
 
 class _JobTask(Task[Any, Any]):
@@ -36,10 +40,11 @@ class _JobTask(Task[Any, Any]):
     ignore_result = True
     acks_late = True
 
-    def __init__(self, task: TaskName, runtime: Runtime) -> None:
+    def __init__(self, task: TaskName, runtime: Runtime, on_linked: Callable[[], None]) -> None:
         self.name = task.value
         self._task = task
         self._runtime = runtime
+        self._on_linked = on_linked
 
     def run(self, entry: str) -> None:
         """Handle one message. Always raises Ignore, or Reject to put a message back that could not be recorded."""
@@ -72,9 +77,12 @@ class _JobTask(Task[Any, Any]):
             self._put_back(entry)
             return
         try:
-            accepted = self._runtime.intake.accept(read_knock(entry))
+            knock = read_knock(entry)
+            accepted = self._runtime.intake.accept(knock)
             if accepted is not None:
                 self._runtime.pipeline.run(accepted)
+            if knock.links is not None:
+                self._on_linked()
         finally:
             self._runtime.circuit.end(name)
 

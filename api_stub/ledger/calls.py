@@ -48,12 +48,16 @@ def submit(job_id: str, job: Job) -> Call[Submission]:
     return _create(job_id, job.resolved(job_id), job.task, job.model, job.priority, "client")
 
 
-def adopt(job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int) -> Call[Submission]:
+def adopt(
+    job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int, links: str = ""
+) -> Call[Submission]:
     """Write the job of a plain Celery message that was just delivered. Raises JobConflict."""
-    return _create(job_id, job and job.resolved(job_id), task, model, min(max(priority, 0), 9), "broker")
+    return _create(job_id, job and job.resolved(job_id), task, model, min(max(priority, 0), 9), "broker", links)
 
 
-def _create(job_id: str, job: Job | None, task: TaskName, model: str, priority: int, origin: str) -> Call[Submission]:
+def _create(
+    job_id: str, job: Job | None, task: TaskName, model: str, priority: int, origin: str, links: str = ""
+) -> Call[Submission]:
     def parse(reply: list[str]) -> Submission:
         if reply[0] == "conflict":
             raise JobConflict(f"job {job_id!r} exists with another body")
@@ -67,7 +71,21 @@ def _create(job_id: str, job: Job | None, task: TaskName, model: str, priority: 
     where = list_id(model, priority_step(priority))
     return Call(
         Transition.SUBMIT,
-        (job_id, mark, body, task.value, model, priority, where, tenant, deadline_s or "", origin, *_hook(job), former),
+        (
+            job_id,
+            mark,
+            body,
+            task.value,
+            model,
+            priority,
+            where,
+            tenant,
+            deadline_s or "",
+            origin,
+            *_hook(job),
+            former,
+            links,
+        ),
         parse,
     )
 

@@ -86,13 +86,15 @@ class Ledger:
         """
         return self._run(calls.submit(job_id, job))
 
-    def adopt(self, job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int) -> Submission:
+    def adopt(
+        self, job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int, links: str = ""
+    ) -> Submission:
         """Write the job of a plain Celery message at its delivery; claim it next. The deadline counts from here.
 
-        `job` is None when the body is invalid: the claim then has an empty body and the worker fails it.
-        Raises JobConflict when the id belongs to another body.
+        `job` is None when the body is invalid: the claim then has an empty body and the worker fails it. `links` is
+        kept for `LinkedJobs`. Raises JobConflict when the id belongs to another body.
         """
-        return self._run(calls.adopt(job_id, task=task, model=model, job=job, priority=priority))
+        return self._run(calls.adopt(job_id, task=task, model=model, job=job, priority=priority, links=links))
 
     def claim(self, job_id: str, worker: str, token: str | None = None) -> Claim | Refusal:
         """Take a queued job for one lease: a new attempt with a new fence. Expired jobs end here instead.

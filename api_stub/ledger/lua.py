@@ -46,6 +46,8 @@ class Transition(StrEnum):
     DELETE = "delete"
     TAKE_DELIVERIES = "take_deliveries"
     SETTLE_DELIVERY = "settle_delivery"
+    TAKE_LINKED = "take_linked"
+    SETTLE_LINKED = "settle_linked"
 
 
 #: Parts that some scripts share, read behind what all of them share.
@@ -62,6 +64,7 @@ _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
     Transition.PAUSE: ("_queue",),
     Transition.PURGE: ("_queue", "_ending"),
     Transition.REAP: ("_queue", "_ending"),
+    Transition.SETTLE_LINKED: ("_queue", "_ending"),
     Transition.VIEW: ("_queue", "_view"),
     Transition.LIST_JOBS: ("_queue", "_view"),
     Transition.DEAD: ("_queue", "_view"),
@@ -117,6 +120,7 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "delivery": names.delivery_key(""),
         "given_up": names.GIVEN_UP_KEY,
         "gone": names.gone_key(""),
+        "linked": names.LINKED_KEY,
     }
     tables = {
         "KEY": keys,

@@ -122,6 +122,7 @@ CALLS = {
     "worker": (
         *(Transition.SUBMIT, Transition.CLAIM, Transition.BEAT, Transition.LEAVE, Transition.PUBLISH),
         *(Transition.FINISH, Transition.GIVE_BACK, Transition.RING_AGAIN, Transition.REAP),
+        *(Transition.TAKE_LINKED, Transition.SETTLE_LINKED),
     ),
 }
 

@@ -3,7 +3,7 @@
 --
 -- Row (HASH, all strings; absent means none): status task model priority list tenant body digest created queued_at deadline seq
 -- attempt losses retries fence worker token lease number cancel started started_seq place order bell alarm not_before finished
--- finished_by final retried_as hook_url hook_events.
+-- finished_by final retried_as hook_url hook_events links.
 --   list     which priority list of which queue carries its doorbell
 --   place    its place among the held jobs of its tenant; absent without a tenant, `order` counts then
 --   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never, absent: not rung yet)
@@ -11,6 +11,7 @@
 --   losses   workers that were lost while they held it; retries: faults of the world that sent it back
 --   alarm    when a reaper must ring, or look again for the doorbell
 --   lease    until when its worker may be silent, on the clock of `watched`
+--   links    what a plain message's producer wants sent by Celery when the job is over, until it is sent
 --   hook_url, hook_events   where its webhook goes, and the types of event that it gets, each between commas
 
 local clock = redis.call('TIME')
@@ -106,6 +107,13 @@ local function queued_event(id)
   local created, model, priority = unpack(redis.call('HMGET', KEY.job .. id, 'created', 'model', 'priority'))
   local fragment = '"type":"job.queued","model":' .. quote(model) .. ',"priority":' .. priority
   return event_json(id, 1, 0, created, fragment), fragment
+end
+
+-- A worker looks when the job is over, and now and then before: a process of 0.1.0 ends jobs without a word about links.
+local LINKS_LOOK_S = 30
+
+local function look_at_links(id)
+  redis.call('ZADD', KEY.linked, moment(now + LINKS_LOOK_S), id)
 end
 
 -- The delivery of an event to the job's webhook, if that wants the event: it exists from the same step on as the event itself.

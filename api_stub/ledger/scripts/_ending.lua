@@ -17,6 +17,16 @@ local function iso8601()
     math.floor(time / 3600), math.floor(time / 60) % 60, time % 60, clock[2])
 end
 
+-- Writes what Celery's result backend holds of a finished task, and tells whoever waits for it.
+-- `outcome`: JSON of Celery's `result` member. `unless_known`: a result that is there stays.
+local function write_result(id, state, outcome, unless_known)
+  local meta = '{"status":"' .. state .. '","result":' .. outcome .. ',"traceback":null,"children":[],"date_done":"' .. iso8601()
+    .. '","task_id":' .. quote(id) .. '}'
+  if redis.call('SET', KEY.result .. id, meta, 'EX', CONFIG.result_ttl_s, unpack(unless_known and {'NX'} or {})) then
+    redis.call('PUBLISH', KEY.result .. id, meta)
+  end
+end
+
 -- Ends a job for good. `fragment`: body of the final event. `outcome`: JSON of Celery's `result` member.
 -- ZREM comes first for the reason told at `go_on_when_full`. `row` needs: status model list tenant worker attempt.
 local function final(id, row, status, fragment, outcome)
@@ -31,10 +41,8 @@ local function final(id, row, status, fragment, outcome)
   redis.call('HSET', KEY.job .. id, 'status', status, 'finished', stamp, 'final', event)
   redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before', 'token', 'lease')
   one_less(row.model)
-  local meta = '{"status":"' .. CELERY_STATE[status] .. '","result":' .. outcome
-    .. ',"traceback":null,"children":[],"date_done":"' .. iso8601() .. '","task_id":' .. quote(id) .. '}'
-  redis.call('SET', KEY.result .. id, meta, 'EX', CONFIG.result_ttl_s)
-  redis.call('PUBLISH', KEY.result .. id, meta)
+  write_result(id, CELERY_STATE[status], outcome)
+  redis.call('ZADD', KEY.linked, 'XX', stamp, id)
   redis.call('EXPIRE', KEY.job .. id, CONFIG.result_ttl_s)
   redis.call('EXPIRE', KEY.events .. id, CONFIG.events_ttl_s)
   count(status)

@@ -1,6 +1,7 @@
 -- Writes a new job: from our client, with its doorbell unless the job is held, or adopted from a plain Celery message, which is its
 -- doorbell. `former`: SHA-1 of the body as 0.1.0 wrote it, whose digests tell less apart.
-local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events, former = unpack(ARGV)
+local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events, former, links
+  = unpack(ARGV)
 
 local known, said = unpack(redis.call('HMGET', KEY.job .. id, 'digest', 'body'))
 if known then
@@ -21,6 +22,10 @@ if origin ~= 'client' then
   -- Nobody knows when its message was pushed, so it says nothing about the messages behind it: order is 0.
   redis.call('HSET', KEY.job .. id, 'order', 0, 'place', row.place, 'bell', 0, 'alarm', moment(now + CONFIG.grace_s))
   schedule(id, now + CONFIG.grace_s, tonumber(row.deadline))
+  if links ~= '' then
+    redis.call('HSET', KEY.job .. id, 'links', links)
+    look_at_links(id)
+  end
   return {'created'}
 end
 if room(list) <= 0 or redis.call('EXISTS', KEY.turns .. list) == 1 or is_capped(model, tenant) or is_paused(model) then

@@ -12,6 +12,7 @@ import pytest
 from api_stub.contract.job import TaskName
 from worker.entry import MAX_BODY_BYTES, MAX_CONTAINERS, DropReason, Entry, Unreadable
 from worker.knock import Knock, read_knock
+from worker.links import Links
 
 ENTRY = Entry("1234", "visionq.vqa", 3)
 
@@ -55,20 +56,29 @@ def test_a_task_that_is_none_of_ours_is_refused_by_name(task: str | None) -> Non
     assert "visionq.video_qa" in str(knock.problem)
 
 
-@pytest.mark.parametrize(
-    ("part", "said"), [("callbacks", "link"), ("errbacks", "link_error"), ("chain", "chain"), ("chord", "chord")]
-)
 @pytest.mark.parametrize("is_protocol_1", [False, True])
-def test_what_celery_should_do_afterwards_is_refused_by_name(part: str, said: str, is_protocol_1: bool) -> None:
-    then = {part: [{"task": "notify"}]}
+def test_what_celery_is_to_send_afterwards_is_kept_though_the_message_is_no_job(is_protocol_1: bool) -> None:
+    then = {"callbacks": [{"task": "notify"}]}
+    for kwargs in ({"question": "hello"}, []):
+        first = {"id": "v1", "task": "visionq.vqa", "args": [], "kwargs": kwargs} | then
+        knock = read(first, job_id=None, task=None) if is_protocol_1 else read([[], kwargs, then], root_id="root")
+        assert knock.links == Links(callbacks=({"task": "notify"},), root_id=None if is_protocol_1 else "root")
+        assert (knock.problem is None) == (kwargs != [])
+
+
+@pytest.mark.parametrize("is_protocol_1", [False, True])
+def test_a_chord_is_refused_by_name_and_the_error_link_is_kept(is_protocol_1: bool) -> None:
+    then = {"chord": {"task": "body"}, "errbacks": [{"task": "notify"}]}
     first = {"id": "v1", "task": "visionq.vqa", "args": [], "kwargs": {}} | then
     knock = read(first, job_id=None, task=None) if is_protocol_1 else read([[], {"question": "hello"}, then])
-    assert str(knock.problem).startswith(f"{said}: ")
+    assert str(knock.problem).startswith("chord: ")
+    assert knock.links == Links(errbacks=({"task": "notify"},))
 
 
 @pytest.mark.parametrize("embed", [None, {}, {"callbacks": None, "errbacks": [], "chain": None, "chord": None}])
 def test_a_message_that_asks_for_nothing_afterwards_is_a_job(embed: object) -> None:
-    assert read([[], {"question": "hello"}, embed]).problem is None
+    knock = read([[], {"question": "hello"}, embed])
+    assert (knock.problem, knock.links) == (None, None)
 
 
 @pytest.mark.parametrize(
