@@ -15,7 +15,7 @@ import redis.asyncio
 
 from api_stub import causes
 from api_stub.errors import StoreUnavailable
-from api_stub.ledger import link
+from api_stub.ledger import pools
 from api_stub.ledger.verdicts import code_of
 
 TIMEOUT_S: Final = 2.0
@@ -26,56 +26,34 @@ MAX_READERS: Final = 1_000_000
 
 def commands(url: str) -> redis.Redis:
     """Connections for short commands, text replies; safe to share between threads."""
-    pool = redis.BlockingConnectionPool.from_url(
-        url,
-        max_connections=MAX_COMMANDS,
-        timeout=TIMEOUT_S,
-        decode_responses=True,
-        health_check_interval=link.HEALTH_CHECK_S,
-        retry=link.retry(1),
-        **link.socket_options(TIMEOUT_S),
-    )
-    causes.name_servers(pool)
-    return redis.Redis.from_pool(pool)
+    return _named(pools.client(url, timeout_s=TIMEOUT_S, max_connections=MAX_COMMANDS, wait_s=TIMEOUT_S))
 
 
 def readers(url: str) -> redis.Redis:
     """Connections for subscriptions; safe to share between threads."""
-    client = redis.Redis.from_url(
-        url,
-        max_connections=MAX_READERS,
-        decode_responses=True,
-        retry=link.retry(0),
-        **link.socket_options(TIMEOUT_S),
-    )
-    causes.name_servers(client.connection_pool)
-    return client
+    return _named(pools.client(url, timeout_s=TIMEOUT_S, retries=0, max_connections=MAX_READERS, health_check_s=0))
 
 
 def async_commands(url: str, *, timeout_s: float = TIMEOUT_S, max_wait_s: float = TIMEOUT_S) -> redis.asyncio.Redis:
     """`commands` for one event loop. `max_wait_s`: how long a command waits for one of the busy connections."""
-    pool: redis.asyncio.BlockingConnectionPool = redis.asyncio.BlockingConnectionPool.from_url(
-        url,
-        max_connections=MAX_COMMANDS,
-        timeout=max_wait_s,
-        decode_responses=True,
-        health_check_interval=link.HEALTH_CHECK_S,
-        retry=link.async_retry(1),
-        **link.socket_options(timeout_s, TIMEOUT_S),
+    client = pools.async_client(
+        url, timeout_s=timeout_s, connect_s=TIMEOUT_S, max_connections=MAX_COMMANDS, wait_s=max_wait_s
     )
-    causes.name_servers_async(pool)
-    return redis.asyncio.Redis.from_pool(pool)
+    return _async_named(client)
 
 
 def async_readers(url: str) -> redis.asyncio.Redis:
     """`readers` for one event loop."""
-    client = redis.asyncio.Redis.from_url(
-        url,
-        max_connections=MAX_READERS,
-        decode_responses=True,
-        retry=link.async_retry(0),
-        **link.socket_options(TIMEOUT_S),
-    )
+    client = pools.async_client(url, timeout_s=TIMEOUT_S, retries=0, max_connections=MAX_READERS, health_check_s=0)
+    return _async_named(client)
+
+
+def _named(client: redis.Redis) -> redis.Redis:
+    causes.name_servers(client.connection_pool)
+    return client
+
+
+def _async_named(client: redis.asyncio.Redis) -> redis.asyncio.Redis:
     causes.name_servers_async(client.connection_pool)
     return client
 

@@ -17,7 +17,7 @@ from api_stub.contract.result import Result
 from api_stub.errors import JobFailed, StoreUnavailable, StreamRestarted, VisionqError
 
 #: A channel that was silent this long is subscribed anew: a half-open connection looks the same as a quiet one.
-RESUBSCRIBE_S: Final = 15.0
+RESUBSCRIBE_S: Final = 7.5
 #: How long a dead Redis is retried: before the first answer, and once it had answered.
 FIRST_CONNECT_S: Final = 2.5
 RECONNECT_S: Final = 60.0

@@ -18,10 +18,9 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from api_stub.devstack.child import StackFailed
+from api_stub.ledger import pools
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +70,8 @@ class RedisServer:
     def answers(self) -> bool:
         """Tell whether the server takes commands."""
         # The caller polls; the client's own retries would only make it slow to notice a dead child.
-        once = Retry(NoBackoff(), 0)
         try:
-            with redis.Redis.from_url(self.url, socket_timeout=PROBE_TIMEOUT_S, retry=once) as client:
+            with pools.client(self.url, timeout_s=PROBE_TIMEOUT_S, retries=0) as client:
                 return bool(client.ping())
         except redis.RedisError:
             return False

@@ -19,12 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-import redis
-
 from api_stub.contract import names
 from api_stub.devstack.child import Child, StackFailed, Watchdog
 from api_stub.devstack.servers import BUCKET, HOST, REGION, ApiServer, RedisServer, S3Server, free_port
 from api_stub.devstack.signals import Interrupted, StopSignals
+from api_stub.ledger import pools
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Stack:
     def wait_for_workers(self) -> None:
         """Wait until every worker consumes: a worker enters the ledger's registry when it does."""
         registry = names.workers_key(self.options.model_name)
-        with redis.Redis.from_url(self.endpoints["VISIONQ_REDIS_URL"], socket_timeout=5) as ledger:
+        with pools.client(self.endpoints["VISIONQ_REDIS_URL"], timeout_s=5) as ledger:
 
             def all_consume() -> bool:
                 self._require_alive()

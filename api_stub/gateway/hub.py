@@ -25,7 +25,8 @@ from api_stub.contract.event import Event, FinalEvent, parse_event
 
 logger = logging.getLogger(__name__)
 
-#: A subscription that was silent this long is pinged, and replaced when that brings nothing either.
+#: A subscription that was silent this long is pinged, and replaced when that brings nothing either, or when the name
+#: leads to another server by now.
 PING_S: Final = 5.0
 FIRST_PAUSE_S: Final = 0.05
 MAX_PAUSE_S: Final = 2.0
@@ -235,6 +236,7 @@ class EventHub:
     async def _message(self, subscription: PubSub) -> dict[str, Any] | None:
         message: dict[str, Any] | None = await subscription.get_message(timeout=PING_S)
         if message is None and not self._is_closed:
+            await self._readers.ping()  # a connection that looks whether the name leads elsewhere by now
             async with self._writing:
                 await subscription.ping()
             message = await subscription.get_message(timeout=PING_S)

@@ -14,7 +14,7 @@ from api_stub.contract.job import Job, TaskName
 from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls, link, operations, views
+from api_stub.ledger import calls, operations, pools, views
 from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import MAX_BATCHES, MAX_CONNECTIONS
@@ -53,14 +53,7 @@ class AsyncLedger:
 
         A silent Redis costs about `timeout_s` per call, then redis.TimeoutError.
         """
-        client = redis.asyncio.Redis.from_url(
-            url,
-            decode_responses=True,
-            max_connections=MAX_CONNECTIONS,
-            health_check_interval=link.HEALTH_CHECK_S,
-            retry=link.async_retry(1),
-            **link.socket_options(timeout_s),
-        )
+        client = pools.async_client(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
         return cls(client, config)
 
     async def close(self) -> None:
@@ -181,9 +174,4 @@ class AsyncLedger:
         return await self._run(views.replay(job_id, after, limit))
 
     async def _run(self, call: Call[T]) -> T:
-        try:
-            reply = await self._scripts[call.transition](args=call.args)
-        except redis.RedisError as error:
-            await link.async_leave_wrong_server(self.client, error)
-            raise
-        return call.parse(reply)
+        return call.parse(await self._scripts[call.transition](args=call.args))

@@ -17,7 +17,7 @@ from api_stub.contract.job import Job, TaskName
 from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.ledger import calls, link, operations, views
+from api_stub.ledger import calls, operations, pools, views
 from api_stub.ledger.call import Call
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.lua import Transition, script
@@ -63,14 +63,7 @@ class Ledger:
 
         A silent Redis costs about `timeout_s` per call, then redis.TimeoutError.
         """
-        client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            max_connections=MAX_CONNECTIONS,
-            health_check_interval=link.HEALTH_CHECK_S,
-            retry=link.retry(1),
-            **link.socket_options(timeout_s),
-        )
+        client = pools.client(url, timeout_s=timeout_s, max_connections=MAX_CONNECTIONS)
         return cls(client, config)
 
     def close(self) -> None:
@@ -230,9 +223,4 @@ class Ledger:
         return self._run(views.replay(job_id, after, limit))
 
     def _run(self, call: Call[T]) -> T:
-        try:
-            reply = self._scripts[call.transition](args=call.args)
-        except redis.RedisError as error:
-            link.leave_wrong_server(self.client, error)
-            raise
-        return call.parse(reply)
+        return call.parse(self._scripts[call.transition](args=call.args))

@@ -14,7 +14,6 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from api_stub.contract import names
-from api_stub.ledger.verdicts import Verdict, judge
 
 #: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
 HEALTH_CHECK_S: Final = 10
@@ -70,19 +69,3 @@ def tls_options(url: str) -> dict[str, str] | None:
     Left alone, kombu speaks plain text to a rediss:// URL without ssl_ options, and the result backend refuses it.
     """
     return {"ssl_cert_reqs": "required"} if urlsplit(url).scheme == "rediss" else None
-
-
-def leave_wrong_server(client: redis.Redis, error: redis.RedisError) -> None:
-    """Close the pooled connections to a server that takes no writes: the next call looks the name up anew.
-
-    After a planned failover the old server lives on as a replica, and its connections would stay good for ever. Those
-    that other threads use meanwhile find out by themselves.
-    """
-    if judge(error) is Verdict.WRONG_SERVER:
-        client.connection_pool.disconnect(inuse_connections=False)
-
-
-async def async_leave_wrong_server(client: redis.asyncio.Redis, error: redis.RedisError) -> None:
-    """`leave_wrong_server` for asyncio."""
-    if judge(error) is Verdict.WRONG_SERVER:
-        await client.connection_pool.disconnect(inuse_connections=False)
