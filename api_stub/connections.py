@@ -78,6 +78,8 @@ def unavailable(error: redis.RedisError, *, tells_where: bool = True) -> StoreUn
         return StoreUnavailable(f"Redis' certificate is not trusted: {untrusted}{where}")
     known = causes.plain_cause(error)
     cause = f": {known}" if known else ""
+    if isinstance(error, pools.IsSentinel):
+        return StoreUnavailable(f"Redis cannot be used: {error}{where}")
     if (code := code_of(error)) is not None or isinstance(error, redis.ResponseError):
         return StoreUnavailable(f"Redis refused: {code or type(error).__name__}{cause}{where}")
     return StoreUnavailable(f"Redis did not answer: {type(error).__name__}{cause}{where}")

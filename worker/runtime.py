@@ -160,6 +160,7 @@ class Runtime:
             is_draining=self.drain.is_draining,
             sick_of=self.circuit.reason,
             redis_silent_s=round(time.monotonic() - self.heartbeat.last_beat_at, 3),
+            redis_refusal=self.heartbeat.refusal,
             num_held=len(self.attempts),
             num_running=self.engine.num_running,
             num_waiting=self.engine.num_waiting,

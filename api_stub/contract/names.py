@@ -40,6 +40,7 @@ SETTINGS_KEY: Final = PREFIX + "settings"  # ZSET `name=value …` -> Redis time
 DELIVERIES_KEY: Final = PREFIX + "webhooks"  # ZSET delivery id -> Redis time at which a gateway may try it
 GIVEN_UP_KEY: Final = PREFIX + "webhooks_given_up"  # LIST of JSON: deliveries that are not tried again, newest first
 LINKED_KEY: Final = PREFIX + "linked"  # ZSET id of a job with links -> Redis time at which a worker must look at it
+PROBE_KEY: Final = PREFIX + "probe"  # never there: readiness probes write to it on that condition
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
 
 _MODEL_NAME = re.compile(MODEL_NAME_PATTERN)

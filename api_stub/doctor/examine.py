@@ -11,8 +11,10 @@ import redis
 from api_stub.contract import names
 from api_stub.doctor.finding import Finding, Level, judged
 from api_stub.doctor.server import server_findings
+from api_stub.ledger import writable
 from api_stub.ledger.census import MAX_NAMED, Census, take_census
 from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.verdicts import code_of
 
 __all__ = ["Finding", "Level", "examine"]
 
@@ -30,6 +32,7 @@ def examine(client: redis.Redis, config: LedgerConfig, max_keys: int) -> Iterato
     """Yield findings as they are made. Raises redis.RedisError when Redis does not answer."""
     client.ping()
     yield Finding("connection", Level.OK, "Redis answers")
+    yield _writing(client)
     yield from server_findings(client)
     yield from _settings(client, config)
     yield from _broker(client)
@@ -37,6 +40,15 @@ def examine(client: redis.Redis, config: LedgerConfig, max_keys: int) -> Iterato
     census = take_census(client, max_keys)
     yield from _contents(census)
     yield from _queues(client, census)
+
+
+def _writing(client: redis.Redis) -> Finding:
+    try:
+        writable.probe(client)
+    except redis.ResponseError as error:
+        is_allowed = code_of(error) != "NOPERM"
+        return Finding("writing", Level.PROBLEM if is_allowed else Level.WARNING, writable.reason(error))
+    return Finding("writing", Level.OK, "Redis takes writes")
 
 
 def _settings(client: redis.Redis, config: LedgerConfig) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from api_stub.ledger.verdicts import Verdict, judge
 #: How long a connection in use goes on without asking which server it leads to.
 LOOK_S: Final = 3.0
 _ROLE: Final = re.compile(r"^role:(\w+)", re.MULTILINE)
+_SENTINEL: Final = re.compile(r"^(?:redis|server)_mode:sentinel", re.MULTILINE)
 _HISTORY: Final = re.compile(r"^master_replid:(\w+)", re.MULTILINE)
 
 
@@ -77,6 +78,13 @@ def async_client(
     return redis.asyncio.Redis.from_pool(pool)
 
 
+class IsSentinel(redis.RedisError):
+    """Raised when a Redis Sentinel answers at the address: it knows masters and keeps no jobs."""
+
+    def __init__(self) -> None:
+        super().__init__("a Redis Sentinel answers there: give the address that always leads to the master")
+
+
 @dataclass(slots=True)
 class Master:
     """What a pool knows of the master behind its name. `term` grows when it is left; races only cost a look."""
@@ -112,9 +120,11 @@ class _Looks:
             self.master.leave(self._term)
 
     def _has_arrived(self, told: object) -> bool:
-        """Read what INFO says; False: this is a replica, whose pool has been told to leave it."""
+        """Read what INFO says; False: this is a replica, whose pool has been told to leave it. Raises IsSentinel."""
         self._look_at = time.monotonic() + LOOK_S
         text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
+        if _SENTINEL.search(text):  # which has no replication to tell of
+            raise IsSentinel
         role, history = _ROLE.search(text), _HISTORY.search(text)
         if role is not None and role[1] == "slave":
             self.master.leave(self._term)
@@ -160,12 +170,16 @@ class _Leaving(_Looks, AbstractConnection):
             raise redis.ConnectionError("this server is not the master any more")
 
     def _look(self) -> bool:
-        self.send_command("INFO", "replication", check_health=False)  # type: ignore[no-untyped-call]
         try:
-            return self._has_arrived(self.read_response())
+            told = self._info("replication")
+            return self._has_arrived(told or self._info("server"))
         except redis.ResponseError:  # not permitted
             self._look_at = math.inf
             return True
+
+    def _info(self, section: str) -> object:
+        self.send_command("INFO", section, check_health=False)  # type: ignore[no-untyped-call]
+        return self.read_response()
 
     def _look_failed(self, error: Exception) -> None:
         self.disconnect()  # type: ignore[no-untyped-call]
@@ -206,12 +220,16 @@ class _AsyncLeaving(_Looks, AsyncConnection):
             raise redis.ConnectionError("this server is not the master any more")
 
     async def _look(self) -> bool:
-        await self.send_command("INFO", "replication", check_health=False)
         try:
-            return self._has_arrived(await self.read_response())
+            told = await self._info("replication")
+            return self._has_arrived(told or await self._info("server"))
         except redis.ResponseError:
             self._look_at = math.inf
             return True
+
+    async def _info(self, section: str) -> object:
+        await self.send_command("INFO", section, check_health=False)
+        return await self.read_response()
 
     async def _look_failed(self, error: Exception) -> None:
         await self.disconnect(nowait=True)

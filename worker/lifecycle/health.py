@@ -1,7 +1,7 @@
 """What probes are told about a worker.
 
 Live: it loads, or it consumes and its engine steps, or it drains. A live worker may be useless for a moment (Redis is
-away, it is sick): restarting it would not help. Ready: warm, consuming, not draining, not sick, Redis answers.
+away, it is sick): restarting it would not help. Ready: warm, consuming, not draining, not sick, Redis takes writes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What a serving worker says of itself. `redis_silent_s`: since Redis last confirmed a heartbeat. `sick_of`: what
-    fails every job, empty when nothing does."""
+    """What a serving worker says of itself.
+
+    sick_of: what fails every job, empty when nothing does. redis_silent_s: since Redis last confirmed a heartbeat.
+    redis_refusal: why it takes no writes, if it said so.
+    """
 
     is_engine_alive: bool
     is_publisher_alive: bool
@@ -33,6 +36,7 @@ class Vitals:
     is_draining: bool
     sick_of: str
     redis_silent_s: float
+    redis_refusal: str | None
     num_held: int
     num_running: int
     num_waiting: int
@@ -100,6 +104,8 @@ class Health:
                 problems.append("not consuming: the queue is not being read")
             if vitals.sick_of:
                 problems.append(f"sick of {vitals.sick_of}")
+            if vitals.redis_refusal is not None:
+                problems.append(vitals.redis_refusal)
             if vitals.redis_silent_s > self._redis_patience_s:
                 problems.append(f"redis: silent for {vitals.redis_silent_s:.1f} s")
         return Report(_phase(vitals), tuple(problems), vitals)

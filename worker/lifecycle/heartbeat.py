@@ -16,8 +16,10 @@ from typing import Final
 import redis
 
 from api_stub.contract import names
+from api_stub.ledger import writable
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Hold
+from api_stub.ledger.verdicts import code_of
 from worker.lifecycle.attempt import Attempt, Attempts, StopReason
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ SELF_FENCE: Final = 0.9
 
 
 class Heartbeat:
-    """The beat of one worker. `client` is used for the cancel subscription only."""
+    """The beat of one worker. `client` is the ledger's, for what the ledger does not do."""
 
     def __init__(
         self,
@@ -47,6 +49,8 @@ class Heartbeat:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.last_beat_at = clock()
+        #: Why Redis takes no writes; None as far as is known. What it does not answer at all, `last_beat_at` tells.
+        self.refusal: str | None = None
 
     def start(self) -> None:
         """Register the worker and start beating."""
@@ -71,12 +75,25 @@ class Heartbeat:
                 self._worker, self._model, [(attempt.claim.job_id, attempt.claim.fence) for attempt in attempts]
             )
         except redis.RedisError as error:
+            self._note(error)
             logger.warning("beat failed", extra={"action": "beat", "error": type(error).__name__})
         else:
             self.last_beat_at = sent_at
             for attempt, answer in zip(attempts, answers, strict=True):
                 self._tell(attempt, answer, sent_at)
+            self._probe()  # a full Redis takes beats and no jobs
         self._fence_unconfirmed()
+
+    def _probe(self) -> None:
+        try:
+            writable.probe(self._client)
+        except redis.RedisError as error:
+            self._note(error)
+        else:
+            self.refusal = None
+
+    def _note(self, error: redis.RedisError) -> None:
+        self.refusal = None if code_of(error) is None else writable.reason(error)
 
     def _tell(self, attempt: Attempt, answer: Hold, sent_at: float) -> None:
         if answer is Hold.LOST:

@@ -50,6 +50,21 @@ def heartbeat(ledger: Ledger, attempts: Attempts, clock: Clock | None = None, be
     )  # fmt: skip
 
 
+def test_a_beat_tells_that_redis_is_full_and_keeps_the_leases(ledger: Ledger, redis_client: redis.Redis) -> None:
+    beats = heartbeat(ledger, Attempts())
+    beats.beat()
+    assert beats.refusal is None
+    redis_client.config_set("maxmemory", 1)
+    try:
+        before = beats.last_beat_at
+        beats.beat()
+        assert (beats.refusal, beats.last_beat_at > before) == ("redis is full (OOM)", True)
+    finally:
+        redis_client.config_set("maxmemory", 0)
+    beats.beat()
+    assert beats.refusal is None
+
+
 def test_the_first_reason_to_stop_stands_unless_the_lease_is_lost(ledger: Ledger) -> None:
     attempt = Attempt(claim(ledger))
     attempt.check()

@@ -82,8 +82,7 @@ def test_log_lines_with_an_action_are_counted_and_bounded(metrics: Metrics) -> N
 def vitals(**changed: object) -> Vitals:
     well: dict[str, object] = {
         "is_engine_alive": True, "is_publisher_alive": True, "is_consuming": True, "is_draining": False,
-        "sick_of": "",
-        "redis_silent_s": 0.1, "num_held": 0, "num_running": 0, "num_waiting": 0,
+        "sick_of": "", "redis_silent_s": 0.1, "redis_refusal": None, "num_held": 0, "num_running": 0, "num_waiting": 0,
     }  # fmt: skip
     return Vitals(**(well | changed))  # type: ignore[arg-type]
 
@@ -98,6 +97,7 @@ def vitals(**changed: object) -> Vitals:
         ({"is_draining": True, "is_consuming": False}, True, False, "draining"),
         ({"sick_of": "storage: it refuses"}, True, False, "sick of storage: it refuses"),
         ({"redis_silent_s": 11.0}, True, False, "redis"),
+        ({"redis_refusal": "redis is full (OOM)"}, True, False, "redis is full"),
     ],
 )
 def test_live_and_ready_are_two_things(changed: dict[str, object], is_live: bool, is_ready: bool, word: str) -> None:
