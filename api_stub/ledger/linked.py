@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import redis
 
 from api_stub.contract.result import FAILURE_CLASS, FAILURE_MODULE
-from api_stub.ledger import link
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.lua import Transition, script
 
@@ -37,27 +35,19 @@ class LinkedJobs:
     """Safe to share between threads. Raises redis.RedisError; every call may be repeated."""
 
     def __init__(self, client: redis.Redis, config: LedgerConfig) -> None:
-        self._client = client
         self._take = client.register_script(script(Transition.TAKE_LINKED, config))
         self._settle = client.register_script(script(Transition.SETTLE_LINKED, config))
 
     def take(self, limit: int, lease_s: float) -> tuple[Linked, ...]:
         """Take up to `limit` jobs whose links are due; nobody else is given them for `lease_s` seconds."""
-        return tuple(_linked(*row) for row in self._run(self._take, (limit, lease_s)))
+        return tuple(_linked(*row) for row in self._take(args=(limit, lease_s)))
 
     def settle(self, linked: Linked, followers: Sequence[str] = ()) -> None:
         """Forget a job's links.
 
         `followers` are ids of tasks that fail with it, unless they are jobs themselves or have a result.
         """
-        self._run(self._settle, (linked.job_id, json.dumps(linked.failure, ensure_ascii=False), *followers))
-
-    def _run(self, call: Any, args: tuple[str | int | float, ...]) -> Any:
-        try:
-            return call(args=args)
-        except redis.RedisError as error:
-            link.leave_wrong_server(self._client, error)
-            raise
+        self._settle(args=(linked.job_id, json.dumps(linked.failure, ensure_ascii=False), *followers))
 
 
 def _linked(job_id: str, links: str, final: str) -> Linked:
