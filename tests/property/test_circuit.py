@@ -68,6 +68,11 @@ class Breaker(RuleBasedStateMachine):
         elif is_suspect:
             self.faulty[part].clear()
 
+    @rule(part=PARTS, count=st.integers(2, MAX_FAULTS))
+    def faults_in_a_row(self, part: Part, count: int) -> None:
+        for number in range(count):
+            self.fault(part, f"job-{number}", False)
+
     @rule(part=PARTS)
     def success(self, part: Part) -> None:
         self.circuit.success(part)
@@ -99,7 +104,15 @@ class Breaker(RuleBasedStateMachine):
 
 
 TestBreaker = Breaker.TestCase
-TestBreaker.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBreaker.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_five_different_jobs_in_a_row_make_a_worker_sick_that_can_prove_nothing() -> None:
+    circuit = Circuit(lambda part: False)
+    blamed = [circuit.fault(Part.DISK, str(number), "it is full") for number in range(MAX_FAULTS)]
+    assert blamed == [False] * (MAX_FAULTS - 1) + [True]
+    assert circuit.reason == "disk: it is full"
+    assert not circuit.may_take
 
 
 def test_one_job_that_fails_again_and_again_is_no_reason_to_suspect_the_worker() -> None:
