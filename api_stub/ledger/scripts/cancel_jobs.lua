@@ -1,9 +1,9 @@
 -- Asks for the end of a tenant's jobs, some at a time, newest first: of those with this status, this model and these members of their
 -- metadata, as far as they are given. Answers the cursor of the next call (none after the last), how many were queued and have ended,
 -- and how many run and were asked to stop. A job that comes after the first call is above its cursor.
-local MAX_LOOKS = 500
-local MAX_CANCELS = 100
-local MAX_BYTES = 500000 -- of bodies, which are read for their metadata
+local MAX_LOOKS = 200
+local MAX_CANCELS = 20
+local MAX_BYTES = 100000 -- of bodies, which are read for their metadata
 local tenant, status, model, metadata, cursor = unpack(ARGV)
 local wanted = metadata ~= '' and cjson.decode(metadata)
 local num_bytes = 0

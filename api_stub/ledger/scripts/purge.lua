@@ -4,8 +4,8 @@
 -- A queued job waits for its doorbell, is held, or waits for its alarm, and may go from one to the other between two calls. Those with
 -- an alarm are in the reapers' agenda alone, among all others'. ZSCAN finds every member that stays there from its first call to its
 -- last, and goes on only in a call that has found nobody waiting and nobody held. So whoever it misses was claimed meanwhile.
-local MAX_ENDED = 100
-local MAX_LOOKS = 250
+local MAX_ENDED = 20
+local MAX_LOOKS = 100
 local model, first, cursor = unpack(ARGV)
 first = first ~= '' and first or (redis.call('GET', KEY.submitted) or '0') .. ' ' .. stamp
 local last, since = string.match(first, '^(%d+) ([%d.]+)$')
