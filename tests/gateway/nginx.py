@@ -39,11 +39,8 @@ class Nginx:
 
 @contextmanager
 def nginx(gateway_url: str, directory: Path) -> Iterator[Nginx]:
-    """Run one. A laptop without nginx skips, CI fails."""
-    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if program is None and not os.environ.get("CI"):
-        pytest.skip("no nginx on this machine")
-    assert program is not None, "no nginx on this machine"
+    """Run one."""
+    program = nginx_program()
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost", "127.0.0.1")
     authority.cert_pem.write_to_path(str(directory / "authority.pem"))
@@ -84,6 +81,15 @@ def nginx(gateway_url: str, directory: Path) -> Iterator[Nginx]:
     finally:
         process.terminate()
         process.wait(STOP_S)
+
+
+def nginx_program() -> str:
+    """Return where nginx is. A laptop without it skips, CI fails."""
+    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None and not os.environ.get("CI"):
+        pytest.skip("no nginx on this machine")
+    assert program is not None, "no nginx on this machine"
+    return program
 
 
 def location_of(readme: str) -> str:

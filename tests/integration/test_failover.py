@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +31,7 @@ from api_stub.settings import ClientSettings
 from tests.chaos.proxy import Network
 from tests.e2e.probes import probe
 from tests.failovers import NOBODY, Pair
+from tests.gateway.nginx import README, nginx_program
 from tests.gateway.service import serving
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually, free_port
@@ -37,6 +41,7 @@ from tests.unit.api_stub.workers import ScriptedWorker
 #: The promise is ten seconds; a machine that does ten other things may take twice as long.
 SOON_S = 20.0
 READ_ONLY_S = 4.0
+STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")  # Debian's; elsewhere it is built in
 LOST = "of-a-lost-worker"
 JOB = {"task": "visionq.vqa", "question": "hello", "sampling": {"max_new_tokens": 2}}
 
@@ -218,6 +223,51 @@ def read_events(url: str, job_id: str) -> Iterator[str]:
         for line in answer.iter_lines():
             if line.startswith("data: "):
                 yield str(json.loads(line.removeprefix("data: "))["type"])
+
+
+def test_a_client_follows_the_readmes_proxy(tmp_path: Path) -> None:
+    """nginx' old processes keep the connections that they have: after a reload the old server is still talked to."""
+    with ExitStack() as stack:
+        pair = stack.enter_context(closing_pair(Pair(tmp_path, stack.enter_context(Network()))))
+        url, move = stack.enter_context(tcp_proxy(tmp_path, pair))
+        client = stack.enter_context(Client(settings=ClientSettings(redis_url=url)))
+        assert client.submit(JOB).status().status is JobStatus.QUEUED
+        pair.hand_over()
+        move()
+        soon(lambda: client.submit(JOB), "a submit")
+        old = stack.enter_context(pair.other.client())
+        assert old.info("replication")["role"] == "slave"
+
+
+@contextmanager
+def tcp_proxy(directory: Path, pair: Pair) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Run nginx as the README says; yield its URL and what leads it to the pair's master."""
+    program = nginx_program()
+    port = free_port()
+    written = re.search(r"^stream \{\n.*?^\}$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert written is not None
+    stream = written.group().replace("127.0.0.1:6380", f"127.0.0.1:{port}")
+    configuration = directory / "nginx.conf"
+
+    def write() -> None:
+        module = f"load_module {STREAM_MODULE};" if STREAM_MODULE.exists() else ""
+        there = stream.replace("127.0.0.1:6379", f"127.0.0.1:{pair.master.port}")
+        log, pid = directory / "error.log", directory / "nginx.pid"
+        configuration.write_text(f"{module} daemon off; pid {pid}; error_log {log}; events {{}}\n{there}\n")
+
+    def move() -> None:
+        write()
+        process.send_signal(signal.SIGHUP)  # nginx -s reload
+
+    write()
+    process = subprocess.Popen([program, "-e", str(directory / "error.log"), "-c", str(configuration)])
+    try:
+        eventually(lambda: process.poll() is not None or (directory / "nginx.pid").exists(), what="nginx listens")
+        assert process.poll() is None, (directory / "error.log").read_text()
+        yield f"redis://127.0.0.1:{port}/0", move
+    finally:
+        process.terminate()
+        process.wait(SOON_S)
 
 
 @pytest.fixture
