@@ -62,10 +62,11 @@ class Queues:
         paused: Any = await self._commands.hgetall(names.PAUSED_KEY)
         models = sorted({*await self.models(), *paused})
         seconds, _ = await self._commands.time()
+        now = seconds + float(await self._commands.hget(names.WATCH_KEY, "ahead") or 0)
         async with self._commands.pipeline(transaction=False) as reads:
             for model in models:
                 reads.get(names.depth_key(model))
-                reads.zcount(names.workers_key(model), f"({seconds}", "+inf")
+                reads.zcount(names.workers_key(model), f"({now}", "+inf")
                 for step in names.PRIORITY_STEPS:
                     reads.zcard(names.waiting_key(names.list_id(model, step)))
             replies = await reads.execute()

@@ -45,7 +45,7 @@ from api_stub.ledger.rows import (
     RefusalReason,
     Submission,
 )
-from tests.unit.api_stub.ledger_kit import answer, delta, events, lease_ends, question, ring_in
+from tests.unit.api_stub.ledger_kit import answer, delta, events, lease_ends, question, ring_in, set_clock_back
 
 MAX_ATTEMPTS = 2
 MAX_JOBS = 6
@@ -108,10 +108,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model: dict[str, ModelJob] = {}
         self.last_fence = 0
         self.is_paused = False
+        self.hours_back = 0
 
     @initialize(target=jobs, tenants=st.lists(TENANTS, min_size=2, max_size=4), is_adopted=st.booleans())
     def begin(self, tenants: list[str], is_adopted: bool) -> object:
         self.redis.flushall()
+        self.ledger.reap()  # from now on a clock that is set back is noticed
         return multiple(*(self.create(is_adopted, False, tenant) for tenant in tenants))
 
     def teardown(self) -> None:
@@ -389,6 +391,21 @@ class LedgerMachine(RuleBasedStateMachine):
             self.redis.hset(names.job_key(job_id), "queued_at", "1")
 
     @rule()
+    def clock_is_set_back(self) -> None:
+        self.hours_back += 1
+        set_clock_back(self.redis, 3600)
+
+    @precondition(lambda self: self.hours_back > 0)
+    @rule()
+    def clock_is_set_right(self) -> None:
+        """For the leases it is a gap in which nobody spoke."""
+        self.hours_back -= 1
+        set_clock_back(self.redis, -3600)
+        for job in self.model.values():
+            if job.status is JobStatus.IN_PROGRESS and not job.is_lease_over:
+                self.redis.hincrbyfloat(names.job_key(job.job_id), "lease", self.ledger.config.lease_s / 4)
+
+    @rule()
     def doorbells_arrive(self) -> None:
         ring_in(self.redis)
 
@@ -490,7 +507,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert job.job_id not in self.redis.lrange(names.DEAD_KEY, 0, -1)
 
     def _check_stream(self, job: ModelJob) -> None:
-        stream = events(self.redis, job.job_id)  # asserts that seq has no gaps
+        stream = events(self.redis, job.job_id)  # asserts that seq has no gaps, and when the stream begins
+        assert stream[0].type == "job.queued"
         finals = [event for event in stream if isinstance(event, FinalEvent)]
         assert len(finals) == int(job.status.is_final)
         if finals:

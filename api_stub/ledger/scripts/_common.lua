@@ -1,4 +1,4 @@
--- Shared by every transition: Redis' clock, the row and its events.
+-- Shared by every transition: the clock, the row and its events.
 -- KEY, CONFIG and the contract's tables are put in front of this file.
 --
 -- Row (HASH, all strings; absent means none): status task model priority list tenant body digest created queued_at deadline seq
@@ -14,15 +14,47 @@
 --   links    what a plain message's producer wants sent by Celery when the job is over, until it is sent
 --   hook_url, hook_events   where its webhook goes, and the types of event that it gets, each between commas
 
-local clock = redis.call('TIME')
-local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
-local stamp = string.format('%s.%06d', clock[1], clock[2])
-
 local quote = cjson.encode
 
 local function moment(seconds)
   return string.format('%.6f', seconds)
 end
+
+local clock = redis.call('TIME')
+local wall = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+local last, ahead, older = unpack(redis.call('HMGET', KEY.watch, 'time', 'ahead', 'older'))
+
+-- Processes of 0.1.0 on the same Redis tell nobody what their claims and submits mean for a list. They are known by what they do
+-- not write: beside `at` its copy `mark`, beside `submitted` the share that is ours.
+local OLDER_S = 600
+
+local function note_older()
+  older = moment(wall)
+  redis.call('HSET', KEY.watch, 'older', older)
+end
+
+local function is_beside_older()
+  return older and wall - tonumber(older) < OLDER_S
+end
+
+-- How far `now` is ahead of Redis' clock: `now` never goes back. It stands still when Redis' clock is set back, and what is due in a
+-- minute stays so; then it goes slower, until both are the same again. Redis' clock set forward again takes off first what `now` is
+-- ahead. Processes of 0.1.0 know Redis' clock alone: beside them `now` is that. `last` is what the last beat or sweep had.
+local LEAP_S = 30
+local SLOWER = 0.1
+
+local function lead()
+  if not last or is_beside_older() then
+    return 0
+  end
+  ahead = tonumber(ahead or '0')
+  local passed = wall + ahead - tonumber(last)
+  return math.max(0, ahead - (passed < 0 and passed or passed > LEAP_S and passed or passed * SLOWER))
+end
+
+ahead = lead()
+local now = wall + ahead
+local stamp = moment(now)
 
 local function read(id, ...)
   local row = {}
@@ -44,14 +76,8 @@ end
 -- lease is left to beat again, and jobs of dead workers are taken in the end however rarely somebody sweeps.
 local function watched()
   local at, seconds = unpack(redis.call('HMGET', KEY.watch, 'at', 'seconds'))
-  local gap = at and math.max(0, now - tonumber(at)) or 0
+  local gap = at and math.max(0, wall - tonumber(at)) or 0
   return tonumber(seconds or '0') + (gap > CONFIG.lease_s / 2 and CONFIG.lease_s / 4 or gap)
-end
-
--- Processes of 0.1.0 on the same Redis tell nobody what their claims and submits mean for a list. They are known by what they do
--- not write: beside `at` its copy `mark`, beside `submitted` the share that is ours.
-local function note_older()
-  redis.call('HSET', KEY.watch, 'older', stamp)
 end
 
 local function watch()
@@ -60,15 +86,9 @@ local function watch()
   if at ~= mark then
     note_older()
   end
-  redis.call('HSET', KEY.watch, 'at', stamp, 'mark', stamp, 'seconds', moment(seconds))
+  local seen = moment(wall)
+  redis.call('HSET', KEY.watch, 'at', seen, 'mark', seen, 'seconds', moment(seconds), 'time', stamp, 'ahead', moment(ahead))
   return seconds
-end
-
-local OLDER_S = 600
-
-local function is_beside_older()
-  local older = redis.call('HGET', KEY.watch, 'older')
-  return older and now - tonumber(older) < OLDER_S
 end
 
 local function next_number()

@@ -1,6 +1,6 @@
 -- The one way in which a job ends.
 
--- ISO 8601 in UTC of `now`; days to date after H. Hinnant, "chrono-compatible low-level date algorithms".
+-- ISO 8601 in UTC of Redis' clock; days to date after H. Hinnant, "chrono-compatible low-level date algorithms".
 local function iso8601()
   local seconds = tonumber(clock[1])
   local z = math.floor(seconds / 86400) + 719468

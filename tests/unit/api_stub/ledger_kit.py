@@ -11,6 +11,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CompletedBody, DeltaBody, Event, FailedBody, parse_event
 from api_stub.contract.job import Job, VqaJob
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
+from api_stub.ledger.census import kind_of
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
@@ -71,7 +72,7 @@ def events(client: redis.Redis, job_id: str) -> list[Event]:
     Of a job that nobody has claimed yet there is one, and no stream.
     """
     call = replay(job_id, after=0)
-    replayed = call.parse(client.eval(_REPLAY, 0, *map(str, call.args))).events
+    replayed = call.parse(client.register_script(_REPLAY)(args=call.args)).events
     stream = [parse_event(event) for event in replayed]
     assert [event.seq for event in stream] == list(range(1, len(stream) + 1))
     written = [(entry_id, fields["event"]) for entry_id, fields in client.xrange(names.events_key(job_id))]
@@ -120,3 +121,37 @@ def lose(ledger: Ledger, client: redis.Redis, job_id: str) -> tuple[Bell, ...]:
     """Sweep after the lease of `job_id` is over."""
     lease_ends(client, job_id)
     return ledger.reap()
+
+
+#: Where the ledger keeps times: sorted sets by score, fields of rows and of the watch.
+_DATED = ("due", "news", "serving", "leases", "settings", "webhooks", "workers", "jobs")
+_DATES = (
+    "created",
+    "queued_at",
+    "deadline",
+    "alarm",
+    "not_before",
+    "started",
+    "finished",
+    "at",
+    "mark",
+    "time",
+    "older",
+)
+
+
+def set_clock_back(client: redis.Redis, step_s: float) -> None:
+    """Leave everything as if Redis' clock had been `step_s` ahead of what it is now; negative: set it forward."""
+
+    def moved(time: str | float) -> float:
+        return round(float(time) + step_s, 6)
+
+    for key in client.scan_iter(names.PREFIX + "*"):
+        kind = kind_of(key)
+        if kind in _DATED:
+            for member, score in client.zrange(key, 0, -1, withscores=True):
+                client.zadd(key, {member: moved(score)})
+        elif kind in ("job", "watch"):
+            row = client.hgetall(key)
+            for name in row.keys() & set(_DATES):
+                client.hset(key, name, f"{moved(row[name]):.6f}")
