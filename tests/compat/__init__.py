@@ -7,5 +7,7 @@ files, without its worker. A release replaces it. It was made so, in an empty fo
     sed -i 's/, "worker\\*"\\]/]/; /^worker = \\["demo_model/d; /^visionq-worker = /d' pyproject.toml
     SOURCE_DATE_EPOCH=1795270892 pip wheel --no-deps .
 
+`recorded.json` is what its worker left in Redis; `record.py` makes it. CONTRIBUTING.md says when.
+
 `redis-users-0.1.0.conf` is that release's api_stub/deploy/redis-users.conf, which operators have copied.
 """
