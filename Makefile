@@ -28,7 +28,7 @@ LONG_STAMP := $(VENV)/.installed-long
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision kernels check long audit bench chaos fuzz soak
+.PHONY: help demo test vision kernels check long audit bench chaos fuzz scale soak
 .PHONY: test-parts test-rest test-chosen test-oldest lint format types floors $(SERVERS:%=long-%)
 
 # Runs every target of $(1), though others before it fail, and says at the end which did. The plus: `--dry-run`, too.
@@ -104,6 +104,9 @@ chaos: $(DEV_STAMP) ## break everything for ten minutes, count what is lost (ARG
 fuzz: $(DEV_STAMP) ## a million odd messages through the receiving code, then twenty thousand through a live worker
 	$(BIN)/python -m tests.fuzz_entries --count 1000000 $(ARGS)
 	$(BIN)/python -m tests.fuzz_entries --count 20000 --live $(ARGS)
+
+scale: $(DEV_STAMP) ## what the ledger costs with a million jobs of 100 000 names (ARGS="--jobs 100000 --names 10000")
+	$(BIN)/python -m tests.ledger_scale $(ARGS)
 
 soak: $(DEV_STAMP) ## steady load for an hour, tell what grows (ARGS="--minutes 10")
 	$(BIN)/python -m tests.chaos.soak $(ARGS)

@@ -56,6 +56,7 @@ def would_run(target: str, venv: Path) -> str:
         ("bench", ["-m venv", "visionq-worker bench engine", "visionq-worker bench queue"]),
         ("chaos", ["-m venv", "-m tests.chaos "]),
         ("fuzz", ["-m venv", "-m tests.fuzz_entries --count 1000000", "-m tests.fuzz_entries --count 20000 --live"]),
+        ("scale", ["-m venv", "-m tests.ledger_scale"]),
         ("soak", ["-m venv", "-m tests.chaos.soak "]),
     ],
 )
