@@ -42,6 +42,7 @@ def main(
             kinds=(FaultKind.SIGKILL,),
             max_faults=sigkills,
             min_others=(1,),
+            takeover_s=0.0,
         )
     directory = Path(tempfile.mkdtemp(prefix="visionq-chaos-"))
     typer.echo(f"logs in {directory}")

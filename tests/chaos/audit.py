@@ -85,6 +85,11 @@ def read_outcomes(direct: redis.Redis, tickets: Sequence[Ticket]) -> tuple[list[
     return outcomes, problems
 
 
+def num_known(direct: redis.Redis, job_ids: Iterable[str]) -> int:
+    """How many of these the ledger knows."""
+    return sum(int(direct.exists(names.job_key(job_id))) for job_id in job_ids)
+
+
 def events_of(direct: redis.Redis, job_id: str) -> tuple[Event, ...]:
     """Return a job's whole stream."""
     entries: list[tuple[str, dict[str, str]]] = direct.xrange(names.events_key(job_id))  # type: ignore[assignment]

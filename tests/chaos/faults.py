@@ -15,6 +15,7 @@ class Plane(StrEnum):
     WORKER = "worker"
     NETWORK = "network"
     REDIS = "redis"
+    BROKER = "broker"
     STORAGE = "storage"
     PRODUCER = "producer"
 
@@ -34,6 +35,8 @@ class FaultKind(StrEnum):
     REDIS_FULL = "Redis out of memory"
     REDIS_READ_ONLY = "Redis read-only"
     REDIS_NO_REPLICAS = "Redis short of replicas"
+    FAILOVER = "planned failover"
+    JUNK = "junk in the broker's lists"
     S3_ERRORS = "S3 errors 500"
     S3_SLOW = "S3 slow"
     S3_TRUNCATED = "S3 truncated bodies"
@@ -59,9 +62,16 @@ _PLANES: Final = (
         Plane.NETWORK,
     )
     | dict.fromkeys(
-        [FaultKind.REDIS_KILL, FaultKind.REDIS_FULL, FaultKind.REDIS_READ_ONLY, FaultKind.REDIS_NO_REPLICAS],
+        [
+            FaultKind.REDIS_KILL,
+            FaultKind.REDIS_FULL,
+            FaultKind.REDIS_READ_ONLY,
+            FaultKind.REDIS_NO_REPLICAS,
+            FaultKind.FAILOVER,
+        ],
         Plane.REDIS,
     )
+    | {FaultKind.JUNK: Plane.BROKER}
     | dict.fromkeys(
         [FaultKind.S3_ERRORS, FaultKind.S3_SLOW, FaultKind.S3_TRUNCATED, FaultKind.S3_REFUSES_ONE], Plane.STORAGE
     )

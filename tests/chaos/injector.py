@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
+from random import Random
 from typing import Final
 
 import redis
 
+from tests.chaos import junk
 from tests.chaos.faults import Fault, FaultKind, Plane
 from tests.chaos.fleet import Life
 from tests.chaos.people import Readers
@@ -36,6 +38,7 @@ PATIENCE_S: Final = 60.0
 LAST_FAULT_S: Final = 240.0
 BEHIND_S: Final = 30.0
 ORPHANS: Final = 3
+NUM_JUNK: Final = 20
 
 STORAGE_FAULTS: Final[dict[FaultKind, StorageFault]] = {
     FaultKind.S3_ERRORS: Status(500, "InternalError"),
@@ -72,6 +75,7 @@ class Injector:
     ) -> None:
         self._plant, self._faults = plant, faults
         self._office, self._readers = office, readers
+        self._junk = Random(len(faults))
         self._min_others = cycle(min_others)
         self._stop = threading.Event()
         self._queues: dict[Plane, queue.SimpleQueue[Fault | None]] = {plane: queue.SimpleQueue() for plane in Plane}
@@ -83,6 +87,8 @@ class Injector:
         self.skipped: list[Fault] = []
         self.problems: list[str] = []
         self.orphans: list[Ticket] = []
+        #: Ids that junk is answered under: jobs that nobody asked for, and that must come to an end.
+        self.junk_ids: set[str] = set()
 
     def run(self, at_least_s: float, is_enough: Callable[[], bool]) -> None:
         """Let faults happen at their times, for so long and until it is enough; return when the last has ended."""
@@ -124,6 +130,8 @@ class Injector:
                 self._break_network(fault)
             case Plane.REDIS:
                 self._break_redis(fault)
+            case Plane.BROKER:
+                self._throw_junk()
             case Plane.STORAGE:
                 self._break_storage(fault)
             case Plane.PRODUCER:
@@ -174,8 +182,17 @@ class Injector:
             self._stop.wait(fault.duration_s)
             self._plant.redis.start()
             return
+        if fault.kind is FaultKind.FAILOVER:
+            self._plant.fail_over(fault.duration_s)
+            return
         with self._plant.redis.client() as direct, _refusing(direct, fault.kind):
             self._stop.wait(fault.duration_s)
+
+    def _throw_junk(self) -> None:
+        """Push odd entries into the broker's lists and its table of held messages, and good jobs behind them."""
+        thrown = junk.draw(self._junk, NUM_JUNK)
+        eventually(lambda: junk.throw(self._plant.redis, thrown), 60, "junk is thrown")
+        self.junk_ids.update(entry.job_id for entry in thrown if entry.job_id is not None)
 
     def _break_storage(self, fault: Fault) -> None:
         storages = self._plant.storages
@@ -213,7 +230,8 @@ def _refusing(direct: redis.Redis, kind: FaultKind) -> Iterator[None]:
         finally:
             direct.replicaof("NO", "ONE")
         return
-    name, bad, good = ("maxmemory", 1, 0) if kind is FaultKind.REDIS_FULL else ("min-replicas-to-write", 1, 0)
+    # After a failover there is one good replica.
+    name, bad, good = ("maxmemory", 1, 0) if kind is FaultKind.REDIS_FULL else ("min-replicas-to-write", 2, 0)
     direct.config_set(name, bad)
     try:
         yield

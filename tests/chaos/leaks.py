@@ -24,6 +24,8 @@ SINGLETONS: Final = frozenset(
     | {names.depth_key(MODEL), "unacked", "unacked_index"}
     | {f"_kombu.{kind}.{names.queue(MODEL)}" for kind in ("binding", "binding_permanent")}
 )
+#: How the delivery tags of junk begin.
+JUNK_TAG: Final = "junk-"
 #: A worker's handles and threads beyond one per job it can hold: model, logs, Celery's, kombu's and botocore's own.
 MAX_OTHER_HANDLES: Final = 60
 MAX_OTHER_THREADS: Final = 30
@@ -64,6 +66,11 @@ def _kind(handle: Path) -> str:
 def queued_messages(direct: redis.Redis) -> int:
     """Doorbells that nobody has taken yet."""
     return sum(int(direct.llen(names.queue_list(MODEL, step))) for step in names.PRIORITY_STEPS)
+
+
+def junk_held(direct: redis.Redis) -> list[str]:
+    """Junk that lies among the messages that workers hold."""
+    return [tag for tag in direct.hkeys("unacked") if tag.startswith(JUNK_TAG)]
 
 
 def key_problems(direct: redis.Redis) -> list[str]:

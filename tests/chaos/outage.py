@@ -68,7 +68,7 @@ def live_through(system: Plant, office: TicketOffice, seconds: float) -> Outage:
     with system.redis.client() as direct:
         job_ids = [ticket.job_id for ticket in outage.tickets]
         eventually(lambda: is_quiet(direct, job_ids), QUIET_S, "all jobs of the outage are final")
-        outage.resumes_s = _resumes_s(direct, job_ids, returned_at)
+        outage.resumes_s = resumes_s(direct, job_ids, returned_at)
     return outage
 
 
@@ -82,7 +82,8 @@ def _refusal_s(client: Client, ticket: Ticket) -> float:
     raise AssertionError("a submit succeeded without Redis")
 
 
-def _resumes_s(direct: redis.Redis, job_ids: Sequence[str], returned_at: float) -> list[float]:
+def resumes_s(direct: redis.Redis, job_ids: Sequence[str], returned_at: float) -> list[float]:
+    """Return how soon after a moment each worker began a job."""
     first: dict[str, float] = {}
     for job_id in job_ids:
         for event in events_of(direct, job_id):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from api_stub.client import Client
 from api_stub.settings import ClientSettings
 from tests.chaos.fleet import Fleet
 from tests.chaos.proxy import Network, TcpProxy
+from tests.failovers import follow, hand_over
 from tests.servers import RedisServer, S3Server
 from tests.storage_faults import FaultyStorage, faulty_storage
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_WORKERS: Final = 3
+#: An answer of Redis means that it is on disk, as a database that is killed here must have it.
+DURABLE: Final = ("--appendfsync", "always")
 LEASE_S: Final = 5.0
 DRAIN_S: Final = 3.0
 GRACE_S: Final = 2.0
@@ -49,10 +53,11 @@ WORKER_SETTINGS: Final[dict[str, object]] = {
 @dataclass(frozen=True, slots=True)
 class Plant:
     """Everything that can be broken. `storages` and `links` are the workers' ways to S3 and Redis, one each;
-    `producers_link` is that of all clients."""
+    `producers_link` is that of all clients. `servers`: the master and, after a failover, its replica.
+    """
 
     directory: Path
-    redis: RedisServer
+    servers: list[RedisServer]
     s3: S3Server
     s3_client: S3Client
     storages: tuple[FaultyStorage, ...]
@@ -60,6 +65,37 @@ class Plant:
     producers_link: TcpProxy
     fleet: Fleet
     kept_s: int
+
+    @property
+    def redis(self) -> RedisServer:
+        """The server that the name leads to."""
+        return self.servers[0]
+
+    @property
+    def names(self) -> tuple[TcpProxy, ...]:
+        """Every way to Redis."""
+        return (*self.links, self.producers_link)
+
+    def fail_over(self, read_only_s: float) -> float:
+        """Swap master and replica as managed services do; the name moves `read_only_s` later.
+
+        Returns when it has, in seconds since 1970. The old master stays up as a read-only replica.
+        """
+        self.pair_up()
+        hand_over(*self.servers)
+        time.sleep(read_only_s)
+        self.servers.reverse()
+        for name in self.names:
+            name.lead_to(self.redis.port)
+        return time.time()
+
+    def pair_up(self) -> None:
+        """Give the master a replica that has all it has."""
+        if len(self.servers) == 1:
+            (self.directory / "second").mkdir()
+            self.servers.append(RedisServer(self.directory / "second", *DURABLE))
+        master, replica = self.servers
+        follow(replica, master)
 
     @property
     def scratch(self) -> Path:
@@ -80,7 +116,7 @@ class Plant:
 
     def heal(self) -> None:
         """End all faults of network and storage."""
-        for link in (*self.links, self.producers_link):
+        for link in self.names:
             link.heal()
         for storage in self.storages:
             storage.always = None
@@ -95,9 +131,9 @@ def plant(directory: Path, num_workers: int = NUM_WORKERS, kept_s: int = KEPT_S)
     scratch = directory / "scratch"
     scratch.mkdir()
     with ExitStack() as stack:
-        # `always`: an answer of Redis means that it is on disk, as a database that is killed here must have it.
-        redis_server = RedisServer(directory, "--appendfsync", "always")
-        stack.callback(redis_server.kill)
+        redis_server = RedisServer(directory, *DURABLE)
+        servers = [redis_server]
+        stack.callback(lambda: [server.kill() for server in servers])
         s3 = S3Server(directory)
         stack.callback(s3.stop)
         s3_client = s3.client()
@@ -116,4 +152,4 @@ def plant(directory: Path, num_workers: int = NUM_WORKERS, kept_s: int = KEPT_S)
         fleet.start()
         logger.info("%d workers serve", num_workers)
         producers_link = network.proxy(redis_server.port)
-        yield Plant(directory, redis_server, s3, s3_client, storages, links, producers_link, fleet, kept_s)
+        yield Plant(directory, servers, s3, s3_client, storages, links, producers_link, fleet, kept_s)

@@ -14,6 +14,7 @@ from tests.chaos.fleet import Life
 from tests.chaos.injector import Injected
 from tests.chaos.outage import Outage
 from tests.chaos.plant import LEASE_S
+from tests.chaos.takeover import Takeover
 
 #: Recovery is measured where so many workers were left.
 MIN_OTHERS: Final = 2
@@ -36,6 +37,8 @@ class Report:
     handovers: list[Handover] = field(default_factory=list)
     calm_cancels_s: list[float] = field(default_factory=list)
     outage: Outage | None = None
+    takeover: Takeover | None = None
+    junk_ids: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -78,7 +81,7 @@ class Report:
         slowest = max((outcome.ticket.slowest_submit_s for outcome in self.outcomes), default=0.0)
         if slowest > MAX_SUBMIT_S:
             found.append(f"slowest submit call {slowest:.1f} s, the limit is {MAX_SUBMIT_S} s")
-        return found + (self.outage.misses if self.outage else [])
+        return found + (self.outage.misses if self.outage else []) + (self.takeover.misses if self.takeover else [])
 
     def lines(self) -> str:
         """Return the table."""
@@ -105,6 +108,7 @@ class Report:
                 _spread("cancel", self.cancels_s, "running, under faults"),
                 _spread("cancel", self.calm_cancels_s, "running, all calm"),
                 *([f"outage       {self.outage.line()}"] if self.outage else []),
+                *([f"failover     {self.takeover.line()}"] if self.takeover else []),
                 *(f"MISSED       {miss}" for miss in self.misses),
                 *(f"VIOLATION    {problem}" for problem in self.problems[:40]),
                 f"verdict      {len(self.problems)} violations, {len(self.misses)} figures beyond their limits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.chaos import run, soak
+from tests.chaos.faults import FaultKind
 
 
 def test_a_short_chaos_breaks_no_promise(tmp_path: Path) -> None:
@@ -12,17 +13,19 @@ def test_a_short_chaos_breaks_no_promise(tmp_path: Path) -> None:
         seconds=26,
         jobs=90,
         seed=4,
-        every_s=1.6,
+        every_s=1.35,
         min_others=(1,),
         num_pictures=3,
         num_clips=1,
         num_calm_cancels=0,
         outage_s=0,
+        takeover_s=0,
     )
     report = run.run(options, tmp_path, "tests/e2e/test_chaos.py")
     assert report.problems == [], report.lines()
     assert len(report.outcomes) >= 90
     assert len(report.injected) >= 12, report.lines()
+    assert {FaultKind.FAILOVER, FaultKind.JUNK} <= {each.fault.kind for each in report.injected}, report.lines()
 
 
 def test_a_short_soak_grows_neither_threads_nor_files_nor_keys(tmp_path: Path) -> None:
