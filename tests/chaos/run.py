@@ -96,8 +96,11 @@ def run(options: Options, directory: Path, command: str) -> Report:
         logger.info("all is quiet")
         _audit(system, tickets, report)
         with system.redis.client() as direct:
-            num_others = ROUNDS * len(requests) + audit.num_known(direct, report.junk_ids)
-            report.problems += audit.count_problems(direct, report.outcomes, listener.published, num_others)
+            num_adopted = audit.num_known(direct, report.junk_ids)
+            num_before = ROUNDS * len(requests)
+            report.problems += audit.count_problems(
+                direct, report.outcomes, listener.published, num_before, num_adopted
+            )
         _check_leaks(system, report)
         system.fleet.stop()
         report.problems += leaks.remains(system.scratch)
