@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from api_stub.contract.names import is_model_name
 from api_stub.contract.redis_url import check_redis_url
 from api_stub.errors import InvalidSettings
 from api_stub.ledger.config import LedgerConfig
@@ -70,6 +71,9 @@ class ClientSettings(BaseSettings):
     )
     result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
     events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
+    unserved_ttl_s: int = Field(
+        default=86_400, ge=1, description="Time after which a queued job expires when no worker has served its model"
+    )
 
     @field_validator("redis_url")
     @classmethod
@@ -104,6 +108,7 @@ class ClientSettings(BaseSettings):
             max_queued=self.max_queued,
             result_ttl_s=self.result_ttl_s,
             events_ttl_s=self.events_ttl_s,
+            unserved_ttl_s=self.unserved_ttl_s,
         )
 
 
@@ -160,7 +165,14 @@ class GatewaySettings(ClientSettings):
     api_cors_origins: str = Field(default="", description="Origins whose pages may call, comma-separated; empty: none")
     api_stop_s: float = Field(default=10.0, gt=0, description="Time that open requests get when the gateway stops")
     api_models: str = Field(
-        default="", description="Models that OpenAI clients may name before a worker has served them, comma-separated"
+        default="",
+        description="Model names that are known although no worker serves them or did in the last day,"
+        " comma-separated; needed where workers scale to zero",
+    )
+    api_no_worker_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Time in which a worker has to appear for a completion whose model nobody serves; then 503",
     )
     api_batch_in_flight: int = Field(
         default=128, ge=1, le=10_000, description="Jobs of one batch that are submitted and not answered"
@@ -199,6 +211,14 @@ class GatewaySettings(ClientSettings):
     def cors_origins(self) -> tuple[str, ...]:
         """The origins as a list."""
         return tuple(origin.strip().rstrip("/") for origin in self.api_cors_origins.split(",") if origin.strip())
+
+    @field_validator("api_models")
+    @classmethod
+    def _are_model_names(cls, value: str) -> str:
+        for name in value.split(","):
+            if name.strip() and not is_model_name(name.strip()):
+                raise ValueError(f"not a model name: {name.strip()!r}")
+        return value
 
     @property
     def known_models(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -45,6 +46,8 @@ from worker.settings import Attention, KVBackend, Switch, WorkerSettings
 from worker.streaming.publisher import Publisher
 from worker.tryout import try_out
 
+logger = logging.getLogger(__name__)
+
 REDIS_TIMEOUT_S: Final = 5.0
 #: Rows of the KV cache on a CPU when the setting leaves the length to us: longer contexts cost memory at boot.
 CPU_MAX_MODEL_LEN: Final = 4096
@@ -55,6 +58,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
     metrics, health = metrics or Metrics(settings.model_name), health or Health(REDIS_TIMEOUT_S)
     remove_leftovers()
     ledger = connect(settings)
+    make_known(ledger, settings.model_name)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
     attempts, answers, prompts = Attempts(), Answers(), prompt_builder(settings, loaded)
@@ -143,6 +147,14 @@ def connect(settings: WorkerSettings) -> Ledger:
     except (redis.RedisError, ValueError) as error:
         raise CannotStart(f"VISIONQ_REDIS_URL: no Redis answers at {redis_address(url)}: {error}") from error
     return ledger
+
+
+def make_known(ledger: Ledger, model: str) -> None:
+    """Tell the model's name before it is loaded, so that gateways take its jobs. The first beat tells it again."""
+    try:
+        ledger.loading(model)
+    except redis.RedisError as error:
+        logger.warning("name not told", extra={"action": "loading", "error": type(error).__name__})
 
 
 def prompt_builder(settings: WorkerSettings, loaded: LoadedModel) -> PromptBuilder:

@@ -152,6 +152,9 @@ class WorkerSettings(BaseSettings):
     )
     result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
     events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
+    unserved_ttl_s: int = Field(
+        default=86_400, ge=1, description="Time after which a queued job expires when no worker has served its model"
+    )
     max_image_bytes: int = Field(default=32 * MEBIBYTE, ge=1, description="Bytes of one image")
     max_image_pixels: int = Field(default=50_000_000, ge=1, description="Pixels of one image")
     max_video_bytes: int = Field(default=512 * MEBIBYTE, ge=1, description="Bytes of one clip")
@@ -277,6 +280,7 @@ class WorkerSettings(BaseSettings):
             ageing_s=self.ageing_s,
             result_ttl_s=self.result_ttl_s,
             events_ttl_s=self.events_ttl_s,
+            unserved_ttl_s=self.unserved_ttl_s,
         )
 
 

@@ -30,6 +30,7 @@ class ErrorCode(StrEnum):
     CANCELLED = "cancelled"
     QUEUE_FULL = "queue_full"
     QUEUE_PAUSED = "queue_paused"
+    NO_WORKER = "no_worker"
     OUT_OF_MEMORY = "out_of_memory"
     POISON_JOB = "poison_job"
     INTERNAL = "internal"
@@ -43,6 +44,7 @@ RETRYABLE_CODES: Final = frozenset(
         ErrorCode.EXPIRED,
         ErrorCode.QUEUE_FULL,
         ErrorCode.QUEUE_PAUSED,
+        ErrorCode.NO_WORKER,
         ErrorCode.OUT_OF_MEMORY,
         ErrorCode.INTERNAL,
     }

@@ -27,6 +27,8 @@ SUBMITTED_KEY: Final = PREFIX + "submitted"  # counter: one number per doorbell,
 LISTS_KEY: Final = PREFIX + "lists"  # SET of `<model>:<priority step>` with waiting jobs: what 0.1.0's sweeps look at
 NEWS_KEY: Final = PREFIX + "news"  # ZSET `<model>:<priority step>` -> Redis time of the news, for the next sweep
 SERVING_KEY: Final = PREFIX + "serving"  # ZSET model -> Redis time at which its last worker's silence is too long
+KNOWN_KEY: Final = PREFIX + "known"  # ZSET model -> Redis time at which a worker last served or loaded it
+UNSERVED_KEY: Final = PREFIX + "unserved"  # ZSET job id -> Redis time at which a reaper asks who serves its model
 SWEEP_KEY: Final = PREFIX + "sweep"  # Redis time of the last sweep, for as long as its process need not sweep again
 WATCH_KEY: Final = PREFIX + "watch"  # HASH at, seconds: how long Redis answered, the clock of leases; time, ahead: now
 COUNTS_KEY: Final = PREFIX + "counts"  # HASH of ledger counters (claims, reaped leases, rung bells, ...)
@@ -122,6 +124,11 @@ def turns_key(list_id: str) -> str:
 def tenants_key(model: str) -> str:
     """HASH tenant -> number of its jobs that run or whose doorbells are out."""
     return f"{PREFIX}tenants:{model}"
+
+
+def strange_key(tenant: str) -> str:
+    """ZSET model -> Redis time of a submit: the names of a tenant's jobs that no worker has served."""
+    return f"{PREFIX}strange:{tenant}"
 
 
 def suspects_key(worker: str) -> str:

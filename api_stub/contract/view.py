@@ -43,3 +43,8 @@ class JobView(ReadModel):
 def paused(model: str) -> str:
     """Return the warning about a queued job whose model's queue is paused."""
     return f"the queue of the model {model!r} is paused; the job waits until an operator resumes it"
+
+
+def unserved(model: str) -> str:
+    """Return the warning about a queued job whose model no worker serves."""
+    return f"no worker serves the model {model!r} now; the job waits for one"

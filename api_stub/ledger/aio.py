@@ -76,6 +76,14 @@ class AsyncLedger:
         """See `Ledger.beat`."""
         return await self._run(calls.beat(worker, model, held))
 
+    async def loading(self, model: str) -> None:
+        """See `Ledger.loading`."""
+        await self._run(calls.loading(model))
+
+    async def known(self, asked: str = "") -> frozenset[str]:
+        """See `Ledger.known`."""
+        return await self._run(calls.known(asked))
+
     async def leave(self, worker: str, model: str) -> None:
         """See `Ledger.leave`."""
         await self._run(calls.leave(worker, model))

@@ -35,6 +35,7 @@ from api_stub.ledger.rows import (
     Publication,
     Refusal,
     RefusalReason,
+    StrangeModel,
     Submission,
     Sweep,
 )
@@ -44,7 +45,7 @@ RETRY_AFTER_S: Final = 5.0
 
 
 def submit(job_id: str, job: Job) -> Call[Submission]:
-    """Write a new job and its doorbell. Raises JobConflict, LedgerFull."""
+    """Write a new job and its doorbell. Raises JobConflict, LedgerFull, StrangeModel."""
     return _create(job_id, job.resolved(job_id), job.task, job.model, job.priority, "client")
 
 
@@ -63,6 +64,8 @@ def _create(
             raise JobConflict(f"job {job_id!r} exists with another body")
         if reply[0] == "full":
             raise LedgerFull(model, int(reply[1]), int(reply[2]), RETRY_AFTER_S)
+        if reply[0] == "strange":
+            raise StrangeModel(model, tenant, int(reply[1]), RETRY_AFTER_S)
         return Submission(reply[0])
 
     body, mark = (job.to_json(), digest(job)) if job else ("", "")
@@ -124,6 +127,16 @@ def beat(worker: str, model: str, held: Sequence[tuple[str, int]]) -> Call[tuple
     """Prove that a worker lives and extend the leases of the (job id, fence) pairs it holds."""
     pairs = (field for pair in held for field in pair)
     return Call(Transition.BEAT, (worker, model, *pairs), lambda reply: tuple(Hold(answer) for answer in reply))
+
+
+def loading(model: str) -> Call[None]:
+    """Make a model's name known before a worker has served it."""
+    return Call(Transition.LOADING, (model,), lambda reply: None)
+
+
+def known(asked: str = "") -> Call[frozenset[str]]:
+    """Read the names that workers serve or did in the last day; one that is asked for is looked at by itself, too."""
+    return Call(Transition.KNOWN, (asked,), lambda reply: frozenset(map(str, reply)))
 
 
 def leave(worker: str, model: str) -> Call[None]:

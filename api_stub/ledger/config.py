@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Final
 
 #: What workers and gateways should agree on: each treats a job by its own values.
-SHARED_SETTINGS: Final = ("max_attempts", "tenant_max_running", "grace_s", "ageing_s", "result_ttl_s", "events_ttl_s")
+SHARED_SETTINGS: Final = (
+    "max_attempts",
+    "tenant_max_running",
+    "grace_s",
+    "ageing_s",
+    "result_ttl_s",
+    "events_ttl_s",
+    "unserved_ttl_s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,7 @@ class LedgerConfig:
         setting decides.
     ageing_s: time in the queue after which a job of a lower priority is served among those of priority 0.
     window: doorbells of one priority list that are out at a time; more when there are many workers.
+    unserved_ttl_s: time after which a queued job ends when no worker of its model has been there.
     max_queued: queued and in-progress jobs per model that submit admits; 0 means no limit.
     """
 
@@ -34,3 +43,4 @@ class LedgerConfig:
     window: int = 8
     result_ttl_s: int = 86_400
     events_ttl_s: int = 3_600
+    unserved_ttl_s: int = 86_400

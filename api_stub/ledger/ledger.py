@@ -101,6 +101,17 @@ class Ledger:
         """Extend the leases of all held (job id, fence) pairs and keep the worker listed; one answer per pair."""
         return self._run(calls.beat(worker, model, held))
 
+    def loading(self, model: str) -> None:
+        """Make the name of a model known that a worker is about to load."""
+        self._run(calls.loading(model))
+
+    def known(self, asked: str = "") -> frozenset[str]:
+        """Read the names of the models that workers serve or load, or did in the last day.
+
+        A worker of 0.1.0 makes its model known when jobs come for it, or when the name is `asked` for.
+        """
+        return self._run(calls.known(asked))
+
     def leave(self, worker: str, model: str) -> None:
         """Stop being listed as a worker of `model`."""
         self._run(calls.leave(worker, model))

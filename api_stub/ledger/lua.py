@@ -27,6 +27,7 @@ class Transition(StrEnum):
     SUBMIT = "submit"
     CLAIM = "claim"
     BEAT = "beat"
+    LOADING = "loading"
     LEAVE = "leave"
     PUBLISH = "publish"
     FINISH = "finish"
@@ -44,6 +45,7 @@ class Transition(StrEnum):
     PURGE = "purge"
     CANCEL_JOBS = "cancel_jobs"
     DELETE = "delete"
+    KNOWN = "known"
     TAKE_DELIVERIES = "take_deliveries"
     SETTLE_DELIVERY = "settle_delivery"
     TAKE_LINKED = "take_linked"
@@ -52,9 +54,11 @@ class Transition(StrEnum):
 
 #: Parts that some scripts share, read behind what all of them share.
 _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
-    Transition.SUBMIT: ("_queue", "_create"),
-    Transition.RETRY: ("_queue", "_create"),
-    Transition.BEAT: ("_queue",),
+    Transition.SUBMIT: ("_known", "_queue", "_create"),
+    Transition.RETRY: ("_known", "_queue", "_create"),
+    Transition.BEAT: ("_known", "_queue"),
+    Transition.LOADING: ("_known",),
+    Transition.KNOWN: ("_known",),
     Transition.RING_AGAIN: ("_queue",),
     Transition.CLAIM: ("_queue", "_ending"),
     Transition.FINISH: ("_queue", "_ending"),
@@ -63,7 +67,7 @@ _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
     Transition.CANCEL_JOBS: ("_queue", "_ending", "_cancel"),
     Transition.PAUSE: ("_queue",),
     Transition.PURGE: ("_queue", "_ending"),
-    Transition.REAP: ("_queue", "_ending"),
+    Transition.REAP: ("_known", "_queue", "_ending"),
     Transition.SETTLE_LINKED: ("_queue", "_ending"),
     Transition.VIEW: ("_queue", "_view"),
     Transition.LIST_JOBS: ("_queue", "_view"),
@@ -98,6 +102,7 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "tenants": names.tenants_key(""),
         "suspects": names.suspects_key(""),
         "aged": names.aged_key(""),
+        "strange": names.strange_key(""),
         "turn": names.TURN_KEY,
         "num_held": names.NUM_HELD_KEY,
         "paused": names.PAUSED_KEY,
@@ -112,6 +117,8 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "lists": names.LISTS_KEY,
         "news": names.NEWS_KEY,
         "serving": names.SERVING_KEY,
+        "known": names.KNOWN_KEY,
+        "unserved": names.UNSERVED_KEY,
         "sweep": names.SWEEP_KEY,
         "watch": names.WATCH_KEY,
         "counts": names.COUNTS_KEY,

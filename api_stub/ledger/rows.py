@@ -27,6 +27,17 @@ class LedgerFull(Exception):
         self.model, self.limit, self.depth, self.retry_after_s = model, limit, depth, retry_after_s
 
 
+class StrangeModel(LedgerFull):
+    """Raised for one name too many that no worker has served. Nothing was written."""
+
+    def __init__(self, model: str, tenant: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(model, limit, limit, retry_after_s)
+        self.args = (
+            f"model {model!r}: no worker has served it, and jobs of tenant {tenant!r} wait under {limit} such names, "
+            "the limit; check the name",
+        )
+
+
 class CannotRetry(Exception):
     """Raised when no new job can be made of an old one: it is not finished, or it had no valid body."""
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from api_stub.contract.event import FinalEvent, JobCompleted, parse_event
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import JobView, paused
+from api_stub.contract.view import JobView, paused, unserved
 from api_stub.ledger.call import Call, task_of
 from api_stub.ledger.lua import Transition
 
@@ -96,9 +96,14 @@ def _view(reply: list[Any]) -> JobView:
         position=int(position) if position != "" else None,
         num_workers=int(num_workers),
         worker=worker or None,
-        warnings=(paused(model),) if is_paused else None,
+        warnings=_warnings(model, status == JobStatus.QUEUED and not int(num_workers), bool(is_paused)),
     )
     return _with_ending(known, final_event(final)) if final else known
+
+
+def _warnings(model: str, is_unserved: bool, is_paused: bool) -> tuple[str, ...] | None:
+    warnings: tuple[str, ...] = (unserved(model),) if is_unserved else ()
+    return (*warnings, paused(model)) if is_paused else warnings or None
 
 
 def _with_ending(known: JobView, event: FinalEvent) -> JobView:

@@ -19,7 +19,7 @@ MODEL: Final = names.DEFAULT_MODEL_NAME
 #: Keys without an end of life: one of each, however many jobs there were.
 SINGLETONS: Final = frozenset(
     {str(value) for name, value in vars(names).items() if name.endswith("_KEY")}
-    - {names.DUE_KEY, names.DEAD_KEY}  # nothing is due and nobody was given up
+    - {names.DUE_KEY, names.UNSERVED_KEY, names.DEAD_KEY}  # nothing is due and nobody was given up
     | {names.watermark_key(names.list_id(MODEL, step)) for step in names.PRIORITY_STEPS}
     | {names.depth_key(MODEL), "unacked", "unacked_index"}
     | {f"_kombu.{kind}.{names.queue(MODEL)}" for kind in ("binding", "binding_permanent")}

@@ -33,6 +33,6 @@ def earlier(process: Earlier, redis_url: str) -> Earlier:
 @pytest.fixture
 def ledger(redis_url: str) -> Iterator[Ledger]:
     """This release's ledger, on the same Redis."""
-    opened = Ledger.connect(redis_url, LedgerConfig(**LIMITS))
+    opened = Ledger.connect(redis_url, LedgerConfig(**LIMITS, unserved_ttl_s=4))
     yield opened
     opened.close()

@@ -132,7 +132,14 @@ class Scene:
 
     def check_nothing_is_kept(self) -> None:
         """Once no worker lives any more, nothing is left of jobs that are over but what expires, and counters."""
-        kept = {names.FENCE_KEY, names.SUBMITTED_KEY, names.COUNTS_KEY, names.WATCH_KEY, names.TURN_KEY}
+        kept = {
+            names.FENCE_KEY,
+            names.SUBMITTED_KEY,
+            names.COUNTS_KEY,
+            names.WATCH_KEY,
+            names.TURN_KEY,
+            names.KNOWN_KEY,
+        }
         kept |= {names.depth_key(model) for model in MODELS}
 
         def lasting() -> set[str]:
@@ -141,7 +148,7 @@ class Scene:
             keys = {key for key in self.client.scan_iter("visionq:*") if self.client.ttl(key) == -1}
             return keys - kept
 
-        eventually(lambda: not lasting(), 5.0, f"nothing is kept: {lasting()}")
+        eventually(lambda: not lasting(), 15.0, f"nothing is kept: {lasting()}")
         assert {self.client.get(names.depth_key(model)) for model in MODELS} <= {"0", None}
 
 

@@ -28,7 +28,7 @@ from api_stub.contract.job import CaptionJob, Job, TaskName, VideoQaJob, VqaJob,
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import JobView
+from api_stub.contract.view import JobView, unserved
 from api_stub.contract.wire import WireModel
 
 DIRECTORY = Path(__file__).parent
@@ -112,6 +112,18 @@ OTHERS: dict[str, WireModel] = {
     "error": FAILURE,
     "view_queued": JobView(
         job_id=JOB_ID, task=TaskName.VQA, model="default", status=JobStatus.QUEUED, priority=6, created_at=TS
+    ),
+    "view_unserved": JobView(
+        job_id=JOB_ID,
+        task=TaskName.VQA,
+        model="default",
+        status=JobStatus.QUEUED,
+        priority=6,
+        created_at=TS,
+        warnings=(unserved("default"),),
+    ),
+    "error_no_worker": ErrorInfo.of(
+        ErrorCode.NO_WORKER, "no worker has served the model 'default' for 30 s (VISIONQ_API_NO_WORKER_S)"
     ),
     "view_completed": JobView(
         job_id=JOB_ID,

@@ -46,6 +46,7 @@ local function create(id, job)
   end
   redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
   redis.call('INCR', KEY.depth .. job.model)
+  redis.call('ZADD', KEY.unserved, moment(now + CONFIG.unserved_ttl_s), id)
   list_under(job.tenant, id)
   announce(id)
   return row

@@ -31,6 +31,7 @@ end
 -- ZREM comes first for the reason told at `go_on_when_full`. `row` needs: status model list tenant worker attempt.
 local function final(id, row, status, fragment, outcome)
   redis.call('ZREM', KEY.due, id)
+  redis.call('ZREM', KEY.unserved, id)
   if row.status == 'queued' then
     stop_waiting(id, row)
     leave_line(id, row)

@@ -111,15 +111,19 @@ local function broker_list(list)
   return KEY.queue .. model .. (step == '0' and '' or KEY.separator .. step), model
 end
 
+local function doorbell(id, row, bell)
+  local key, model = broker_list(row.list)
+  local values = {id = quote(id), task = quote((row.task or '') ~= '' and row.task or DOORBELL.task), priority = row.priority,
+    queue = quote(KEY.queue .. model), tag = quote(id .. '#' .. bell)}
+  return key, (string.gsub(DOORBELL.message, '<(%l+)>', values))
+end
+
 -- Writes the job's doorbell and answers its number, which is `bell` or a new one. `row` needs: task model list tenant priority
 -- deadline.
 local function ring(id, row, bell)
   bell = bell or next_number()
   await_doorbell(id, row, bell)
-  local key, model = broker_list(row.list)
-  local values = {id = quote(id), task = quote((row.task or '') ~= '' and row.task or DOORBELL.task), priority = row.priority,
-    queue = quote(KEY.queue .. model), tag = quote(id .. '#' .. bell)}
-  redis.call('LPUSH', key, (string.gsub(DOORBELL.message, '<(%l+)>', values)))
+  redis.call('LPUSH', doorbell(id, row, bell))
   count('rung')
   return bell
 end
@@ -158,6 +162,7 @@ end
 -- A queued job whose row somebody has taken away: nobody can end it any more. Writing to it would leave a part of a row for ever.
 local function forget(id, model)
   one_less(model)
+  redis.call('ZREM', KEY.unserved, id)
   redis.call('EXPIRE', KEY.events .. id, CONFIG.events_ttl_s)
   count('forgotten')
 end

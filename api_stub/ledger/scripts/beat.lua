@@ -7,6 +7,7 @@ redis.call('ZREMRANGEBYSCORE', KEY.workers .. model, '-inf', stamp)
 redis.call('ZADD', KEY.workers .. model, lease_ends, worker)
 redis.call('PEXPIRE', KEY.workers .. model, math.ceil(CONFIG.lease_s * 1000))
 redis.call('ZADD', KEY.serving, lease_ends, model)
+note_known(model)
 -- Who counts other leases than others do takes their jobs too early: `visionq doctor` looks for more than one.
 local lease = string.format('%.9g', CONFIG.lease_s)
 redis.call('ZREMRANGEBYSCORE', KEY.leases, '-inf', stamp)

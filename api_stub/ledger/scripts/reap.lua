@@ -95,6 +95,44 @@ for _, id in ipairs(due) do
   end
 end
 
+-- Nobody takes the messages of such a model: its doorbell would stay for ever, and the counter of a name that nobody serves.
+local function forget_unserved(id, row)
+  local key, message = doorbell(id, row, row.bell or '0')
+  if redis.call('LLEN', key) <= 10 * BATCH then
+    redis.call('LREM', key, -1, message)
+  end
+  if redis.call('GET', KEY.depth .. row.model) == '0' then
+    redis.call('DEL', KEY.depth .. row.model)
+  end
+end
+
+-- Ends a queued job of a model that nobody has served for too long; of one that somebody serves, looks again when it may be too long.
+local function look_at_unserved(id)
+  local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created', 'bell')
+  if row.status ~= 'queued' and row.status ~= 'in_progress' then
+    redis.call('ZREM', KEY.unserved, id)
+    return
+  end
+  local ends = unserved_until(row)
+  if row.status == 'queued' and now >= ends then
+    count('unserved')
+    unanswered(id, row, 'expired', 'expired', string.format(
+      'no worker has served the model %s for %.6g s (VISIONQ_UNSERVED_TTL_S); '
+        .. 'check the name, or start a worker for it and submit again',
+      quote(row.model), CONFIG.unserved_ttl_s))
+    forget_unserved(id, row)
+  else
+    local again_at = ends > now and ends or now + CONFIG.unserved_ttl_s / 10 -- the latter for one that runs now
+    redis.call('ZADD', KEY.unserved, moment(again_at), id)
+  end
+end
+
+local unserved = redis.call('ZRANGEBYSCORE', KEY.unserved, '-inf', stamp, 'LIMIT', 0, BATCH)
+for _, id in ipairs(unserved) do
+  look_at_unserved(id)
+end
+redis.call('ZREMRANGEBYSCORE', KEY.known, '-inf', moment(now - math.max(KNOWN_S, CONFIG.unserved_ttl_s)))
+
 -- Takes a job without a row out of its list. Whose it was is told by the lists of the tenants' jobs alone.
 local function forget_waiting(id, list)
   local model = string.match(list, '^(.*):%d+$')
@@ -166,7 +204,8 @@ end
 -- Workers of 0.1.0 beat without asking for a look at what waits for them: another one when a lease is over.
 local function look_again_while_served(list)
   local model = string.match(list, '^(.*):%d+$')
-  if redis.call('EXISTS', KEY.workers .. model) == 1 and redis.call('EXISTS', KEY.waiting .. list, KEY.turns .. list) > 0 then
+  if is_served(model) and redis.call('EXISTS', KEY.waiting .. list, KEY.turns .. list) > 0 then
+    note_known(model)
     redis.call('ZADD', KEY.serving, 'NX', moment(now + CONFIG.lease_s), model)
   end
 end
@@ -175,7 +214,7 @@ for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, '
   redis.call('ZREM', KEY.serving, model)
   look_at_lists(model)
 end
-local is_more = #due == BATCH
+local is_more = #due == BATCH or #unserved == BATCH
 
 local looked_at = {}
 

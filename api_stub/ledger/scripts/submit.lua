@@ -14,6 +14,40 @@ if origin == 'client' and is_refused then
   return {'full', CONFIG.max_queued, depth}
 end
 
+-- A tenant's jobs wait under so many names that nobody serves or has served; those of which no job is left make room.
+local MAX_STRANGE = 100
+
+local function may_name(model, tenant)
+  local key = KEY.strange .. tenant
+  if is_known(model) or redis.call('ZSCORE', key, model) then
+    return true
+  end
+  local free = {}
+  if redis.call('ZCARD', key) >= MAX_STRANGE then
+    for _, name in ipairs(redis.call('ZRANGE', key, 0, -1)) do
+      if is_known(name) or (redis.call('GET', KEY.depth .. name) or '0') == '0' then
+        free[#free + 1] = name
+      end
+    end
+    if #free == 0 then
+      return false
+    end
+  end
+  redis.call('ZADD', key, stamp, model)
+  redis.call('EXPIRE', key, 2 * CONFIG.unserved_ttl_s)
+  for _, name in ipairs(free) do
+    redis.call('ZREM', key, name)
+    if redis.call('GET', KEY.depth .. name) == '0' then
+      redis.call('DEL', KEY.depth .. name)
+    end
+  end
+  return true
+end
+
+if origin == 'client' and not may_name(model, tenant) then
+  return {'strange', MAX_STRANGE}
+end
+
 local row = create(id, {digest = digest, body = body, task = task, model = model, priority = priority, list = list,
   tenant = tenant, deadline_s = deadline_s, hook_url = hook_url, hook_events = hook_events})
 count(origin == 'client' and 'submitted' or 'adopted')

@@ -60,5 +60,5 @@ class Broker:
 
 def leftovers(client: redis.Redis) -> set[str]:
     """Keys that must be gone when every job is final."""
-    kinds = ("waiting:", "held:", "turns:", "tenants:", "suspects:", "due", "num_held")
+    kinds = ("waiting:", "held:", "turns:", "tenants:", "suspects:", "due", "unserved", "num_held")
     return {key for key in client.scan_iter(names.PREFIX + "*") if key.removeprefix(names.PREFIX).startswith(kinds)}

@@ -444,7 +444,9 @@ def test_a_sweep_costs_what_is_due_and_not_what_exists(ledger: Ledger, redis_cli
     alone = commands_of_a_sweep(ledger, redis_client)
     for number in range(300):
         for job in range(2):
-            ledger.submit(f"{number}-{job}", question(model=f"invented-{number}", priority=job))
+            ledger.submit(
+                f"{number}-{job}", question(model=f"invented-{number}", tenant=f"tenant-{number // 50}", priority=job)
+            )
     for _ in range(5):
         ledger.reap()
     assert commands_of_a_sweep(ledger, redis_client) <= alone + 1
