@@ -15,7 +15,6 @@ from rich.text import Text
 
 from api_stub.contract.event import Event, JobCompleted, JobProgress, JobQueued, JobRetrying, JobStarted, Stage
 from api_stub.contract.result import Result
-from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
 from api_stub.cursor import TextCursor
 from api_stub.errors import StoreUnavailable, StreamRestarted
@@ -70,13 +69,13 @@ def show(job: JobHandle, on: Screen, timeout_s: float | None) -> None:
 
 
 class PipeScreen:
-    """Text only."""
+    """Text only; warnings go to stderr."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
 
     def stage(self, event: Event, job: JobHandle) -> None:
-        pass
+        _warn(event, job)
 
     def text(self, piece: str) -> None:
         self._out.write(piece)
@@ -93,13 +92,13 @@ class PipeScreen:
 
 
 class JsonScreen:
-    """The result as one line of JSON."""
+    """The result as one line of JSON; warnings go to stderr."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
 
     def stage(self, event: Event, job: JobHandle) -> None:
-        pass
+        _warn(event, job)
 
     def text(self, piece: str) -> None:
         pass
@@ -171,16 +170,24 @@ def describe(view: JobView) -> str:
     return visible("\n".join(lines))
 
 
+def _warn(event: Event, job: JobHandle) -> None:
+    if isinstance(event, JobQueued):
+        for warning in _warnings(job):
+            sys.stderr.write(visible(f"warning: {warning}\n"))
+            sys.stderr.flush()
+
+
+def _warnings(job: JobHandle) -> tuple[str, ...]:
+    try:
+        return job.status().warnings or ()
+    except StoreUnavailable:
+        return ()  # an embellishment must not end a watch that survives the outage
+
+
 def _stage(event: Event, job: JobHandle) -> str | None:
     if isinstance(event, JobQueued):
-        try:
-            view = job.status()
-        except StoreUnavailable:
-            return "queued"  # an embellishment must not end a watch that survives the outage
-        if view.warnings:
-            return f"queued: {view.warnings[0]}"
-        is_waiting = view.status is JobStatus.QUEUED and not view.num_workers
-        return f"queued: no worker serves {event.model!r} yet" if is_waiting else "queued"
+        warnings = "; ".join(_warnings(job))
+        return f"queued: {warnings}" if warnings else "queued"
     if isinstance(event, JobStarted):
         return f"started by {event.worker}"
     if isinstance(event, JobProgress):

@@ -224,6 +224,7 @@ class Stack:
         # Settings for another Redis, bucket or AWS account must not lead a worker away from this stack.
         kept = {name: value for name, value in options.environment.items() if not _points_elsewhere(name)}
         kept.setdefault("VISIONQ_DRAIN_S", str(DRAIN_S))
+        kept.setdefault("VISIONQ_API_MODELS", options.model_name)  # known before, and without, its workers
         if options.num_workers > 1:
             kept.setdefault("VISIONQ_TORCH_THREADS", str(max(1, (os.cpu_count() or 1) // options.num_workers)))
         if options.model is not None:

@@ -65,6 +65,20 @@ async def _operator(caller: CallerHere) -> Caller:
 OperatorHere = Annotated[Caller, Depends(_operator)]
 
 
+async def _identified_if_any(
+    request: Request,
+    gateway: GatewayHere,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
+) -> Caller | None:
+    if not gateway.keys:
+        return ANYBODY
+    return None if credentials is None else _with_key(gateway, credentials)
+
+
+#: The caller of a route that answers without a key, too; None for one that sent none. It is not counted.
+MaybeCaller = Annotated[Caller | None, Depends(_identified_if_any)]
+
+
 def _with_key(gateway: Gateway, credentials: HTTPAuthorizationCredentials | None) -> Caller:
     caller = gateway.keys.caller(credentials.credentials) if credentials is not None else None
     if caller is None:
@@ -102,7 +116,7 @@ def _is_own(origin: str, request: Request) -> bool:
 
 def check_allowed(caller: Caller, job: Job) -> None:
     """Raise Problem (403) when the caller may not use the job's model or one of its buckets."""
-    if caller.models is not None and job.model not in caller.models:
+    if not caller.may_use(job.model):
         raise _forbidden("model", f"this key may not use the model {job.model!r}")
     if caller.buckets is None:
         return
@@ -110,6 +124,19 @@ def check_allowed(caller: Caller, job: Job) -> None:
         bucket = S3Object.parse(uri).bucket
         if bucket not in caller.buckets:
             raise _forbidden(f"media.{index}", f"this key may not read from the bucket {bucket!r}")
+
+
+async def check_known(gateway: Gateway, model: str) -> None:
+    """Raise Problem (404) for a model name that is not known."""
+    if not await gateway.queues.is_known(model):
+        reason = "no worker serves it or did in the last day, and VISIONQ_API_MODELS does not list it"
+        raise unknown_model(f"the model {model[:80]!r} is not known: {reason}")
+
+
+def unknown_model(message: str) -> Problem:
+    """Return the problem of a model that does not exist, for its caller at least."""
+    errors = [FieldError(field="model", message=message)]
+    return Problem(HTTPStatus.NOT_FOUND, "model_not_found", message, errors=errors)
 
 
 def media_of(job: Job) -> list[str]:

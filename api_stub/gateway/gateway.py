@@ -83,7 +83,7 @@ class Gateway:
             hub=hub,
             readers=EventReaders(ledger, hub),
             abandoned=Abandoned(commands, ledger, settings.api_keep_abandoned_s),
-            queues=Queues(commands),
+            queues=Queues(commands, ledger, settings.known_models),
             limits=Limits(commands),
             storage=await asyncio.to_thread(Storage, settings),
             media=MediaFetcher(RemoteRules.load(settings)),

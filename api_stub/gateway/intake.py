@@ -22,7 +22,7 @@ from api_stub.contract import names
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import parse_job
 from api_stub.errors import InvalidRequest, UnknownJob, VisionqError
-from api_stub.gateway.access import check_allowed, media_of
+from api_stub.gateway.access import check_allowed, check_known, media_of
 from api_stub.gateway.bodies import MAX_FILES, StoredReply
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.inline import Destination, InlineMedia, take_data_urls, take_files
@@ -76,6 +76,7 @@ async def accept(
     fields, inline = await to_thread.run_sync(_with_media, fields, form.files, where)
     job = checked(fields)
     check_allowed(caller, job)
+    await check_known(gateway, job.model)
     gateway.webhook_rules.check(job, gateway.keys)
     await check_uploads(gateway, caller, media_of(job))
     job_id = checked_id(job_id) if idempotency_key is None else keyed_id(idempotency_key, job.tenant)
@@ -123,7 +124,7 @@ async def retry(gateway: Gateway, caller: Caller, job_id: str) -> str:
 
 
 async def _check_again(gateway: Gateway, caller: Caller, job_id: str) -> None:
-    """Raise Problem (403) for a job that its own tenant may not hand in now: its key's lists may have been changed."""
+    """Raise Problem for a job that its own tenant may not hand in now: 403 by its key's lists, 404 by its model."""
     body: Any = await gateway.commands.hget(names.job_key(job_id), "body")
     if body is None:
         return
@@ -132,6 +133,7 @@ async def _check_again(gateway: Gateway, caller: Caller, job_id: str) -> None:
     except InvalidJob:
         return  # it came from elsewhere, and the worker says what is wrong with it
     check_allowed(caller, job)
+    await check_known(gateway, job.model)
 
 
 async def _parsed(body: bytes) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class Caller:
         """True for a key with `role=operator`, and for everybody where there are no keys."""
         return self.is_anonymous or self.role == OPERATOR
 
+    def may_use(self, model: str) -> bool:
+        """Tell whether the key's list of models, if it has one, names this one."""
+        return self.models is None or model in self.models
+
     def sees(self, tenant: str) -> bool:
         """Tell whether a job of `tenant` exists for this caller."""
         return self.is_anonymous or tenant == self.tenant

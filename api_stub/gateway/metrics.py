@@ -10,10 +10,14 @@ _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 
 
 
 class Metrics:
-    """Counters of one process. Event loop only."""
+    """Counters of one process. Event loop only. What names models stands apart: not everybody may read it."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._registry, self._of_operators, self._of_queues = (
+            CollectorRegistry(),
+            CollectorRegistry(),
+            CollectorRegistry(),
+        )
         self._requests = Counter(
             "visionq_api_requests", "Requests answered", ("method", "route", "status"), registry=self._registry
         )
@@ -25,7 +29,9 @@ class Metrics:
             registry=self._registry,
         )
         self._errors = Counter("visionq_api_errors", "Requests that ended badly", ("code",), registry=self._registry)
-        self._submitted = Counter("visionq_api_jobs_submitted", "Jobs handed in", ("model",), registry=self._registry)
+        self._submitted = Counter(
+            "visionq_api_jobs_submitted", "Jobs handed in", ("model",), registry=self._of_operators
+        )
         self._webhooks = Counter(
             "visionq_api_webhooks",
             "Tries of webhooks, by how they went",
@@ -40,7 +46,7 @@ class Metrics:
         )
         self.readers = Gauge("visionq_api_open_readers", "Event streams open now", registry=self._registry)
         self._depth = Gauge(
-            "visionq_queue_depth", "Queued and running jobs of a model", ("model",), registry=self._registry
+            "visionq_queue_depth", "Queued and running jobs of a model", ("model",), registry=self._of_queues
         )
 
     def answered(self, method: str, route: str, status: int, seconds: float, *, is_stream: bool) -> None:
@@ -65,9 +71,12 @@ class Metrics:
         """Count a batch that a runner left: unavailable or mistake (it is tried again), given_up."""
         self._batches.labels(why).inc()
 
-    def exposition(self, depths: Mapping[str, int]) -> bytes:
-        """Return everything in Prometheus' text format, with the depth of each model's queue."""
+    def exposition(self, depths: Mapping[str, int], *, is_operator: bool = True) -> bytes:
+        """Return the metrics in Prometheus' text format, with the depths of queues; for operators all of them."""
         self._depth.clear()
         for model, depth in depths.items():
             self._depth.labels(model).set(depth)
-        return generate_latest(self._registry)
+        shown = (
+            (self._registry, self._of_queues, self._of_operators) if is_operator else (self._registry, self._of_queues)
+        )
+        return b"".join(map(generate_latest, shown))

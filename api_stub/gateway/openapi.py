@@ -111,7 +111,7 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterable[HTT
     yield HTTPStatus.FORBIDDEN
     yield HTTPStatus.TOO_MANY_REQUESTS
     yield HTTPStatus.SERVICE_UNAVAILABLE
-    if "{job_id}" in path:
+    if "{job_id}" in path or (method, path) == ("post", "/v1/jobs"):  # no such job, or no such model
         yield HTTPStatus.NOT_FOUND
     if path.endswith("/retry") or (method == "delete" and path == "/v1/jobs/{job_id}"):
         yield HTTPStatus.CONFLICT

@@ -168,7 +168,7 @@ def ways(
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in S3_ACCESS.items():
             patch.setenv(name, value)
-        gateway = stack.enter_context(serving(redis_server.url, s3_server.url, api_models=UNSERVED)).url
+        gateway = stack.enter_context(serving(redis_server.url, s3_server.url, api_models=f"default,{UNSERVED}")).url
         addresses = {"redis": redis_server.url, "our gateway": gateway, "their gateway": earlier_gateway}
         made: dict[str, Way] = {}
         for name, url in addresses.items():

@@ -85,7 +85,7 @@ def gateway(redis_server: RedisServer, s3_server: S3Server, demo_worker: WorkerP
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "test-key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-        with serving(redis_server.url, s3_server.url, api_models=UNSERVED) as running:
+        with serving(redis_server.url, s3_server.url, api_models=f"default,{UNSERVED}") as running:
             yield running
 
 

@@ -37,7 +37,14 @@ class Service:
 def serving(redis_url: str, s3_url: str = "http://127.0.0.1:1", **options: object) -> Iterator[Service]:
     """Run a gateway in a thread. `options` are fields of GatewaySettings."""
     settings = GatewaySettings.model_validate(
-        {"redis_url": redis_url, "s3_endpoint_url": s3_url, "api_port": free_port(), "sweep_s": 60.0} | options
+        {
+            "redis_url": redis_url,
+            "s3_endpoint_url": s3_url,
+            "api_port": free_port(),
+            "sweep_s": 60.0,
+            "api_models": "default,other",
+        }
+        | options
     )
     server = server_of(settings, KeyRing.load(settings))
     thread = threading.Thread(target=server.run, name="gateway")

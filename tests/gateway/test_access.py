@@ -132,7 +132,7 @@ def test_unfinished_jobs_are_capped_and_finished_ones_make_room(guarded: Service
 
 
 def test_a_refused_job_takes_no_room(redis_url: str) -> None:
-    with serving(redis_url, api_keys=ENTRIES, max_queued=1) as full:
+    with serving(redis_url, api_keys=ENTRIES, max_queued=1, api_models="default,other,third") as full:
         assert ask(full, "alice").status_code == 202
         answer = ask(full, "small")
         assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")

@@ -101,6 +101,7 @@ def test_answers_are_as_documented(service: Service, document: dict[str, Any], w
 
 
 def test_queues_and_metrics_tell_depth_workers_and_errors(service: Service, worker: ScriptedWorker) -> None:
+    worker.ledger.loading("mine")
     for _ in range(3):
         submit(service, model="mine")
     running = submit(service, model="other")

@@ -86,7 +86,7 @@ def test_a_batch_is_answered_line_by_line(
 ) -> None:
     asked = {"media_options": {"max_pixels": 50_000}}
     content = b"".join(line(f"q-{n}", "fail" if n % 5 == 4 else f"number {n}", **asked) for n in range(20))
-    content += b"\n" + b"not json\n" + line("other", "x", model="other") + line("tools", "x", tools=[1])
+    content += b"\n" + b"not json\n" + line("other", "x", model="absent") + line("tools", "x", tools=[1])
     content += line("pixels", "x", mm_processor_kwargs={"max_pixels": 0})
     content += line("stream", "x", stream=True) + b'{"custom_id": "bare"}'
     with eager_worker(redis_url) as worker:

@@ -193,11 +193,11 @@ def test_models_are_those_with_a_worker_and_others_do_not_exist(
     service: Service, client: openai.OpenAI, served: ScriptedWorker
 ) -> None:
     service.gateway.queues.forget()
-    assert [model.id for model in client.models.list()] == ["default"]
+    assert [model.id for model in client.models.list()] == ["default", "other"]  # the second one is listed
     assert client.models.retrieve("default").object == "model"
     for call in (
-        lambda: client.models.retrieve("other"),
-        lambda: client.chat.completions.create(model="other", messages=HELLO),
+        lambda: client.models.retrieve("absent"),
+        lambda: client.chat.completions.create(model="absent", messages=HELLO),
         lambda: client.chat.completions.create(model="GPT 4/o", messages=HELLO),
     ):
         with pytest.raises(openai.NotFoundError) as unknown:
@@ -207,7 +207,7 @@ def test_models_are_those_with_a_worker_and_others_do_not_exist(
 
 def test_keys_models_and_rates_hold_here_too(redis_server: RedisServer, redis_url: str) -> None:
     with (
-        serving(redis_url, api_keys=ENTRIES) as running,
+        serving(redis_url, api_keys=ENTRIES, api_models="default,mine") as running,
         openai_client(running.url, "wrong") as stranger,
         openai_client(running.url, KEYS["narrow"]) as narrow,
     ):

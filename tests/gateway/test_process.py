@@ -37,7 +37,8 @@ class ApiProcess:
     def __init__(self, redis_url: str, port: int, log: Path, *arguments: str, **settings: str) -> None:
         self.url, self.port, self.log = f"http://127.0.0.1:{port}", port, log
         plain = {name: value for name, value in os.environ.items() if not name.startswith("VISIONQ_")}
-        environment = plain | {"VISIONQ_REDIS_URL": redis_url, "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"} | settings
+        usual = {"VISIONQ_REDIS_URL": redis_url, "VISIONQ_API_MODELS": "default"}
+        environment = plain | usual | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"} | settings
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from api_stub.cli import main; main()", "api", "--port", str(port), *arguments],

@@ -86,7 +86,7 @@ def test_worker_and_gateway_wait_for_healthy_servers(services: dict[str, Any]) -
 def test_everything_that_must_last_is_on_a_named_volume(services: dict[str, Any]) -> None:
     declared = compose.load("docker-compose.yml")["volumes"].keys()
     mounted = {
-        name: dict(volume.split(":") for volume in service["volumes"] if not volume.startswith("./"))
+        name: dict(volume.split(":") for volume in service["volumes"] if volume[0] not in "./")
         for name, service in services.items()
         if "volumes" in service
     }

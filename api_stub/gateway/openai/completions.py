@@ -41,6 +41,7 @@ from api_stub.gateway.openai.shapes import (
     completion_id,
     finish_of,
 )
+from api_stub.gateway.openai.unserved import NoWorker, ServedOrNot
 from api_stub.gateway.problems import Problem, problem_of
 from api_stub.gateway.reader import EventReader
 from api_stub.gateway.sse import HEARTBEAT, MEDIA_TYPE, SEND_S, leaving
@@ -76,9 +77,12 @@ async def whole_answer(request: Request, gateway: Gateway, asked: Asked) -> Resp
     """Wait for a job's end, however long it takes, and return it as a response. Raises StoreUnavailable."""
     try:
         async with _attended(gateway, asked, only_final=True) as reader, leaving(request.receive, reader):
-            ending = await ending_of(reader, gateway.settings.api_heartbeat_s)
+            served = ServedOrNot(gateway, asked.job_id, goes_on=asked.is_keyed)
+            ending = await ending_of(reader, gateway.settings.api_heartbeat_s, served)
     except UnknownJob as error:
         raise _lost() from error
+    except NoWorker as error:
+        return job_error_response(error.info)
     if ending is None:
         raise StoreUnavailable("the gateway stops; ask again")
     if not isinstance(ending, JobCompleted):
@@ -87,29 +91,31 @@ async def whole_answer(request: Request, gateway: Gateway, asked: Asked) -> Resp
     return Response(completion.model_dump_json(), media_type="application/json")
 
 
-async def ending_of(reader: EventReader, look_s: float) -> FinalEvent | None:
-    """Wait for a job's final event; None when the reader left or the gateway stops. Raises UnknownJob."""
+async def ending_of(reader: EventReader, look_s: float, served: ServedOrNot | None = None) -> FinalEvent | None:
+    """Wait for a job's final event; None when the reader left or the gateway stops. Raises UnknownJob, NoWorker."""
     while not reader.is_finished:
-        frames = await reader.frames(look_s)
+        frames = await reader.frames(look_s if served is None else served.left_s(look_s))
         if frames and isinstance(frames[-1].event, FinalEvent):
             return frames[-1].event
+        if served is not None:
+            await served.look()
     return None
 
 
 @asynccontextmanager
 async def _attended(gateway: Gateway, asked: Asked, *, only_final: bool = False) -> AsyncGenerator[EventReader, None]:
     """Read a job; when the block ends before the job does, its client has left."""
-    reader, is_lost = None, False
+    reader, is_over = None, False
     try:
         reader = await gateway.readers.open(asked.job_id, only_final=only_final)
         yield reader
-    except UnknownJob:
-        is_lost = True
+    except (UnknownJob, NoWorker):
+        is_over = True
         raise
     finally:
         if reader is not None:
             reader.close()
-        if not is_lost and (reader is None or not reader.has_ending):
+        if not is_over and (reader is None or not reader.has_ending):
             await asyncio.shield(asked.leave(gateway))
 
 
@@ -126,6 +132,7 @@ class ChatStream(Response):
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._gateway, self._asked = gateway, asked
+        self._served = ServedOrNot(gateway, asked.job_id, goes_on=asked.is_keyed)
         self._chunks = _Chunks(completion_id(asked.job_id), model, wants_usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,11 +152,14 @@ class ChatStream(Response):
         until = time.monotonic() + self._gateway.settings.api_heartbeat_s
         try:
             while not self._chunks.has_text and not reader.is_finished and (left_s := until - time.monotonic()) > 0:
-                frames = await reader.frames(left_s)
+                frames = await reader.frames(self._served.left_s(left_s))
+                await self._served.look()
                 ending = frames[-1].event if frames else None
                 if isinstance(ending, FinalEvent) and not isinstance(ending, JobCompleted):
                     return job_error_response(ending.error)
                 self._chunks.take(frames)
+        except NoWorker as error:
+            return job_error_response(error.info)
         except (VisionqError, redis.RedisError) as error:
             problem = _problem_of(error)
             return error_response(problem.status, problem.code, str(problem), headers=problem.headers)
@@ -160,7 +170,8 @@ class ChatStream(Response):
         await _send(send, first)
         try:
             while not reader.is_finished:
-                self._chunks.take(await reader.frames(self._gateway.settings.api_heartbeat_s))
+                self._chunks.take(await reader.frames(self._served.left_s(self._gateway.settings.api_heartbeat_s)))
+                await self._served.look()
                 piece = self._chunks.taken()
                 if piece or not reader.is_finished:
                     await _send(send, piece or HEARTBEAT)

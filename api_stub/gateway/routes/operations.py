@@ -1,4 +1,7 @@
-"""For operators: health, metrics and queues. Health and metrics take no key: they say nothing about jobs or callers."""
+"""For operators: health, metrics and queues.
+
+Health takes no key. Metrics without one are of this process alone; a key adds its own queues, an operator's everything.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api_stub.contract.wire import WireModel
-from api_stub.gateway.access import CallerHere, GatewayHere
+from api_stub.gateway.access import CallerHere, GatewayHere, MaybeCaller
 from api_stub.gateway.queues import QueueView
 from api_stub.ledger import writable
 
@@ -37,8 +40,8 @@ class QueueList(WireModel):
 
 @router.get("/v1/queues", response_model_exclude_none=True)
 async def list_queues(gateway: GatewayHere, caller: CallerHere) -> QueueList:
-    """Tell the depth of each model's queue and how many workers serve it, and whether it is paused."""
-    return QueueList(queues=tuple(await gateway.queues.views()))
+    """Tell of each known model the depth of its queue (a key: its own jobs), its workers and whether it is paused."""
+    return QueueList(queues=tuple(await gateway.queues.views(caller)))
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -62,12 +65,19 @@ async def readyz(gateway: GatewayHere, response: Response) -> Health:
 
 @router.head("/metrics", response_class=Response, include_in_schema=False)
 @router.get("/metrics", response_class=Response)
-async def metrics(gateway: GatewayHere) -> Response:
-    """Give the metrics in Prometheus' text format; without the queues' depths while Redis is away."""
+async def metrics(gateway: GatewayHere, caller: MaybeCaller) -> Response:
+    """Give the metrics in Prometheus' text format; without the queues' depths while Redis is away.
+
+    Without a key: this process' requests and errors. A key adds the depths of its own queues, an operator's key those
+    of all tenants and what was handed in.
+    """
     try:
-        depths = {queue.model: queue.depth for queue in await gateway.queues.views()}
+        depths = {queue.model: queue.depth for queue in await gateway.queues.views(caller)} if caller else {}
     except redis.RedisError as error:
         logger.warning("no queue depths", extra={"action": "metrics", "error": type(error).__name__})
         depths = {}
     gateway.metrics.readers.set(gateway.hub.num_readers)
-    return Response(gateway.metrics.exposition(depths), media_type=CONTENT_TYPE_LATEST)
+    return Response(
+        gateway.metrics.exposition(depths, is_operator=caller is not None and caller.is_operator),
+        media_type=CONTENT_TYPE_LATEST,
+    )

@@ -38,6 +38,7 @@ page.form.addEventListener("submit", async (event) => {
     const turn = { ...draft(), media: await tray.stored(api), state: "asked", answer: "", facts: "" };
     const job = await api.submit(jobOf([...turns, turn]));
     turn.jobId = job.job_id;
+    turn.facts = (job.warnings || []).join("; ");
     turns.push(turn);
     save(turns);
     tray.clear();

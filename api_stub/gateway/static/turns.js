@@ -37,7 +37,7 @@ export function take(turn, event) {
     case "job.queued":
       return "queued";
     case "job.started":
-      turn.answer = "";
+      turn.answer = turn.facts = "";
       return "started";
     case "job.progress":
       return event.total > 1 ? `${event.stage} ${event.done} of ${event.total}` : event.stage;

@@ -14,7 +14,8 @@ if origin == 'client' and is_refused then
   return {'full', CONFIG.max_queued, depth}
 end
 
--- A tenant's jobs wait under so many names that nobody serves or has served; those of which no job is left make room.
+-- A tenant's jobs wait under so many names that nobody serves or has served; those of which no job is left make room. Jobs without a
+-- tenant are the operator's own.
 local MAX_STRANGE = 100
 
 local function may_name(model, tenant)
@@ -44,7 +45,7 @@ local function may_name(model, tenant)
   return true
 end
 
-if origin == 'client' and not may_name(model, tenant) then
+if origin == 'client' and tenant ~= '' and not may_name(model, tenant) then
   return {'strange', MAX_STRANGE}
 end
 

@@ -114,7 +114,7 @@ def test_a_terminal_shows_stages_then_the_text_as_it_arrives_then_what_it_took(
 
 def test_a_terminal_says_that_nobody_serves_the_model(environment: dict[str, str], ledger: Ledger) -> None:
     terminal = Terminal(environment, "vqa", "-q", "Why?", "--job-id", JOB, "--model", "rare")
-    terminal.shows("queued: no worker serves 'rare' yet")
+    terminal.shows("queued: no worker serves the model 'rare' now")
     ledger.cancel(JOB)
     assert terminal.wait() == 1
     assert "cancelled: cancelled while it was queued" in terminal.text

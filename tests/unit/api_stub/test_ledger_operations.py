@@ -152,6 +152,7 @@ def test_doorbells_that_a_draining_worker_leaves_are_not_written_for_what_is_hel
 
 
 def test_a_view_says_that_its_queue_is_paused(ledger: Ledger) -> None:
+    ledger.beat("worker-1", "default", [])
     started(ledger, "running")
     ledger.submit("queued", question())
     ledger.pause("default")
@@ -310,6 +311,7 @@ def test_metadata_is_equal_as_json_is(ledger: Ledger, value: object) -> None:
 
 
 def test_a_deleted_job_is_gone_without_a_trace(ledger: Ledger, redis_client: redis.Redis) -> None:
+    ledger.loading("default")
     claim = started(ledger, "a", tenant="zoo")
     assert ledger.delete("a") is Deleted.UNFINISHED
     ledger.finish("a", claim.fence, answer(claim))
