@@ -1,7 +1,9 @@
 -- One sweep: ended leases, passed deadlines, retries that are due, lost doorbells. It costs what is due, not what exists. Any number
 -- of reapers may sweep at the same time; to one that passes a `pause_s`, anybody's sweep that is younger counts as its own.
 -- Answers whether more is due, then id, task, model and priority of every job that it rang for.
-local BATCH = 200
+-- So many jobs, and so many lists, that a sweep takes at most some milliseconds of Redis' time; the rest is the next one's.
+local BATCH = 100
+local MAX_LISTS = 20
 local MAX_DEAD = 10000
 local reply = {0}
 local pause_s = tonumber(ARGV[1])
@@ -165,12 +167,14 @@ local function find_suspects(list)
   return #suspects
 end
 
--- The job at the head of a list that is not the first, when it has waited long enough: the longest wait of each model.
+-- The job at the head of a list that is not the first, when it has waited long enough: the longest wait of each model. Nobody
+-- waits in vain where no worker takes any; the first beat of one has the lists looked at.
 local aged = {}
 
 local function find_aged(list)
   local model, step = string.match(list, '^(.*):(%d+)$')
-  local id = step ~= '0' and not is_paused(model) and redis.call('ZRANGE', KEY.waiting .. list, 0, 0)[1]
+  local is_served = step ~= '0' and redis.call('EXISTS', KEY.workers .. model) == 1 and not is_paused(model)
+  local id = is_served and redis.call('ZRANGE', KEY.waiting .. list, 0, 0)[1]
   if not id then
     return
   end
@@ -210,7 +214,7 @@ local function look_again_while_served(list)
   end
 end
 
-for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, 'LIMIT', 0, BATCH)) do
+for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, 'LIMIT', 0, MAX_LISTS)) do
   redis.call('ZREM', KEY.serving, model)
   look_at_lists(model)
 end
@@ -228,8 +232,8 @@ local function look_at(list)
   look_again_while_served(list)
 end
 
-local news = redis.call('ZPOPMIN', KEY.news, BATCH)
-is_more = is_more or #news == 2 * BATCH
+local news = redis.call('ZPOPMIN', KEY.news, MAX_LISTS)
+is_more = is_more or #news == 2 * MAX_LISTS
 for i = 1, #news, 2 do
   look_at(news[i])
 end

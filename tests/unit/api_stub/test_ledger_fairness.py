@@ -269,6 +269,9 @@ def test_an_aged_jobs_second_doorbell_finds_it_done(connect: Connect, redis_clie
     broker.submit("slow", question(priority=9))
     redis_client.hset(names.job_key("slow"), "queued_at", "1")
     broker.ledger.reap()
+    assert num_messages(broker) == 1, "let in front although nobody serves"
+    broker.ledger.beat("worker-1", "default", [])
+    broker.ledger.reap()
     broker.ledger.reap()
     assert num_messages(broker) == 2
     assert broker.work(99) == ["slow"]

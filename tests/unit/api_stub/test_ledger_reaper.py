@@ -454,6 +454,23 @@ def test_a_sweep_costs_what_is_due_and_not_what_exists(ledger: Ledger, redis_cli
     assert not redis_client.hexists(names.WATCH_KEY, "older")  # processes of this release take none of theirs for older
 
 
+def test_one_step_of_a_sweep_does_a_bounded_amount_of_work(
+    ledger: Ledger, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is due at once: Redis answers others in between."""
+    monkeypatch.setattr("api_stub.ledger.ledger.MAX_BATCHES", 1)
+    for number in range(500):
+        ledger.submit(f"{number}", question(model=f"invented-{number}", deadline_s=3600))
+        redis_client.hset(names.job_key(f"{number}"), "queued_at", "1")
+    for number in range(500):
+        redis_client.zadd(names.DUE_KEY, {f"{number}": 1})
+        redis_client.hset(names.job_key(f"{number}"), "deadline", "1")
+    most = max(commands_of_a_sweep(ledger, redis_client) for _ in range(30))
+    assert 500 < most < 4000
+    assert redis_client.zcard(names.NEWS_KEY) == 0
+    assert redis_client.hget(names.job_key("499"), "status") == "expired"
+
+
 def test_one_sweep_counts_for_all_processes_until_its_pause_is_over(
     connect: Connect, redis_client: redis.Redis
 ) -> None:
