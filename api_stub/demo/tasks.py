@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +10,7 @@ from api_stub.client import Client
 from api_stub.contract.job import TaskName
 from api_stub.demo.over_http import HttpJob
 from api_stub.devstack import Stack, StackFailed
+from api_stub.devstack.worker_program import worker_command
 from api_stub.handle import JobHandle
 
 SEED = 7
@@ -69,7 +69,7 @@ class _Drawings(BaseModel):
 
 def draw(stack: Stack, seed: int = SEED) -> tuple[DemoTask, ...]:
     """Have a picture and a clip drawn and return a caption, a question about each. Raises StackFailed."""
-    program = [sys.executable, "-P", "-m", "worker.demo_model.draw"]
+    program = worker_command("worker.demo_model.draw")
     output = stack.run_child(
         "draw", [*program, "--out", str(stack.directory / "pictures"), "--seed", str(seed)], DRAW_S
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from api_stub.contract import names
 from api_stub.devstack.child import Child, StackFailed, Watchdog
 from api_stub.devstack.servers import BUCKET, HOST, REGION, ApiServer, RedisServer, S3Server, free_port
 from api_stub.devstack.signals import Interrupted, StopSignals
+from api_stub.devstack.worker_program import worker_command
 from api_stub.ledger import pools
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class Stack:
         return child.exit_status() is None
 
     def _start_worker(self, name: str) -> Child:
-        return self._spawn(name, [sys.executable, "-P", "-m", "worker.cli", "start"])
+        return self._spawn(name, [*worker_command("worker.cli"), "start"])
 
     def _replace(self, worker: Child) -> Child:
         now = time.monotonic()

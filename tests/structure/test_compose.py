@@ -222,7 +222,14 @@ def test_the_workers_image_has_the_torchvision_of_its_torch() -> None:
     installs = re.findall(r"pip install .*", (ROOT / "worker/Dockerfile").read_text())
     assert [set(line.split()) & {"torch", "torchvision"} for line in installs] == [{"torch", "torchvision"}, set()]
     assert "--index-url" in installs[0]
-    assert '".[worker,vision]"' in installs[1]
+    assert '. "./worker[vision]"' in installs[1]
+
+
+def test_the_gateways_image_carries_no_worker() -> None:
+    assert not re.search(r"^COPY .*worker", (ROOT / "api_stub/Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_the_gpus_image_takes_torch_from_an_index_with_cuda() -> None:
     gpu = compose.load("docker-compose.gpu.yml")["services"]["worker"]["build"]["args"]
     assert gpu == {"TORCH_INDEX_URL": "https://pypi.org/simple"}
 
