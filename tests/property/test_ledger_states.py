@@ -491,7 +491,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 self._check_gone(job)
                 continue
             assert view is not None
-            assert bool(view.warnings) is (self.is_paused and job.status is JobStatus.QUEUED)
+            warnings, is_queued = " ".join(view.warnings or ()), job.status is JobStatus.QUEUED
+            assert ("is paused" in warnings) is (self.is_paused and is_queued)
+            assert ("no worker serves" in warnings) is (is_queued and not view.num_workers)
             assert (view.status, view.attempt, view.cancelling) == (job.status, job.attempt, job.is_cancelling)
             self._check_stream(job)
             {JobStatus.QUEUED: self._check_queued, JobStatus.IN_PROGRESS: self._check_running}.get(
