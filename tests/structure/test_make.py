@@ -106,7 +106,7 @@ VISION = "python -m pytest tests/vision"
         (["test"], "--ignore", PARTS, "make test: failed: test-rest"),
         (["test"], "pytest", PARTS, "make test: failed: test-parts test-rest"),
         (["test", "ARGS=-k name"], "", ["python -m pytest -k name"], None),
-        (["test", "ARGS=-k name"], "name", ["python -m pytest -k name"], "make test: failed: test-chosen"),
+        (["test", "ARGS=-k name"], "-k", ["python -m pytest -k name"], "make test: failed: test-chosen"),
         (["check"], "", [*CHECKS, *PARTS, OLDEST, VISION], None),
         (["check"], "ruff mypy", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: lint format types"),
         (["check"], "audit --ignore", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: audit test"),
@@ -114,7 +114,7 @@ VISION = "python -m pytest tests/vision"
         (["check"], "tests/vision", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: vision"),
         (
             ["check", "ARGS=-k name"],
-            "name",
+            "-k",
             [*CHECKS, "python -m pytest -k name", OLDEST, f"{VISION} -k name"],
             "make check: failed: test vision",
         ),
