@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -91,16 +92,19 @@ def passing_keys(direct: redis.Redis) -> list[str]:
     return [key for key in direct.scan_iter(count=1000) if key not in SINGLETONS and not key.startswith(lasting)]
 
 
-def message_problems(direct: redis.Redis) -> list[str]:
+def message_problems(direct: redis.Redis, plain_ids: Collection[str] = ()) -> list[str]:
     """Return the unacknowledged messages that cannot be explained: each must belong to a job that is over.
 
-    Those of killed workers stay until kombu's visibility timeout and are skipped then.
+    Those of killed workers stay until kombu's visibility timeout and are skipped then. A plain message, one of
+    `plain_ids`, that was held before the ledger knew its job comes back then, too: until its adoption it has the
+    broker's guarantees only.
     """
     problems = []
     for raw in direct.hvals("unacked"):
         headers = json.loads(raw)[0]["headers"]
         status = str(direct.hget(names.job_key(headers["id"]), "status"))
-        if status not in ENDED:
+        is_on_its_way = status == "None" and headers["id"] in plain_ids
+        if status not in ENDED and not is_on_its_way:
             problems.append(f"unacknowledged message of {headers['id']}, which is {status}")
     if (extra := int(direct.zcard("unacked_index")) - int(direct.hlen("unacked"))) != 0:
         problems.append(f"{extra} entries of unacked_index have no message")

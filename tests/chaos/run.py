@@ -182,7 +182,7 @@ def _audit(system: Plant, tickets: Sequence[Ticket], report: Report) -> None:
 
 def _check_leaks(system: Plant, report: Report) -> None:
     with system.redis.client() as direct:
-        report.problems += leaks.key_problems(direct) + leaks.message_problems(direct)
+        report.problems += leaks.key_problems(direct) + leaks.message_problems(direct, report.junk_ids)
     for life in system.fleet.ready():
         usage = leaks.usage_of(life.pid)
         report.problems += leaks.usage_problems(life.pid, usage, MAX_NUM_SEQS + PREPARE_AHEAD)

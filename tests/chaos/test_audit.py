@@ -97,3 +97,4 @@ def test_leaks_are_found(redis_client: redis.Redis, ticket: Ticket) -> None:
     redis_client.hset("unacked", "tag", json.dumps([{"headers": {"id": "nobody"}}, "", ""]))
     assert len(leaks.key_problems(redis_client)) == 2
     assert len(leaks.message_problems(redis_client)) == 2
+    assert len(leaks.message_problems(redis_client, {"nobody"})) == 1
