@@ -76,7 +76,10 @@ def read_links(embed: object, root_id: str | None = None) -> Links | None:
         left = _check(signatures, said, left)
         parts[name] = tuple(signatures)
     links = Links(**parts, root_id=root_id) if any(parts.values()) else None
-    num_bytes = len(links.to_json().encode(errors="replace")) if links else 0
+    try:
+        num_bytes = len(links.to_json().encode()) if links else 0
+    except UnicodeEncodeError:
+        raise UnusableLinks("link: half a character in a signature, which UTF-8 has no bytes for") from None
     if num_bytes > MAX_LINKS_BYTES:
         raise UnusableLinks(f"link: {num_bytes} bytes of signatures, the limit is {MAX_LINKS_BYTES}")
     if embed.get("chord"):

@@ -62,6 +62,7 @@ def test_a_chord_is_refused_by_name_wherever_it_stands(embed: object) -> None:
     [
         ({"callbacks": "x"}, "link: a list of signatures is required, got str"),
         ({"callbacks": [1]}, "link: a signature is required, got int"),
+        ({"callbacks": [{"task": "note", "args": ["\ud800"]}]}, "link: half a character in a signature"),
         ({"errbacks": [{}]}, "link_error: a signature without the name of its task"),
         ({"errbacks": [{"task": "x" * 300}]}, "link_error: a signature without the name of its task"),
         ({"chain": [{"task": "note", "args": {}}]}, "chain: args of 'note' are of type dict"),
