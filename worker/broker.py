@@ -150,7 +150,7 @@ class GuardedChannel(Channel):
             logger.warning("not bound", extra={"action": "receive", "error": str(error)})
             self.leave_wrong_server(error)
 
-    def leave_wrong_server(self, error: redis.RedisError) -> None:
+    def leave_wrong_server(self, error: redis.RedisError | OSError) -> None:
         """Close the connections to a server that is no writable master; the next use looks its name up anew."""
         if judge(error) is Verdict.WRONG_SERVER:
             self.pool.disconnect(inuse_connections=False)

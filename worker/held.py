@@ -36,7 +36,7 @@ class GuardedQoS(QoS):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._in_memory: dict[str, Any] = {}
-        self._to_put_back: list[dict[str, object]] = []
+        self._late: list[str | dict[str, object]] = []  # to be put back: tags of what Redis keeps, else the messages
 
     def append(self, message: Any, delivery_tag: str) -> None:
         if message.bell_of is not None:
@@ -63,22 +63,24 @@ class GuardedQoS(QoS):
             return
         try:
             super().ack(delivery_tag)
-        except redis.ResponseError as error:
-            logger.warning("not acknowledged", extra={"action": "acknowledge", "error": str(error)})
+        except (redis.RedisError, OSError) as error:
+            logger.warning("not acknowledged", extra={"action": "acknowledge", "error": type(error).__name__})
             self.channel.leave_wrong_server(error)
             LocalQoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         if not requeue:
             self.ack(delivery_tag)
-        else:
-            self.restore_by_tag(delivery_tag, leftmost=True)
-            LocalQoS.ack(self, delivery_tag)
+            return
+        LocalQoS.ack(self, delivery_tag)  # whatever Redis says, or the slot would never be free again
+        self._put_back(delivery_tag)
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        self._put_back_late()
+        super().restore_unacked_once(stderr)
 
     def restore_visible(self, *args: Any, **options: Any) -> None:
-        waiting, self._to_put_back = self._to_put_back, []
-        for envelope in waiting:
-            self._put_back(envelope)
+        self._put_back_late()
         try:
             super().restore_visible(*args, **options)
         except redis.ResponseError as error:  # kombu looks again later; raised while connecting it leaves a socket open
@@ -123,12 +125,28 @@ class GuardedQoS(QoS):
         if is_dropped:
             self.channel.drop(DropReason.UNACKED)
 
-    def _put_back(self, envelope: dict[str, object]) -> None:
-        info: Any = envelope["properties"]
+    def _put_back(self, message: str | dict[str, object]) -> bool:
+        """Put a message back, or keep it for later; tell whether it is in its list."""
         try:
-            with self.channel.conn_or_acquire() as client, client.pipeline() as pipe:
-                self.channel._do_restore_message(envelope, "", info["delivery_info"]["routing_key"], pipe, True)
-                pipe.execute()
-        except redis.ResponseError as error:
-            logger.warning("not put back yet", extra={"action": "receive", "error": str(error)})
-            self._to_put_back.append(envelope)
+            if isinstance(message, str):
+                self.restore_by_tag(message, leftmost=True)
+            else:
+                self._push(message)
+        except (redis.RedisError, OSError) as error:
+            logger.warning("not put back yet", extra={"action": "receive", "error": type(error).__name__})
+            self.channel.leave_wrong_server(error)
+            self._late.append(message)
+            return False
+        return True
+
+    def _put_back_late(self) -> None:
+        late, self._late = self._late, []
+        while late and self._put_back(late.pop()):
+            pass
+        self._late += late  # Redis still refuses, or is silent
+
+    def _push(self, envelope: dict[str, object]) -> None:
+        info: Any = envelope["properties"]
+        with self.channel.conn_or_acquire() as client, client.pipeline() as pipe:
+            self.channel._do_restore_message(envelope, "", info["delivery_info"]["routing_key"], pipe, True)
+            pipe.execute()

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from api_stub.contract import names
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from tests.servers import free_port
 from tests.unit.api_stub.ledger_kit import question
 from worker.celery_app import make_app
 from worker.settings import WorkerSettings
@@ -53,6 +54,14 @@ class Receiver:
         while len(self.messages) == num and time.monotonic() < ends:
             self.turn()
         return self.messages[num]
+
+    def lead_to(self, port: int) -> int:
+        """Have new connections go to another port; return the former one."""
+        pool = self.channel.pool
+        former: int = pool.connection_kwargs["port"]
+        pool.connection_kwargs["port"] = port
+        pool.reset()
+        return former
 
     def close(self) -> None:
         self.connection.close()
@@ -141,6 +150,37 @@ def test_a_connection_that_closes_puts_plain_messages_back_and_leaves_doorbells(
     assert in_lists(redis_client) == ["plain"]
     assert receiver.unanswered == ["bell"], "told once"
     assert num_noted(redis_client) == (0, 0)
+
+
+def test_a_plain_message_that_cannot_be_put_back_yet_frees_its_place_and_goes_back_later(
+    receiver: Receiver, redis_client: redis.Redis
+) -> None:
+    receiver.channel.basic_qos(0, 1, False)
+    redis_client.lpush(QUEUE, plain("a"))
+    message = receiver.take()
+    redis_client.config_set("maxmemory", 1)
+    try:
+        message.reject(requeue=True)
+        assert receiver.channel.qos.can_consume(), "a full Redis costs the worker no slot"
+        receiver.channel.qos.restore_visible(num=10, interval=1)
+        assert num_noted(redis_client) == (1, 1), "still refused, still noted"
+    finally:
+        redis_client.config_set("maxmemory", 0)
+    receiver.channel.qos.restore_visible(num=10, interval=1)
+    assert (in_lists(redis_client), num_noted(redis_client)) == (["a"], (0, 0))
+
+
+@pytest.mark.parametrize("how", ["ack", "reject"])
+def test_a_redis_that_is_away_costs_a_worker_no_slot(receiver: Receiver, redis_client: redis.Redis, how: str) -> None:
+    receiver.channel.basic_qos(0, 1, False)
+    redis_client.lpush(QUEUE, plain("a"))
+    message = receiver.take()
+    there = receiver.lead_to(free_port())
+    message.ack() if how == "ack" else message.reject(requeue=True)
+    assert receiver.channel.qos.can_consume()
+    receiver.lead_to(there)
+    receiver.channel.qos.restore_visible(num=10, interval=1)
+    assert in_lists(redis_client) == ([] if how == "ack" else ["a"])
 
 
 @pytest.mark.parametrize("kind", ["doorbell", "plain"])
