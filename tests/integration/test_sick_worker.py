@@ -53,7 +53,7 @@ class Worker:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._task = _JobTask(TaskName.VQA, runtime)
+        self._task = _JobTask(TaskName.VQA, runtime, lambda: None)
         self._threads = ThreadPoolExecutor(runtime.settings.concurrency)
         self._is_over = threading.Event()
         self._receiver = threading.Thread(target=self._receive, daemon=True)
