@@ -21,7 +21,7 @@ from redis.asyncio.connection import AbstractConnection as AsyncConnection
 from redis.connection import AbstractConnection
 
 from api_stub.ledger import link
-from api_stub.ledger.verdicts import Verdict, judge
+from api_stub.ledger.verdicts import Verdict, is_passing, judge
 
 #: How long a connection in use goes on without asking which server it leads to.
 LOOK_S: Final = 3.0
@@ -110,6 +110,7 @@ class _Looks:
     master: Master
     _term = 0
     _look_at = math.inf
+    _is_new = True
 
     @property
     def _is_left(self) -> bool:
@@ -119,14 +120,30 @@ class _Looks:
         if judge(error) is Verdict.WRONG_SERVER:
             self.master.leave(self._term)
 
+    def _looked(self) -> None:
+        self._look_at, self._is_new = time.monotonic() + LOOK_S, False
+
+    def _refused(self, error: redis.ResponseError) -> None:
+        """INFO was refused: for as long as a script runs, say, or to this user for good."""
+        self._looked()
+        if not is_passing(error):
+            self._look_at = math.inf
+
     def _has_arrived(self, told: object) -> bool:
-        """Read what INFO says; False: this is a replica, whose pool has been told to leave it. Raises IsSentinel."""
-        self._look_at = time.monotonic() + LOOK_S
+        """Read what INFO says; False: this is a replica, whose pool has been told to leave it. Raises IsSentinel.
+
+        A new connection stays with a replica for now: the name leads there, and so it would those that were told to
+        leave, each of which would tell the others again.
+        """
+        is_new = self._is_new
+        self._looked()
         text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
         if _SENTINEL.search(text):  # which has no replication to tell of
             raise IsSentinel
         role, history = _ROLE.search(text), _HISTORY.search(text)
         if role is not None and role[1] == "slave":
+            if is_new:
+                return True
             self.master.leave(self._term)
             return False
         if history is not None:
@@ -139,7 +156,7 @@ class _Leaving(_Looks, AbstractConnection):
     """A connection that follows the rule. For redis-py's classes to be mixed into."""
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
-        self._term, self._look_at = self.master.term, math.inf
+        self._term, self._look_at, self._is_new = self.master.term, math.inf, True
         super().on_connect_check_health(False)
         self._look_at = 0.0
 
@@ -148,7 +165,7 @@ class _Leaving(_Looks, AbstractConnection):
             self._reopen()
         if time.monotonic() >= self._look_at and not self.retry.call_with_retry(self._look, self._look_failed):
             self._reopen()
-            self._look_at = time.monotonic() + LOOK_S  # if the name has not moved yet, this is all there is
+            self._looked()  # if the name has not moved yet, this is all there is
         super().check_health()  # type: ignore[no-untyped-call]
 
     def can_read(self, timeout: float = 0) -> bool:
@@ -173,8 +190,8 @@ class _Leaving(_Looks, AbstractConnection):
         try:
             told = self._info("replication")
             return self._has_arrived(told or self._info("server"))
-        except redis.ResponseError:  # not permitted
-            self._look_at = math.inf
+        except redis.ResponseError as error:
+            self._refused(error)
             return True
 
     def _info(self, section: str) -> object:
@@ -193,7 +210,7 @@ class _AsyncLeaving(_Looks, AsyncConnection):
     """`_Leaving` for asyncio."""
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
-        self._term, self._look_at = self.master.term, math.inf
+        self._term, self._look_at, self._is_new = self.master.term, math.inf, True
         await super().on_connect_check_health(False)
         self._look_at = 0.0
 
@@ -202,7 +219,7 @@ class _AsyncLeaving(_Looks, AsyncConnection):
             await self._reopen()
         if time.monotonic() >= self._look_at and not await self.retry.call_with_retry(self._look, self._look_failed):
             await self._reopen()
-            self._look_at = time.monotonic() + LOOK_S
+            self._looked()
         await super().check_health()  # type: ignore[no-untyped-call]
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
@@ -223,8 +240,8 @@ class _AsyncLeaving(_Looks, AsyncConnection):
         try:
             told = await self._info("replication")
             return self._has_arrived(told or await self._info("server"))
-        except redis.ResponseError:
-            self._look_at = math.inf
+        except redis.ResponseError as error:
+            self._refused(error)
             return True
 
     async def _info(self, section: str) -> object:
