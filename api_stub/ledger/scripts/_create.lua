@@ -5,9 +5,15 @@
 local MAX_LISTED = 100000
 local MAX_WAIT_S = 7 * 86400
 
+-- After all that the tenant has, also while the clock stands still: pages end between two jobs.
+local function place_among(key)
+  local newest = redis.call('ZREVRANGEBYSCORE', key, '+inf', stamp, 'WITHSCORES', 'LIMIT', 0, 1)[2]
+  return newest and moment(tonumber(newest) + 1e-6) or stamp
+end
+
 local function list_under(tenant, id)
   local key = KEY.jobs .. tenant
-  redis.call('ZADD', key, stamp, id)
+  redis.call('ZADD', key, place_among(key), id)
   redis.call('EXPIRE', key, CONFIG.result_ttl_s + MAX_WAIT_S)
   redis.call('ZREMRANGEBYRANK', key, 0, -MAX_LISTED - 1)
   local expired = moment(now - CONFIG.result_ttl_s) -- a younger one without a row is one that a sweep has to forget

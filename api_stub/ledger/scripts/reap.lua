@@ -112,7 +112,6 @@ end
 local function look_at_unserved(id)
   local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created', 'bell')
   if row.status ~= 'queued' and row.status ~= 'in_progress' then
-    redis.call('ZREM', KEY.unserved, id)
     return
   end
   local ends = unserved_until(row)
@@ -131,6 +130,7 @@ end
 
 local unserved = redis.call('ZRANGEBYSCORE', KEY.unserved, '-inf', stamp, 'LIMIT', 0, BATCH)
 for _, id in ipairs(unserved) do
+  redis.call('ZREM', KEY.unserved, id) -- first: a row that somebody broke stops one sweep, not all
   look_at_unserved(id)
 end
 redis.call('ZREMRANGEBYSCORE', KEY.known, '-inf', moment(now - math.max(KNOWN_S, CONFIG.unserved_ttl_s)))

@@ -1,4 +1,5 @@
--- A new job with the body of a finished one. Asked again, the same new job: its id is kept with the finished one.
+-- A new job with the body of a finished one. Asked again, the same new job, unless that was deleted: its id is kept with the finished
+-- one.
 local id, new_id = unpack(ARGV)
 local row = read(id, 'status', 'final', 'digest', 'body', 'task', 'model', 'priority', 'tenant', 'created', 'deadline', 'retried_as',
   'hook_url', 'hook_events')
@@ -8,7 +9,7 @@ elseif not row.final then
   return {'unfinished', row.status}
 elseif row.body == '' then
   return {'invalid'}
-elseif row.retried_as then
+elseif row.retried_as and redis.call('EXISTS', KEY.job .. row.retried_as) == 1 then
   return {'same', row.retried_as}
 end
 local is_refused, depth = is_full(row.model)

@@ -11,11 +11,13 @@ import redis.asyncio
 
 from api_stub.contract import names
 from api_stub.contract.event import RetryReason
+from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.deliveries import Delivery, DeliveryQueue
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.rows import Claim
+from api_stub.ledger.rows import CancelledJobs, Claim
+from api_stub.ledger.views import JobPage
 from tests.servers import eventually
 from tests.unit.api_stub.ledger_kit import claimed, question, set_clock_back, started
 
@@ -123,3 +125,18 @@ def test_a_clock_that_was_never_set_back_is_not_held_up(hasty: Ledger, redis_cli
     set_clock_back(redis_client, -HOUR_S)
     hasty.reap()
     assert status(hasty, "a") is JobStatus.EXPIRED
+
+
+def test_jobs_of_a_clock_that_stands_still_are_listed_and_cancelled_all(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    ledger.reap()
+    set_clock_back(redis_client, HOUR_S)
+    for number in range(45):
+        ledger.submit(f"job-{number}", question())
+    listed, page = [], ledger.list_jobs(limit=10)
+    while page.jobs:
+        listed += [view.job_id for view in page.jobs]
+        page = ledger.list_jobs(limit=10, cursor=page.next_cursor) if page.next_cursor else JobPage((), None)
+    assert listed == [f"job-{number}" for number in reversed(range(45))]
+    assert ledger.cancel_jobs("", JobSelection(status=JobStatus.QUEUED)) == CancelledJobs(45, 0)

@@ -159,6 +159,17 @@ def test_held_jobs_of_an_unserved_model_expire_with_the_rest_and_leave_nothing(
     assert list(redis_client.scan_iter("*nobodys*")) == []
 
 
+def test_a_row_that_somebody_broke_stops_one_sweep(ledger: Ledger, redis_client: redis.Redis) -> None:
+    for job_id in ("broken", "a"):
+        ledger.submit(job_id, question(model="nobodys"))
+    age(redis_client, TTL_S, "a")
+    redis_client.hdel(names.job_key("broken"), "created")
+    with pytest.raises(redis.ResponseError):
+        look(ledger, redis_client, "broken", "a")
+    ledger.reap()
+    assert status_of(ledger, "a") is JobStatus.EXPIRED
+
+
 def test_a_job_whose_row_is_gone_is_looked_at_once(ledger: Ledger, redis_client: redis.Redis) -> None:
     ledger.submit("a", question())
     redis_client.delete(names.job_key("a"))
