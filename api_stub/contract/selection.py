@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -13,12 +13,14 @@ from api_stub.contract.status import JobStatus
 from api_stub.contract.wire import WireModel
 
 Scalar = str | int | float | bool | None
+#: Redis compares numbers as Lua does, as floats: from here on some whole numbers that differ are one.
+_NUMBERS_END: Final = 2**53
 
 
 class JobSelection(WireModel):
     """Jobs that are not final and have all that is given: at least one of these.
 
-    `metadata`: members that a job's metadata must have, equal as JSON: text, numbers, true, false or null.
+    `metadata`: members that a job's metadata must have, equal as JSON: text, numbers below 2^53, true, false or null.
     """
 
     status: Literal[JobStatus.QUEUED, JobStatus.IN_PROGRESS] | None = None
@@ -32,6 +34,9 @@ class JobSelection(WireModel):
         num_bytes = len(json.dumps(self.metadata, ensure_ascii=False).encode())
         if num_bytes > MAX_METADATA_BYTES:
             raise ValueError(f"metadata: {num_bytes} bytes of JSON, the limit is {MAX_METADATA_BYTES}")
+        for name, value in (self.metadata or {}).items():
+            if isinstance(value, int | float) and abs(value) >= _NUMBERS_END:
+                raise ValueError(f"metadata: {name}: numbers from 2^53 on cannot be told apart; keep them as text")
         return self
 
 

@@ -55,7 +55,8 @@ class JobList(WireModel):
 class CancelRequest(WireModel):
     """Which jobs to cancel: those that have all that is given, at least one of status, model and metadata.
 
-    `metadata`: members that a job's metadata must have, equal as JSON. `tenant`: whose; with a key always its own.
+    `metadata`: members that a job's metadata must have, equal as JSON; numbers below 2^53. `tenant`: whose; with a key
+    always its own.
     """
 
     status: Literal["queued", "in_progress"] | None = None

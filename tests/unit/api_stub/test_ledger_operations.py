@@ -11,9 +11,10 @@ import pytest
 import redis
 
 from api_stub.contract import names
+from api_stub.contract.error import InvalidJob
 from api_stub.contract.event import RetryReason
 from api_stub.contract.job import TaskName
-from api_stub.contract.selection import JobSelection
+from api_stub.contract.selection import JobSelection, parse_selection
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import paused
 from api_stub.ledger import calls
@@ -307,6 +308,18 @@ def test_metadata_is_equal_as_json_is(ledger: Ledger, value: object) -> None:
     assert status_of(ledger, "it") is JobStatus.CANCELLED
 
 
+@pytest.mark.parametrize("number", [2**53, -(2**53), 1e19])
+def test_numbers_that_the_ledger_cannot_tell_apart_select_nothing(ledger: Ledger, number: float) -> None:
+    ledger.submit("neighbour", question(metadata={"id": int(number) + (1 if number > 0 else -1)}))
+    with pytest.raises(InvalidJob, match=r"metadata: id: .* as text"):
+        ledger.cancel_jobs("", parse_selection({"metadata": {"id": number}}))
+    assert status_of(ledger, "neighbour") is JobStatus.QUEUED
+    number = 2**53 - 1
+    ledger.submit("exact", question(metadata={"id": number}))
+    assert ledger.cancel_jobs("", parse_selection({"metadata": {"id": number}})) == CancelledJobs(1, 0)
+    assert status_of(ledger, "exact") is JobStatus.CANCELLED
+
+
 # delete
 
 
@@ -324,6 +337,20 @@ def test_a_deleted_job_is_gone_without_a_trace(ledger: Ledger, redis_client: red
     assert ledger.claim("a", "worker-1") == Refusal(RefusalReason.UNKNOWN)
     assert not [key for key in redis_client.scan_iter() if key.endswith(("a", "zoo"))]
     assert ledger.submit("a", question("Another one?", tenant="zoo")) is Submission.CREATED
+
+
+def test_a_job_whose_retry_was_deleted_is_tried_again(ledger: Ledger) -> None:
+    claim = started(ledger, "a")
+    ledger.finish("a", claim.fence, answer(claim))
+    first = ledger.retry("a")
+    assert first is not None
+    ledger.cancel(first)
+    assert ledger.retry("a") == first
+    ledger.delete(first)
+    second = ledger.retry("a")
+    assert second not in (None, first)
+    assert status_of(ledger, str(second)) is JobStatus.QUEUED
+    assert ledger.retry("a") == second
 
 
 def test_deleting_a_dead_job_takes_it_off_the_list(redis_url: str, redis_client: redis.Redis) -> None:
