@@ -11,13 +11,15 @@ first = first ~= '' and first or (redis.call('GET', KEY.submitted) or '0') .. ' 
 local last, since = string.match(first, '^(%d+) ([%d.]+)$')
 local num_ended = 0
 
-local function was_there(row)
-  return tonumber(row.created) <= tonumber(since) or tonumber(row.place or row.order or '1e300') <= tonumber(last)
+-- By its time, or by its number, which a job without a tenant that was never rung for has in its line alone.
+local function was_there(id, row)
+  local number = row.place or row.order or redis.call('ZSCORE', line_of(row.list, row.tenant), id) or '1e300'
+  return tonumber(row.created) <= tonumber(since) or tonumber(number) <= tonumber(last)
 end
 
 local function end_queued(id)
   local row = read(id, 'status', 'model', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created', 'place', 'order')
-  if row.status == 'queued' and row.model == model and was_there(row) then
+  if row.status == 'queued' and row.model == model and was_there(id, row) then
     unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was queued: its queue was purged')
     num_ended = num_ended + 1
   end

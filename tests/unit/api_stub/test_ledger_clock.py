@@ -140,3 +140,14 @@ def test_jobs_of_a_clock_that_stands_still_are_listed_and_cancelled_all(
         page = ledger.list_jobs(limit=10, cursor=page.next_cursor) if page.next_cursor else JobPage((), None)
     assert listed == [f"job-{number}" for number in reversed(range(45))]
     assert ledger.cancel_jobs("", JobSelection(status=JobStatus.QUEUED)) == CancelledJobs(45, 0)
+
+
+def test_a_purge_ends_what_came_after_the_last_sweep_before_the_clock_was_set_back(
+    ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    ledger.reap()
+    jobs = [f"job-{number}" for number in range(2 * LedgerConfig().window)]
+    for job_id in jobs:
+        ledger.submit(job_id, question())
+    set_clock_back(redis_client, HOUR_S)
+    assert ledger.purge("default") == len(jobs)
