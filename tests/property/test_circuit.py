@@ -54,8 +54,13 @@ class Breaker(RuleBasedStateMachine):
         num_proofs = len(self.proved)
         is_blamed = self.circuit.fault(part, job_id, "no", is_proven=is_proven)
         if self.sick_of is not None:
-            assert is_blamed
-            if self.trying:
+            may_recover = self.trying and self.sick_of is part and not is_proven
+            assert len(self.proved) - num_proofs == bool(may_recover)
+            assert is_blamed == (not may_recover or not self.works)
+            if not is_blamed:
+                self.faulty[part].clear()
+                self.sick_of, self.trying = None, ""
+            elif self.trying:
                 self.pause_s = min(MAX_PAUSE_S, 2 * self.pause_s)
                 self.sick_of, self.trying, self.try_at = part, "", self.now + self.pause_s
             return
@@ -113,6 +118,18 @@ def test_five_different_jobs_in_a_row_make_a_worker_sick_that_can_prove_nothing(
     assert blamed == [False] * (MAX_FAULTS - 1) + [True]
     assert circuit.reason == "disk: it is full"
     assert not circuit.may_take
+
+
+def test_a_job_that_fails_by_itself_keeps_no_worker_sick_that_works_again() -> None:
+    now, works = 0.0, False
+    circuit = Circuit(lambda part: works, clock=lambda: now)
+    for number in range(MAX_FAULTS):
+        circuit.fault(Part.STORAGE, str(number), "it is away")
+    now, works = MAX_PAUSE_S, True
+    assert circuit.begin("bad")
+    assert not circuit.fault(Part.STORAGE, "bad", "it answers 500 for this object"), "the job pays"
+    circuit.end("bad")
+    assert (circuit.may_take, circuit.reason) == (True, "")
 
 
 def test_one_job_that_fails_again_and_again_is_no_reason_to_suspect_the_worker() -> None:

@@ -3,7 +3,8 @@
 A fault may be the job's own or the worker's. Five different jobs in a row that met one in the same part of the worker,
 without a success there in between, are suspect. Then the worker proves that part without any job. If it can, the jobs
 were to blame; else the worker is sick: it claims nothing more, lets one job try now and then, and is well again with
-the first that gets past the part. In: faults and successes, from any thread. Knows no queue and no job's content.
+the first that gets past the part, or when it can prove the part after one that did not. In: faults and successes, from
+any thread. Knows no queue and no job's content.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Circuit:
     ) -> None:
         self._proves, self._on_change, self._clock = proves, on_change, clock
         self._lock = threading.Lock()
+        self._proof = threading.Lock()  # one at a time
         self._faulty: dict[Part, set[str]] = {part: set() for part in Part}
         self._state = CircuitState.CLOSED
         self._part: Part | None = None
@@ -99,16 +101,20 @@ class Circuit:
         `words` say what went wrong, `is_proven` that it would go wrong with any job.
         """
         with self._lock:
-            if self._state is CircuitState.TRYING:
+            was_trying, was_same = self._state is CircuitState.TRYING, self._part is part
+            if was_trying:
                 self._pause_s = min(MAX_PAUSE_S, 2 * self._pause_s)
                 self._open(part, words)
-            if self._state is not CircuitState.CLOSED:
+            elif self._state is not CircuitState.CLOSED:
                 return True
-            faulty = self._faulty[part]
-            faulty.add(job_id)
-            if not is_proven and len(faulty) < MAX_FAULTS:
-                return False
-            self._state, self._part, self._pause_s = CircuitState.PROVING, part, FIRST_PAUSE_S
+            else:
+                faulty = self._faulty[part]
+                faulty.add(job_id)
+                if not is_proven and len(faulty) < MAX_FAULTS:
+                    return False
+                self._state, self._part, self._pause_s = CircuitState.PROVING, part, FIRST_PAUSE_S
+        if was_trying:
+            return is_proven or not was_same or not self._has_recovered(part)
         works = not is_proven and self._prove(part)
         with self._lock:
             if self._state is not CircuitState.PROVING or self._part is not part:
@@ -132,10 +138,18 @@ class Circuit:
         if was_sick:
             logger.warning("worker is well again", extra=_facts(part))
 
+    def _has_recovered(self, part: Part) -> bool:
+        """Prove the part of a sick worker: a job that fails by itself would keep it sick, and never end."""
+        if not self._prove(part):
+            return False
+        self.success(part)
+        return True
+
     def _prove(self, part: Part) -> bool:
         logger.info("worker is suspect", extra=_facts(part))
         try:
-            return self._proves(part)
+            with self._proof:
+                return self._proves(part)
         except Exception as error:  # noqa: BLE001 - whatever is wrong, the part does not work
             logger.info("part does not work", extra=_facts(part) | {"error": type(error).__name__})
             return False
