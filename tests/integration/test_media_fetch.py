@@ -220,6 +220,20 @@ def test_an_object_that_is_refused_while_others_are_served_is_the_jobs_own_fault
         fetched_by(fetcher, "s3://media/hidden.png", tmp_path)
 
 
+def test_a_bucket_of_others_proves_no_worker_sick_that_is_served_from_another(
+    s3_client: S3Client, storage: FaultyStorage, tmp_path: Path
+) -> None:
+    s3_client.put_object(Bucket="media", Key="served.png", Body=png(side=20))
+    fetcher = fetcher_at(storage.url)
+    fetched_by(fetcher, "s3://media/served.png", tmp_path)
+    unknown = Status(403, "InvalidAccessKeyId")
+    storage.plan = {"HEAD": [unknown, unknown], "GET": [unknown]}
+    with pytest.raises(MediaRefused) as caught:
+        fetched_by(fetcher, "s3://absent/theirs.png", tmp_path)
+    assert not caught.value.is_proven
+    assert storage.plan == {"HEAD": [], "GET": []}
+
+
 def test_no_bytes_are_corrupt_media(s3_client: S3Client, fetch) -> None:
     s3_client.put_object(Bucket="media", Key="empty.png", Body=b"")
     with pytest.raises(MediaCorrupt, match="0 bytes"):

@@ -47,7 +47,7 @@ def s3_client(endpoint_url: str | None, region: str, timeout_s: float, max_conne
 
 
 class Refusals:
-    """Judges refusals for one worker. Any thread; each call asks storage up to twice."""
+    """Judges refusals for one worker. Any thread; a call asks storage up to twice, and each bucket that served it."""
 
     def __init__(self, client: S3Client) -> None:
         self._client = client
@@ -65,6 +65,10 @@ class Refusals:
         meaning, is_proven = translate(told, media), is_about_credentials(told)
         if not (is_proven or isinstance(meaning, MediaForbidden)) or self.is_served(media.bucket):
             return meaning
+        # S3 says so of one bucket, too: of one in another region, or of another account.
+        is_proven = is_proven and not any(
+            self.is_served(other) for other in list(self._served) if other != media.bucket
+        )
         if is_proven or media.bucket in self._served:
             code = refusal_code(told) or "no reason given"
             return StorageRefuses(f"storage refuses this worker ({code})", is_proven=is_proven)
