@@ -65,7 +65,7 @@ _PARTS: Final[dict[Transition, tuple[str, ...]]] = {
     Transition.GIVE_BACK: ("_queue", "_ending"),
     Transition.CANCEL: ("_queue", "_ending", "_cancel"),
     Transition.CANCEL_JOBS: ("_queue", "_ending", "_cancel"),
-    Transition.PAUSE: ("_queue",),
+    Transition.PAUSE: ("_known", "_queue"),
     Transition.PURGE: ("_queue", "_ending"),
     Transition.REAP: ("_known", "_queue", "_ending"),
     Transition.SETTLE_LINKED: ("_queue", "_ending"),

@@ -14,9 +14,3 @@ end
 local function note_known(model)
   redis.call('ZADD', KEY.known, stamp, model)
 end
-
--- When a queued job ends if no worker of its model has been there since.
-local function unserved_until(row)
-  local served = is_served(row.model) and now or tonumber(redis.call('ZSCORE', KEY.known, row.model) or '0')
-  return math.max(tonumber(row.created), served) + CONFIG.unserved_ttl_s
-end

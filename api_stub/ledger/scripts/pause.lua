@@ -7,6 +7,7 @@ if is_changed and wanted == '1' then
   redis.call('HSET', KEY.paused, model, stamp)
 elseif is_changed then
   redis.call('HDEL', KEY.paused, model)
+  note_known(model) -- its jobs wait for a worker from now on
   for step in pairs(STEP) do
     release(model .. ':' .. step)
   end

@@ -108,6 +108,12 @@ local function forget_unserved(id, row)
   end
 end
 
+-- When a queued job ends if no worker of its model has been there since. Nobody is missed while an operator pauses the queue.
+local function unserved_until(row)
+  local served = (is_served(row.model) or is_paused(row.model)) and now or tonumber(redis.call('ZSCORE', KEY.known, row.model) or '0')
+  return math.max(tonumber(row.created), served) + CONFIG.unserved_ttl_s
+end
+
 -- Ends a queued job of a model that nobody has served for too long; of one that somebody serves, looks again when it may be too long.
 local function look_at_unserved(id)
   local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created', 'bell')

@@ -145,6 +145,22 @@ def test_a_running_job_never_expires_unserved(ledger: Ledger, redis_client: redi
     assert redis_client.zcard(names.UNSERVED_KEY) == 0
 
 
+def test_no_job_of_a_paused_queue_expires_unserved(ledger: Ledger, redis_client: redis.Redis) -> None:
+    """Who scales to zero over a paused week-end finds the queue on Monday, and has the whole time for a worker to come."""
+    ledger.submit("a", question())
+    ledger.pause("default")
+    age(redis_client, 10 * TTL_S, "a")
+    served_ago(redis_client, 10 * TTL_S)
+    look(ledger, redis_client, "a")
+    assert status_of(ledger, "a") is JobStatus.QUEUED
+    ledger.resume("default")
+    look(ledger, redis_client, "a")
+    assert status_of(ledger, "a") is JobStatus.QUEUED
+    served_ago(redis_client, TTL_S)
+    look(ledger, redis_client, "a")
+    assert status_of(ledger, "a") is JobStatus.EXPIRED
+
+
 def test_held_jobs_of_an_unserved_model_expire_with_the_rest_and_leave_nothing(
     ledger: Ledger, redis_client: redis.Redis
 ) -> None:
