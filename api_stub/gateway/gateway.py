@@ -63,6 +63,8 @@ class Gateway:
     _webhooks: WebhookSender
     _reaper: _ReaperThread
     _subscriptions: redis.asyncio.Redis
+    #: Apart from `commands`, whose connections may all be busy.
+    prober: redis.asyncio.Redis
     _storing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_STORING))
 
     @classmethod
@@ -91,6 +93,7 @@ class Gateway:
             _webhooks=rules.sender(settings, keys, commands, metrics),
             _reaper=_ReaperThread(settings),
             _subscriptions=subscriptions,
+            prober=connections.async_commands(url),
         )
         hub.start()
         gateway._reaper.start()
@@ -105,6 +108,7 @@ class Gateway:
         await self._webhooks.close()
         await asyncio.to_thread(self._reaper.stop)
         await self._subscriptions.aclose()
+        await self.prober.aclose()
         await self.commands.aclose()
         self.storage.close()
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+from fastapi import Response
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from api_stub.connections import MAX_COMMANDS
 from api_stub.gateway.examples import EVENT_EXAMPLE, JOB_EXAMPLES
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.keys import KeyRing
+from api_stub.gateway.metrics import Metrics
+from api_stub.gateway.routes import operations
 from api_stub.ledger.aio import AsyncLedger
+from api_stub.settings import GatewaySettings
 from tests.gateway.service import Service, sent_events, serving
 from tests.gateway.test_jobs import QUESTION, submit
 from tests.servers import free_port
@@ -55,8 +63,8 @@ def test_the_document_follows_the_specification(document: dict[str, Any]) -> Non
 
 
 def test_every_body_has_an_example_that_fits(document: dict[str, Any]) -> None:
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
             bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
             for kind, body in ((kind, body) for each in bodies for kind, body in each.get("content", {}).items()):
                 if kind == "multipart/form-data":
@@ -130,6 +138,26 @@ def test_an_absent_redis_is_told_apart_from_a_dead_process() -> None:
             assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
             assert "Retry-After" in answer.headers
             assert "127.0.0.1" not in answer.text
+
+
+def test_readiness_is_told_while_all_connections_of_commands_are_busy(redis_url: str) -> None:
+    settings = GatewaySettings.model_validate({"redis_url": redis_url})
+
+    async def ask() -> str:
+        gateway = await Gateway.open(settings, KeyRing(), Metrics())
+        waiting = [asyncio.ensure_future(gateway.commands.blpop(["nothing"], 30)) for _ in range(MAX_COMMANDS)]
+        try:
+            async with asyncio.timeout(4):
+                while sum(each["cmd"] == "blpop" for each in await gateway.prober.client_list()) < MAX_COMMANDS:
+                    await asyncio.sleep(0.01)
+            return (await operations.readyz(gateway, Response())).status
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await gateway.close()
+
+    assert asyncio.run(ask()) == "ok"
 
 
 def test_a_mistake_of_ours_tells_nothing_of_itself(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

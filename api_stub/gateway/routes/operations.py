@@ -56,7 +56,7 @@ async def healthz() -> Health:
 async def readyz(gateway: GatewayHere, response: Response) -> Health:
     """Tell whether jobs can be taken: Redis takes writes."""
     try:
-        await writable.async_probe(gateway.commands, PROBE_S)
+        await writable.async_probe(gateway.prober, PROBE_S)
     except redis.RedisError as error:
         response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
         return Health(status=writable.reason(error))

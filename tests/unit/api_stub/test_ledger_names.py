@@ -146,7 +146,7 @@ def test_a_running_job_never_expires_unserved(ledger: Ledger, redis_client: redi
 
 
 def test_no_job_of_a_paused_queue_expires_unserved(ledger: Ledger, redis_client: redis.Redis) -> None:
-    """Who scales to zero over a paused week-end finds the queue on Monday, and has the whole time for a worker to come."""
+    """Who scales to zero while it is paused finds the jobs afterwards, and has the whole time to start a worker."""
     ledger.submit("a", question())
     ledger.pause("default")
     age(redis_client, 10 * TTL_S, "a")

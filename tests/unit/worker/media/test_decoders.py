@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from tests.corpus.images import slow_jpeg
 from tests.servers import eventually
 from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
-from worker.errors import MediaCorrupt, MediaTooLarge, OutOfMemory
+from worker.errors import DecoderFailed, MediaCorrupt, MediaTooLarge, OutOfMemory
 from worker.media import decoder_process
-from worker.media.decoder_process import DecodeLimits, DecoderBroken, DecoderProcess
+from worker.media.decoder_process import DecodeLimits, DecoderProcess
 from worker.media.decoders import Decoders
 from worker.media.decoding import MAX_MESSAGE_BYTES, Decoded, Picture, packed, read_reply
 from worker.media.image import decode_image
@@ -280,7 +280,7 @@ def test_a_decoder_whose_start_nobody_waited_for_is_lent_to_nobody_else(
     assert decoders.pids == [], "its time to start would pass before the next job comes"
     with monkeypatch.context() as patch:
         patch.setattr(decoder_process, "START_S", -1.0)
-        with pytest.raises(DecoderBroken):
+        with pytest.raises(DecoderFailed):
             decode_still(decoders, red)
     assert decoders.pids == []
     assert decode_still(decoders, red).size == (30, 20)
