@@ -36,6 +36,8 @@ LOOK_S: Final = 1.0
 MAX_TAKEN: Final = 10
 #: For as long nobody else sends for the same job; after a refusal it is tried again then.
 LEASE_S: Final = 10.0
+#: Jobs not settled of which the process knows what it has sent already: of each message it sends one.
+MAX_REMEMBERED: Final = 10_000
 #: What Celery writes into every signature, and producers of other make may leave out.
 _EMPTY: Final[Mapping[str, object]] = {
     "args": (), "kwargs": {}, "options": {}, "subtask_type": None, "immutable": False,
@@ -74,6 +76,8 @@ class LinkSender:
     def __init__(self, app: Celery, ledger: Ledger) -> None:
         self._app, self._jobs = app, LinkedJobs(ledger.client, ledger.config)
         self._wakes, self._is_stopping = threading.Event(), False
+        #: Numbers of the messages that were sent for jobs whose others could not be sent yet.
+        self._sent: dict[str, set[int]] = {}
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
     def start(self) -> None:
@@ -93,6 +97,8 @@ class LinkSender:
     def send_due(self) -> None:
         """Send for all jobs that are over. Raises what a broker or a ledger that is away raises."""
         while jobs := self._jobs.take(MAX_TAKEN, LEASE_S):
+            for forgotten in list(self._sent)[:-MAX_REMEMBERED]:
+                del self._sent[forgotten]
             with self._app.connection_for_write() as connection:
                 producer = self._app.amqp.Producer(connection, auto_declare=False)
                 for job in jobs:
@@ -100,7 +106,10 @@ class LinkSender:
 
     def _send_for(self, job: Linked, producer: Any) -> None:
         links = Links.from_json(job.links)
+        sent, is_refused = self._sent.setdefault(job.job_id, set()), False
         for number, message in enumerate(_messages(job, links)):
+            if number in sent:
+                continue
             facts = {"action": "link", "job_id": job.job_id, "task": message.signature.get("task")}
             try:
                 self._send(message, number, job.job_id, links.root_id or job.job_id, producer)
@@ -109,9 +118,14 @@ class LinkSender:
                     logger.exception("link given up", extra=facts)
                 elif judge(error) is Verdict.LASTING:  # of this queue: no right to write to it, or it is no list
                     logger.warning("link refused", extra=facts | {"error": str(error)})
-                    return
+                    is_refused = True
+                    continue
                 else:
                     raise
+            sent.add(number)
+        if is_refused:
+            return
+        del self._sent[job.job_id]
         self._jobs.settle(job, links.followers() if job.failure else ())
 
     def _send(self, message: _Message, number: int, job_id: str, root_id: str, producer: Any) -> None:

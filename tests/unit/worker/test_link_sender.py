@@ -189,6 +189,25 @@ def test_a_queue_that_takes_nothing_delays_its_own_jobs_only(
     assert [message["task"] for message in sent(raw, "no-list")] == ["done"]
 
 
+def test_one_refused_message_holds_no_other_of_its_job_back_and_has_none_sent_again(
+    ledger: Ledger, raw: redis.Redis, sender: LinkSender
+) -> None:
+    raw.set("no-list", "a string")
+    callbacks = [{"task": "first"}, {"task": "stuck", "options": {"queue": "no-list"}}, {"task": "last"}]
+    claim = claimed(ledger, "job", Links(callbacks=tuple(callbacks)))
+    ledger.finish("job", claim.fence, answer(claim))
+    for _ in range(3):
+        raw.zadd(names.LINKED_KEY, {"job": 1})  # the lease is over
+        sender.send_due()
+    assert [message["task"] for message in sent(raw)] == ["first", "last"]
+    raw.delete("no-list")
+    raw.zadd(names.LINKED_KEY, {"job": 1})
+    sender.send_due()
+    assert [message["task"] for message in sent(raw, "no-list")] == ["stuck"]
+    assert [message["task"] for message in sent(raw)] == ["first", "last"]
+    assert raw.zcard(names.LINKED_KEY) == 0
+
+
 def test_a_job_without_links_leaves_nothing_to_look_at(ledger: Ledger, raw: redis.Redis, sender: LinkSender) -> None:
     ledger.adopt("job", task=TaskName.VQA, model="default", job=VqaJob(question="hello"), priority=6)
     claim = ledger.claim("job", "worker-1")
