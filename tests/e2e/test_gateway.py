@@ -120,6 +120,7 @@ def test_every_documented_route_gives_a_good_answer(call: Caller, picture: Pictu
     ask_operations(call)
     done = ask_jobs(call, picture, *ask_uploads(call, picture))
     ask_endings(call, done)
+    ask_operator(call, done)
     ask_chat(call, picture)
     ask_batches(call, picture)
     assert call.answered == call.documented
@@ -165,6 +166,29 @@ def ask_endings(call: Caller, done: str) -> None:
     assert first["result"]["text"] == second["result"]["text"]
     waiting = call.json("POST", "/v1/jobs", json={"task": "visionq.vqa", "question": "Why?", "model": UNSERVED})
     assert call.json("POST", f"/v1/jobs/{waiting['job_id']}/cancel")["status"] == "cancelled"
+
+
+def ask_operator(call: Caller, done: str) -> None:
+    """Stop a queue, empty it in two ways, let it go on, and put a job away that is done."""
+
+    def submit(**fields: object) -> str:
+        job = {"task": "visionq.vqa", "question": "Why?", "model": UNSERVED} | fields
+        return str(call.json("POST", "/v1/jobs", json=job)["job_id"])
+
+    def paused() -> list[str]:
+        return [queue["model"] for queue in call.json("GET", "/v1/queues")["queues"] if queue.get("paused")]
+
+    call("POST", f"/v1/queues/{UNSERVED}/pause")
+    eventually(lambda: paused() == [UNSERVED], 10, "the queue is shown as paused")
+    named, other = submit(metadata={"night": 1}), submit()
+    call("POST", "/v1/jobs/cancel", json={"metadata": {"night": 1}})
+    assert call.json("GET", f"/v1/jobs/{named}")["status"] == "cancelled"
+    assert call.json("GET", f"/v1/jobs/{other}")["status"] == "queued"
+    call("POST", f"/v1/queues/{UNSERVED}/purge")
+    assert call.json("GET", f"/v1/jobs/{other}")["status"] == "cancelled"
+    call("POST", f"/v1/queues/{UNSERVED}/resume")
+    call("DELETE", f"/v1/jobs/{done}")
+    assert done not in [job["job_id"] for job in call.json("GET", "/v1/jobs")["jobs"]]
 
 
 def ask_chat(call: Caller, picture: Picture) -> None:
