@@ -84,7 +84,7 @@ def test_a_restarted_redis_knows_every_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_restarted", [True, False], ids=["restarted", "unreachable"])
 def test_workers_outlive_outages_longer_than_their_lease(tmp_path: Path, is_restarted: bool) -> None:
     server = RedisServer(tmp_path, "--appendfsync", "always")
-    with closing(Ledger.connect(server.url, LedgerConfig(lease_s=0.4, max_attempts=1), timeout_s=0.1)) as ledger:
+    with closing(Ledger.connect(server.url, LedgerConfig(lease_s=0.4, max_attempts=1), timeout_s=0.5)) as ledger:
         claim = started(ledger, "a")
         for _ in range(2):
             assert ledger.beat("worker-1", "default", [("a", claim.fence)]) == (Hold.HELD,)
