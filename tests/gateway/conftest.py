@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from api_stub import Client
 from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from tests.gateway.service import Service, serving
@@ -31,6 +32,18 @@ def open_gateway(redis_server: RedisServer, s3_server: S3Server) -> Iterator[Ser
 def service(open_gateway: Service, redis_url: str) -> Service:
     """A gateway without keys."""
     return open_gateway
+
+
+@pytest.fixture(params=["redis", "http"])
+def url(request: pytest.FixtureRequest, service: Service, redis_url: str) -> str:
+    """Where a client goes."""
+    return redis_url if request.param == "redis" else service.url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

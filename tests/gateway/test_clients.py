@@ -8,7 +8,6 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,18 +52,6 @@ IMAGE, CLIP = "s3://media/a.png", "s3://media/a.mp4"
 #: Characters that Python cuts lines at and an event stream does not.
 NAMED = "0b8f6a52-6d4e-4c58-9a55-2f2d3a1b7c10"
 PIECES = ("It ", "is\n\u2028", "r\x85é", "d ●")
-
-
-@pytest.fixture(params=["redis", "http"])
-def url(request: pytest.FixtureRequest, service: Service, redis_url: str) -> str:
-    """Where a client goes."""
-    return redis_url if request.param == "redis" else service.url
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[Client]:
-    with Client(url) as opened:
-        yield opened
 
 
 @pytest.fixture(params=KINDS)

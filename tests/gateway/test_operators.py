@@ -34,18 +34,6 @@ CHAT = {"model": "default", "messages": [{"role": "user", "content": "Hello?"}]}
 Run = Callable[..., Result]
 
 
-@pytest.fixture(params=["redis", "http"])
-def url(request: pytest.FixtureRequest, service: Service, redis_url: str) -> str:
-    """Where a client goes."""
-    return redis_url if request.param == "redis" else service.url
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[Client]:
-    with Client(url) as opened:
-        yield opened
-
-
 @pytest.fixture
 def run(url: str) -> Run:
     """Run `visionq` with these arguments, there."""
