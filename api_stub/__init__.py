@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from api_stub.client import AsyncClient, Client
+    from api_stub.client.client import AsyncClient, Client
     from api_stub.errors import JobFailed
 
 __all__ = ["AsyncClient", "Client", "JobFailed"]
-_HOMES = {"AsyncClient": "api_stub.client", "Client": "api_stub.client", "JobFailed": "api_stub.errors"}
+_HOMES = {"AsyncClient": "api_stub.client.client", "Client": "api_stub.client.client", "JobFailed": "api_stub.errors"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,22 +1,157 @@
-"""The producer's connections to Redis: a bounded pool for commands, an open one for readers.
+"""The producer's connections to Redis, and why one failed, in words without a secret.
 
-A command that finds every connection busy waits for one. A reader keeps its connection as long as it reads, and a
-process may have thousands of readers, so those never queue. A dead or silent Redis costs a call about TIMEOUT_S.
+A bounded pool serves commands: one that finds every connection busy waits. A reader keeps its connection as long as it
+reads, and a process may have thousands of readers, so those never queue. A dead or silent Redis costs a call about
+TIMEOUT_S. Of an error is told the system's reason, the server's fixed phrases, host and port; a library's own text is
+not passed on: it may repeat a URL or a command, and with it a password.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import redis
 import redis.asyncio
+from redis.asyncio.connection import AbstractConnection as AsyncConnection
+from redis.connection import AbstractConnection
 
-from api_stub import causes
 from api_stub.errors import StoreUnavailable
 from api_stub.ledger import pools
 from api_stub.ledger.verdicts import code_of
+
+#: Phrases that servers and libraries always use as they stand here.
+_PHRASES: Final = (
+    "max number of clients reached",
+    "Connection closed by server",
+    "Timeout connecting to server",
+    "Timeout reading from",
+    "No connection available",
+    "Too many connections",
+    "invalid username-password pair or user is disabled",
+    "Authentication required",
+    "Server disconnected without sending a response",
+)
+_TIMEOUTS: Final = (TimeoutError, asyncio.TimeoutError)
+_SERVER: Final = "visionq_server"
+
+
+def plain_cause(error: BaseException) -> str:
+    """Return the reason behind an error; empty when none is known that may be told."""
+    for link in _chain(error):
+        if isinstance(link, socket.gaierror):
+            return link.strerror or "the name has no address"
+        if isinstance(link, ssl.SSLError):  # whose number is one of its own, and no errno
+            return f"TLS: {link.reason.replace('_', ' ').lower()}" if link.reason else "TLS failed"
+        if isinstance(link, OSError) and link.errno is not None and link.strerror:
+            return os.strerror(link.errno)  # asyncio puts an address into its own words
+        text = str(link)
+        for phrase in _PHRASES:
+            if phrase.lower() in text.lower():
+                return phrase.removesuffix(" from")
+    return "timed out" if any(isinstance(link, _TIMEOUTS) for link in _chain(error)) else ""
+
+
+def untrusted(error: BaseException) -> str | None:
+    """Return why a server's certificate was refused, if that is behind an error."""
+    for link in _chain(error):
+        if isinstance(link, ssl.SSLCertVerificationError):
+            return link.verify_message
+    return None
+
+
+def server_of(error: BaseException) -> str:
+    """Return `host:port` of the Redis that an error came from, where its pool was given to `name_servers`."""
+    return next((str(server) for link in _chain(error) if (server := getattr(link, _SERVER, None))), "")
+
+
+def name_servers(pool: redis.ConnectionPool) -> None:
+    """Let the errors of a pool's connections say where they come from. Before the pool's first use."""
+    kind: Any = pool.connection_class
+    pool.connection_class = type(f"Named{kind.__name__}", (_Named, kind), {})
+
+
+def name_servers_async(pool: redis.asyncio.ConnectionPool) -> None:
+    """`name_servers` for asyncio."""
+    kind: Any = pool.connection_class
+    pool.connection_class = type(f"Named{kind.__name__}", (_AsyncNamed, kind), {})
+
+
+def host_port(host: str, port: object) -> str:
+    """Return a host and a port as one word."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class _Named(AbstractConnection):
+    """A connection whose errors bear its server's name. For redis-py's classes to be mixed into."""
+
+    def connect(self) -> Any:
+        try:
+            return super().connect()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            _mark(error, self)
+            raise
+
+    def send_packed_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().send_packed_command(*args, **options)  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            _mark(error, self)
+            raise
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)
+        except redis.RedisError as error:
+            _mark(error, self)
+            raise
+
+
+class _AsyncNamed(AsyncConnection):
+    """`_Named` for asyncio."""
+
+    async def connect(self) -> Any:
+        try:
+            return await super().connect()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            _mark(error, self)
+            raise
+
+    async def send_packed_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().send_packed_command(*args, **options)
+        except redis.RedisError as error:
+            _mark(error, self)
+            raise
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)
+        except redis.RedisError as error:
+            _mark(error, self)
+            raise
+
+
+def _mark(error: redis.RedisError, connection: object) -> None:
+    host = str(getattr(connection, "host", ""))
+    if host:
+        setattr(error, _SERVER, host_port(host, getattr(connection, "port", "")))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what is behind it, nearest first; of a group the first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        behind = error.__cause__ or error.__context__
+        error = behind or (error.exceptions[0] if isinstance(error, BaseExceptionGroup) else None)
+
 
 TIMEOUT_S: Final = 2.0
 MAX_COMMANDS: Final = 50
@@ -49,12 +184,12 @@ def async_readers(url: str) -> redis.asyncio.Redis:
 
 
 def _named(client: redis.Redis) -> redis.Redis:
-    causes.name_servers(client.connection_pool)
+    name_servers(client.connection_pool)
     return client
 
 
 def _async_named(client: redis.asyncio.Redis) -> redis.asyncio.Redis:
-    causes.name_servers_async(client.connection_pool)
+    name_servers_async(client.connection_pool)
     return client
 
 
@@ -72,11 +207,11 @@ def unavailable(error: redis.RedisError, *, tells_where: bool = True) -> StoreUn
 
     Redis' own text is left out but for its code and for what is known to hold no secret: it may repeat commands.
     """
-    server = causes.server_of(error) if tells_where else ""
+    server = server_of(error) if tells_where else ""
     where = f" ({server})" if server else ""
-    if (untrusted := causes.untrusted(error)) is not None:
-        return StoreUnavailable(f"Redis' certificate is not trusted: {untrusted}{where}")
-    known = causes.plain_cause(error)
+    if (refused := untrusted(error)) is not None:
+        return StoreUnavailable(f"Redis' certificate is not trusted: {refused}{where}")
+    known = plain_cause(error)
     cause = f": {known}" if known else ""
     if isinstance(error, pools.IsSentinel):
         return StoreUnavailable(f"Redis cannot be used: {error}{where}")

@@ -16,9 +16,8 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from api_stub.contract.names import is_model_name
-from api_stub.contract.redis_url import check_redis_url
 from api_stub.errors import InvalidSettings
-from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.settings import LedgerConfig, check_redis_url
 
 ENV_PREFIX = "VISIONQ_"
 T = TypeVar("T")

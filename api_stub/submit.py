@@ -11,10 +11,10 @@ from typing import Final, TypedDict
 from api_stub.connections import store_errors
 from api_stub.contract.conversation import Message
 from api_stub.contract.job import Job, TaskName, Webhook, parse_job
-from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.media import MediaOptions
 from api_stub.contract.names import is_model_name
 from api_stub.contract.sampling import SamplingParams
-from api_stub.contract.selection import JobSelection, parse_selection
+from api_stub.contract.view import JobSelection, parse_selection
 from api_stub.contract.wire import WireModel
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
 from api_stub.ledger.aio import AsyncLedger

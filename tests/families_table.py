@@ -35,17 +35,16 @@ from tests.unit.worker.engine.crowds import (
 )
 from tests.unit.worker.engine.harness import request
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, clip, image, user
-from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.request import Request
-from worker.engine.runner_paged import PagedRunner
-from worker.engine.runner_slots import SlotRunner
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.paged import PagedRunner
 from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel, load
 from worker.prompting.pixels import AsItIs, Way
-from worker.prompting.prepare import PromptBuilder
-from worker.prompting.trials import trial_prompts
+from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Dtype, Quantization, WorkerSettings
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "families.md"

@@ -31,14 +31,14 @@ from pydantic import SecretStr
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.job import MAX_JOB_BYTES, TaskName
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually, free_port
-from worker.celery_app import make_app
-from worker.entry import MAX_ENTRY_BYTES, DropReason, Entry, Unreadable, read_entry
-from worker.intake import Intake
-from worker.knock import read_knock
+from worker.broker.app import make_app
+from worker.jobs.claim import Intake
+from worker.jobs.entry import MAX_ENTRY_BYTES, DropReason, Entry, Unreadable, read_entry
+from worker.jobs.message import read_knock
 from worker.settings import WorkerSettings
 
 QUEUE: Final = names.queue("default")

@@ -24,11 +24,11 @@ import redis
 from api_stub.contract import names
 from api_stub.contract.job import VqaJob
 from api_stub.ledger import calls
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.reaper import Reaper
 from api_stub.ledger.rows import Claim
+from api_stub.ledger.settings import LedgerConfig
 from tests.servers import TESTED, RedisServer
 
 BATCH: Final = 1000

@@ -10,41 +10,37 @@ from typing import Final
 
 import redis
 
-from api_stub.contract.redis_url import redis_address
 from api_stub.ledger.ledger import Ledger
-from worker.answers import Answers
-from worker.engine.backend import PagedConfig
+from api_stub.ledger.settings import redis_address
 from worker.engine.engine import Engine, EngineConfig
 from worker.engine.request import RequestOutput
-from worker.engine.vision import VisionConfig
+from worker.engine.runner.build import PagedConfig
+from worker.engine.vision.stage import VisionConfig
 from worker.errors import CannotStart
-from worker.intake import Intake
-from worker.lifecycle.attempt import Attempts
-from worker.lifecycle.circuit import Circuit
-from worker.lifecycle.consumption import Consumption
-from worker.lifecycle.drain import Drain
+from worker.jobs.attempt import Attempts
+from worker.jobs.circuit import Circuit
+from worker.jobs.claim import Intake
+from worker.jobs.metering import JobMeter, StepMeter, TimedStep, TokenMeter
+from worker.jobs.pipeline import Pipeline
+from worker.lifecycle.drain import Consumption, Drain
 from worker.lifecycle.health import Health
 from worker.lifecycle.heartbeat import Heartbeat
+from worker.lifecycle.process import Runtime
+from worker.lifecycle.self_test import Proofs, try_out
 from worker.lifecycle.watchdog import Finding, Trouble
+from worker.media.budget import Room
 from worker.media.cache import MediaCache
-from worker.media.collect import MediaCollector
+from worker.media.collect import MediaCollector, remove_leftovers
 from worker.media.decoder_process import DecodeLimits
 from worker.media.decoders import Decoders
 from worker.media.fetch import MediaFetcher, s3_client
-from worker.media.policy import PIXEL_BYTES, MediaPolicy
-from worker.media.room import Room
-from worker.media.scratch import remove_leftovers
-from worker.metering import JobMeter, StepMeter, TimedStep, TokenMeter
+from worker.media.types import PIXEL_BYTES, MediaPolicy
 from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
-from worker.pipeline import Pipeline
-from worker.prompting.prepare import PromptBuilder
-from worker.prompting.trials import trial_prompts
-from worker.proofs import Proofs
-from worker.runtime import Runtime
+from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Attention, KVBackend, Switch, WorkerSettings
+from worker.streaming.output import Answers
 from worker.streaming.publisher import Publisher
-from worker.tryout import try_out
 
 logger = logging.getLogger(__name__)
 

@@ -7,18 +7,17 @@ from collections.abc import Iterable
 
 import torch
 
-from worker.answers import Answers
 from worker.bootstrap import engine_config, prompt_builder
 from worker.engine.engine import Engine
 from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
+from worker.lifecycle.self_test import PLAIN_SIZE, TriedOut, try_out
 from worker.models.generation_defaults import GenerationDefaults
 from worker.models.loader import LoadedModel, load
 from worker.models.quantization import describe_layers, weight_bytes
-from worker.prompting.prepare import PromptBuilder
-from worker.prompting.trials import trial_prompts
+from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Quantization, WorkerSettings
-from worker.tryout import PICTURE_SIZE, TriedOut, try_out
+from worker.streaming.output import Answers
 
 MEBIBYTE = 1024 * 1024
 STOP_TIMEOUT_S = 10.0
@@ -64,7 +63,7 @@ def _facts(
     yield "buckets", ", ".join(sorted(settings.readable_buckets))
     yield "peak memory", f"{_peak_bytes(loaded) / MEBIBYTE:.0f} MiB"
     yield "media options", _limits(prompts)
-    cost = f", {tried.num_media_tokens} for a picture of {PICTURE_SIZE}×{PICTURE_SIZE}"
+    cost = f", {tried.num_media_tokens} for a picture of {PLAIN_SIZE}×{PLAIN_SIZE}"
     yield "prompt", f"{tried.finish.num_prompt_tokens} tokens{cost if tried.num_media_tokens else ''}"
     yield "first token", f"{tried.finish.first_token_s:.3f} s"
     yield "answer", f"{tried.text!r} ({tried.finish.num_completion_tokens} tokens)"

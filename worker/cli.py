@@ -15,12 +15,11 @@ from pydantic_core import ErrorDetails
 
 from worker.errors import CannotStart
 from worker.lifecycle.health import Health
-from worker.lifecycle.http import OperationsServer
-from worker.observability.logging import configure_logging
+from worker.lifecycle.probes import OperationsServer
+from worker.lifecycle.supervisor import EXIT_CANNOT_START, Supervisor, parse_devices
+from worker.observability.logging import Redactor, configure_logging
 from worker.observability.metrics import Metrics
-from worker.observability.redaction import Redactor
 from worker.settings import LogFormat, WorkerSettings
-from worker.supervisor import EXIT_CANNOT_START, Supervisor, parse_devices
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -50,10 +49,10 @@ def start(
     health = answer_probes(settings, metrics)
     # torch and transformers load only now: a wrong setting is told in milliseconds.
     from worker.bootstrap import build
-    from worker.celery_app import make_app, serve
-    from worker.link_sender import LinkSender, make_sender
-    from worker.runtime import STOP_TIMEOUT_S
-    from worker.tasks import register
+    from worker.broker.app import make_app, serve
+    from worker.broker.link_sender import LinkSender, make_sender
+    from worker.broker.tasks import register
+    from worker.lifecycle.process import STOP_TIMEOUT_S
 
     try:
         runtime = build(settings, metrics, health)

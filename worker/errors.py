@@ -25,7 +25,7 @@
     └── CannotStart           a worker that cannot serve refuses to start, naming the setting
 
 An error names the `part` of the worker that it casts doubt on. Whether that part fails every job, and not this one
-alone, is for worker.lifecycle.circuit to say.
+alone, is for worker.jobs.circuit to say.
 
 Messages name the thing, the limit and the value; never a credential, a signed URL or a stack trace.
 """

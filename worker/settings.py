@@ -15,10 +15,9 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from api_stub.contract.job import ModelName
-from api_stub.contract.media_options import MAX_PIXELS, MediaOptions
+from api_stub.contract.media import MAX_PIXELS, MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME
-from api_stub.contract.redis_url import check_redis_url
-from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.settings import LedgerConfig, check_redis_url
 from worker.choices import Attention as Attention
 from worker.choices import Dtype as Dtype
 from worker.choices import KVBackend as KVBackend

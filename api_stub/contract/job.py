@@ -34,8 +34,7 @@ from api_stub.contract.conversation import (
     has_part,
 )
 from api_stub.contract.error import InvalidJob, explain
-from api_stub.contract.media import MediaUri
-from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.media import MediaOptions, MediaUri
 from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WholeNumber, WireModel, check_depth

@@ -1,13 +1,18 @@
-"""References to media in S3-compatible storage: `s3://bucket/key[?versionId=…]`, keys percent-encoded."""
+"""References to media in S3-compatible storage, and how many pixels of a picture or a frame a model is shown.
+
+A reference is `s3://bucket/key[?versionId=…]`, keys percent-encoded.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final
 from urllib.parse import quote, unquote
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, model_validator
+
+from api_stub.contract.wire import WholeNumber, WireModel
 
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _URI = re.compile(r"s3://([^/?#]*)(/[^?#]*)?(\?[^#]*)?(#.*)?", re.IGNORECASE)
@@ -67,3 +72,30 @@ def _checked(uri: str) -> str:
 
 #: A media URI in a wire type: checked and brought to its canonical spelling.
 MediaUri = Annotated[str, AfterValidator(_checked)]
+
+
+#: 16 384 × 16 384: more than any processor makes of a picture.
+MAX_PIXELS: Final = 2**28
+
+PixelCount = Annotated[WholeNumber, Field(ge=1, le=MAX_PIXELS)]
+
+
+class MediaOptions(WireModel):
+    """Limits for every picture and frame of a job, after resizing; the processor rounds to whole patches or tiles.
+
+    A model whose processor takes no such limit refuses the job.
+    """
+
+    min_pixels: PixelCount | None = None
+    max_pixels: PixelCount | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MediaOptions:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels: {self.min_pixels} is above max_pixels, {self.max_pixels}")
+        return self
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether nothing is asked."""
+        return self.min_pixels is None and self.max_pixels is None

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from api_stub.client import Client
-from api_stub.demo.progress import Follow, Followed, Progress
-from api_stub.demo.screen import answers, invitation, next_steps, say, screen_for
+from api_stub.client.client import Client
+from api_stub.demo.screen import Follow, Followed, Progress, answers, invitation, next_steps, say, screen_for
 from api_stub.demo.tasks import DemoTask, draw
 from api_stub.devstack import Stack, StackOptions, StopSignals
 from api_stub.errors import VisionqError

@@ -1,17 +1,85 @@
-"""The demo's three jobs: what is drawn, what is asked, and what is true."""
+"""The demo's three jobs: what is drawn, what is asked, and what is true.
+
+One of them is handed in and followed over HTTP, with the standard library alone.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from api_stub.client import Client
+from api_stub.client.client import Client
+from api_stub.client.handle import JobHandle
+from api_stub.contract.event import Event, FinalEvent, parse_event
 from api_stub.contract.job import TaskName
-from api_stub.demo.over_http import HttpJob
 from api_stub.devstack import Stack, StackFailed
-from api_stub.devstack.worker_program import worker_command
-from api_stub.handle import JobHandle
+from api_stub.devstack.servers import worker_command
+from api_stub.errors import VisionqError
+
+SUBMIT_S = 30.0
+
+
+class GatewayFailed(VisionqError):
+    """Raised when the gateway refused the demo's job or did not carry it to its end."""
+
+    code = "gateway_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpJob:
+    """A job that the gateway took. `events` is what `JobHandle.events` is."""
+
+    url: str
+    id: str
+
+    @classmethod
+    def submit(cls, url: str, fields: Mapping[str, object]) -> HttpJob:
+        """Hand a job in to the gateway at `url`. Raises GatewayFailed."""
+        body = json.dumps(fields)
+        try:
+            with closing(_connection(url, SUBMIT_S)) as connection:
+                connection.request("POST", "/v1/jobs", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                reply = json.loads(answer.read())
+        except (OSError, HTTPException, ValueError) as error:
+            raise GatewayFailed(f"the gateway at {url} took no job: {type(error).__name__}") from error
+        if "job_id" not in reply:
+            raise GatewayFailed(f"the gateway refused the job: {reply.get('detail', answer.status)}")
+        return cls(url, str(reply["job_id"]))
+
+    def events(self, after: int = 0, timeout: float | None = None) -> Generator[Event, None, None]:
+        """Yield the job's events. Raises GatewayFailed, TimeoutError when not even a heartbeat comes in time."""
+        try:
+            with closing(_connection(self.url, timeout)) as connection:
+                connection.request("GET", f"/v1/jobs/{self.id}/events?after={after}")
+                yield from _events(connection.getresponse())
+        except TimeoutError:
+            raise
+        except (OSError, HTTPException, ValueError) as error:
+            raise GatewayFailed(f"the stream of job {self.id} broke: {type(error).__name__}") from error
+
+
+def _events(answer: HTTPResponse) -> Generator[Event, None, None]:
+    for line in answer:
+        if line.startswith(b"data: "):
+            event = parse_event(line.removeprefix(b"data: "))
+            yield event
+            if isinstance(event, FinalEvent):
+                return
+    raise GatewayFailed(f"the gateway ended a stream before its job, status {answer.status}")
+
+
+def _connection(url: str, timeout_s: float | None) -> HTTPConnection:
+    address = urlsplit(url)
+    return HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
+
 
 SEED = 7
 DRAW_S = 60.0

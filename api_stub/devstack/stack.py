@@ -20,9 +20,8 @@ from typing import Protocol, TypeVar
 
 from api_stub.contract import names
 from api_stub.devstack.child import Child, StackFailed, Watchdog
-from api_stub.devstack.servers import BUCKET, HOST, REGION, ApiServer, RedisServer, S3Server, free_port
+from api_stub.devstack.servers import BUCKET, HOST, REGION, ApiServer, RedisServer, S3Server, free_port, worker_command
 from api_stub.devstack.signals import Interrupted, StopSignals
-from api_stub.devstack.worker_program import worker_command
 from api_stub.ledger import pools
 
 logger = logging.getLogger(__name__)

@@ -1,36 +1,48 @@
-"""The ASGI application: routers, errors, middleware, and the gateway's life from start to stop."""
+"""The ASGI application: routers, errors, middleware, life from start to stop; and the process that runs it.
+
+The process: uvicorn, logs as JSON lines, an end that is bounded although streams are open.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import signal
+import socket
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
+from types import FrameType
+from typing import Final, NoReturn
 
+import uvicorn
 from fastapi import FastAPI
 
 from api_stub.gateway import problems
+from api_stub.gateway.api_docs import describe
 from api_stub.gateway.forwarded import Forwarded, TrustedProxies
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.guard import CrossOrigin, Guard
-from api_stub.gateway.keys import KeyRing
+from api_stub.gateway.keys import KeyRing, check_host
 from api_stub.gateway.metrics import Metrics
-from api_stub.gateway.openai import document
+from api_stub.gateway.middleware import CrossOrigin, Guard
+from api_stub.gateway.openai import api_docs
 from api_stub.gateway.openai import routes as openai_routes
-from api_stub.gateway.openai.runner import BatchRunner
-from api_stub.gateway.openapi import describe
+from api_stub.gateway.openai.batches.runner import BatchRunner
 from api_stub.gateway.remote_media import RemoteRules
-from api_stub.gateway.routes import events, jobs, operations, operators, page, uploads
-from api_stub.gateway.webhooks.rules import WebhookRules
+from api_stub.gateway.routes import jobs, operations, uploads
+from api_stub.gateway.webhooks.sender import WebhookRules
 from api_stub.settings import GatewaySettings
 
 ROUTERS = (
     jobs.router,
-    events.router,
+    jobs.events_router,
     uploads.router,
     openai_routes.router,
     operations.router,
-    operators.router,
-    page.router,
+    operations.queues_router,
+    operations.page_router,
 )
 
 
@@ -64,9 +76,9 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.mount("/static", page.PageFiles(directory=page.FILES), name="static")
+    app.mount("/static", operations.PageFiles(directory=operations.FILES), name="static")
     describe(app)
-    document.describe(app)
+    api_docs.describe(app)
     app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
@@ -78,3 +90,85 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
         )
     app.add_middleware(Forwarded, proxies=proxies)
     return app
+
+
+#: Attributes that every LogRecord has; whatever else a record carries came through `extra`.
+_PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message", "data"}
+
+
+class GatewayServer(uvicorn.Server):
+    """A uvicorn server that tells its event streams to end before it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway; there is one once the server has started."""
+        gateway: Gateway = self._app.state.gateway
+        return gateway
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop: no new connections, streams end, other requests get their time."""
+        gateway: Gateway | None = getattr(self._app.state, "gateway", None)
+        if gateway is not None:
+            gateway.hub.close_readers()
+        await super().shutdown(sockets)
+
+
+def serve(settings: GatewaySettings) -> None:
+    """Serve until SIGINT or SIGTERM. Main thread only. Raises InvalidSettings."""
+    keys = KeyRing.load(settings)
+    check_host(settings, keys)
+    _log_to_stderr(settings.log_level)
+    # uvicorn raises the signal again once it has stopped, so that whoever was there before hears of it, too.
+    signal.signal(signal.SIGTERM, _leave)
+    server_of(settings, keys).run()
+
+
+def server_of(settings: GatewaySettings, keys: KeyRing) -> GatewayServer:
+    """Make the server of a gateway; it takes its port when it is run."""
+    app = create_app(settings, keys)
+    config = uvicorn.Config(
+        app,
+        host=settings.api_host,
+        port=settings.api_port,
+        access_log=False,  # ours says less: no query, no address
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # `forwarded` reads them, the prefix included
+        timeout_keep_alive=settings.api_keep_alive_s,
+        timeout_graceful_shutdown=max(1, round(settings.api_stop_s)),
+    )
+    return GatewayServer(config, app)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: ts, level, logger, message, then the record's `extra` facts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{key: value for key, value in vars(record).items() if key not in _PLAIN},
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in ("kombu", "botocore", "urllib3"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def _leave(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)

@@ -14,7 +14,7 @@ from typing import Final, Self
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api_stub.gateway.outbound import IpNetwork, parse_networks, unmapped
+from api_stub.gateway.ssrf import IpNetwork, parse_networks, unmapped
 from api_stub.settings import GatewaySettings, parsed
 
 #: One or more segments, no `//`: a reference that begins with two slashes would name another host.

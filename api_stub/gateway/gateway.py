@@ -18,14 +18,12 @@ from api_stub import connections
 from api_stub.contract.job import Job
 from api_stub.gateway.abandoned import Abandoned
 from api_stub.gateway.hub import EventHub
-from api_stub.gateway.keys import KeyRing
-from api_stub.gateway.limits import Limits
+from api_stub.gateway.keys import KeyRing, Limits
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.queues import Queues
 from api_stub.gateway.reader import EventReaders
 from api_stub.gateway.remote_media import MediaFetcher, RemoteRules
-from api_stub.gateway.webhooks.rules import WebhookRules
-from api_stub.gateway.webhooks.sender import WebhookSender
+from api_stub.gateway.webhooks.sender import WebhookRules, WebhookSender
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper

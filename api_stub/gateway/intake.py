@@ -23,12 +23,11 @@ from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import parse_job
 from api_stub.errors import InvalidRequest, UnknownJob, VisionqError
 from api_stub.gateway.access import check_allowed, check_known, media_of
-from api_stub.gateway.bodies import MAX_FILES, StoredReply
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.inline import Destination, InlineMedia, take_data_urls, take_files
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import FieldError, Problem, invalid
-from api_stub.gateway.uploads import check_uploads
+from api_stub.gateway.schemas import MAX_FILES, StoredReply
+from api_stub.gateway.uploads import Destination, InlineMedia, check_uploads, take_data_urls, take_files
 from api_stub.submit import checked, checked_id, submit_errors
 
 FORM_JOB: Final = "job"

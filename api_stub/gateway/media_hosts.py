@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from api_stub.contract.error import ErrorCode
-from api_stub.gateway.outbound import literal_address
+from api_stub.gateway.ssrf import literal_address
 
 MAX_URL_CHARS: Final = 8192
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80}

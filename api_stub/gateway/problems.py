@@ -21,7 +21,7 @@ from starlette.responses import Response
 from api_stub.connections import unavailable
 from api_stub.errors import InvalidRequest, QueueFull, StorageRefused, StoreUnavailable, UnknownJob, VisionqError
 from api_stub.gateway.forwarded import path_below
-from api_stub.gateway.openai.errors import error_response, speaks_openai
+from api_stub.gateway.openai_errors import error_response, speaks_openai
 
 logger = logging.getLogger(__name__)
 

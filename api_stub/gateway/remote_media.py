@@ -21,7 +21,7 @@ from anyio import to_thread
 from api_stub.contract.error import ErrorCode
 from api_stub.errors import StoreUnavailable
 from api_stub.gateway.media_hosts import MediaAddress, MediaHosts
-from api_stub.gateway.outbound import (
+from api_stub.gateway.ssrf import (
     PinnedNetwork,
     Resolve,
     SystemResolver,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
 
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.event import (
@@ -21,7 +22,6 @@ from api_stub.contract.job import Job, TaskName, digest, earlier_json
 from api_stub.contract.names import list_id, priority_step
 from api_stub.contract.result import celery_failure
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.call import Call, task_of
 from api_stub.ledger.lua import Transition
 from api_stub.ledger.rows import (
     Bell,
@@ -39,6 +39,23 @@ from api_stub.ledger.rows import (
     Submission,
     Sweep,
 )
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One script run. `parse` reads Redis' reply (text replies) and may raise what the transition raises."""
+
+    transition: Transition
+    args: tuple[str | int | float, ...]
+    parse: Callable[[Any], T]
+
+
+def task_of(name: str) -> TaskName | None:
+    """Return the task that a row or a reply names; None without one, or for one that another release has added."""
+    return TaskName(name) if name in set(TaskName) else None
+
 
 #: What a producer that was turned away is told to wait.
 RETRY_AFTER_S: Final = 5.0

@@ -14,12 +14,10 @@ import redis
 
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
-from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import JobView
+from api_stub.contract.view import JobSelection, JobView
 from api_stub.ledger import calls, operations, pools, views
-from api_stub.ledger.call import Call
-from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.calls import Call
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import (
     Bell,
@@ -34,6 +32,7 @@ from api_stub.ledger.rows import (
     Refusal,
     Submission,
 )
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.ledger.views import JobPage, Replay
 
 T = TypeVar("T")

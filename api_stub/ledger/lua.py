@@ -1,11 +1,15 @@
 """The scripts' text: one Lua file per transition, behind the shared functions and the contract's names.
 
-Names, error codes and limits are rendered into the text from the contract and the config, so that they exist once.
-Keys are computed inside the scripts: the ledger lives in one Redis database, never in a cluster.
+Names, error codes and limits are rendered into the text from the contract and the settings, so that they exist once.
+Keys are computed inside the scripts: the ledger lives in one Redis database, never in a cluster. The doorbell's
+message, which the scripts push into the broker's list, is the one that a Celery producer would put there: Celery's
+message protocol 2 inside the layout of kombu's Redis transport.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
@@ -15,10 +19,46 @@ from typing import Final
 from api_stub.contract import names
 from api_stub.contract.error import RETRYABLE_CODES
 from api_stub.contract.event import VERSION
+from api_stub.contract.job import TaskName
+from api_stub.contract.names import DOORBELL_HEADER
 from api_stub.contract.result import FAILURE_CLASS, FAILURE_MODULE
 from api_stub.contract.status import CELERY_STATES
-from api_stub.ledger.config import SHARED_SETTINGS, LedgerConfig
-from api_stub.ledger.doorbell import FALLBACK_TASK, message_template
+from api_stub.ledger.settings import SHARED_SETTINGS, LedgerConfig
+
+#: Rung for a job of no known task: the worker fails it under any name.
+FALLBACK_TASK: Final = TaskName.VQA
+_BODY: Final = [[], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+
+
+def message_template() -> str:
+    """Return the message's JSON; `<id>`, `<task>`, `<queue>`, `<tag>` and `<priority>` stand for JSON values."""
+    message = {
+        "body": base64.b64encode(json.dumps(_BODY).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {
+            "lang": "py",
+            "task": "<task>",
+            "id": "<id>",
+            "root_id": "<id>",
+            "parent_id": None,
+            "group": None,
+            "ignore_result": True,
+            DOORBELL_HEADER: 1,
+        },
+        "properties": {
+            "correlation_id": "<id>",
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": "<queue>"},
+            "priority": "<priority>",
+            "body_encoding": "base64",
+            "delivery_tag": "<tag>",
+        },
+    }
+    text = json.dumps(message)
+    for name in ("task", "id", "queue", "priority", "tag"):
+        text = text.replace(f'"<{name}>"', f"<{name}>")
+    return text
 
 
 class Transition(StrEnum):

@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.call import Call
+from api_stub.contract.view import JobSelection
+from api_stub.ledger.calls import Call
 from api_stub.ledger.lua import Transition
 from api_stub.ledger.rows import CancelledJobs, Deleted, QueueChange
 

@@ -20,7 +20,7 @@ import redis.asyncio
 from redis.asyncio.connection import AbstractConnection as AsyncConnection
 from redis.connection import AbstractConnection
 
-from api_stub.ledger import link
+from api_stub.ledger import settings
 from api_stub.ledger.verdicts import Verdict, is_passing, judge
 
 #: How long a connection in use goes on without asking which server it leads to.
@@ -32,7 +32,7 @@ _HISTORY: Final = re.compile(r"^master_replid:(\w+)", re.MULTILINE)
 
 def client(
     url: str, *, timeout_s: float, connect_s: float | None = None, retries: int = 1, max_connections: int = 100,
-    wait_s: float | None = None, is_text: bool = True, health_check_s: int = link.HEALTH_CHECK_S,
+    wait_s: float | None = None, is_text: bool = True, health_check_s: int = settings.HEALTH_CHECK_S,
 ) -> redis.Redis:  # fmt: skip
     """Make a client with its own pool; connections are opened on first use. Safe to share between threads.
 
@@ -43,8 +43,8 @@ def client(
         "max_connections": max_connections,
         "decode_responses": is_text,
         "health_check_interval": health_check_s,
-        "retry": link.retry(retries),
-        **link.socket_options(timeout_s, connect_s),
+        "retry": settings.retry(retries),
+        **settings.socket_options(timeout_s, connect_s),
     }
     pool = (
         redis.ConnectionPool.from_url(url, **options)
@@ -58,15 +58,15 @@ def client(
 
 def async_client(
     url: str, *, timeout_s: float, connect_s: float | None = None, retries: int = 1, max_connections: int = 100,
-    wait_s: float | None = None, health_check_s: int = link.HEALTH_CHECK_S,
+    wait_s: float | None = None, health_check_s: int = settings.HEALTH_CHECK_S,
 ) -> redis.asyncio.Redis:  # fmt: skip
     """`client` for one event loop. Replies are decoded."""
     options: dict[str, Any] = {
         "max_connections": max_connections,
         "decode_responses": True,
         "health_check_interval": health_check_s,
-        "retry": link.async_retry(retries),
-        **link.socket_options(timeout_s, connect_s),
+        "retry": settings.async_retry(retries),
+        **settings.socket_options(timeout_s, connect_s),
     }
     pool: redis.asyncio.ConnectionPool = (
         redis.asyncio.ConnectionPool.from_url(url, **options)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from api_stub.contract.event import FinalEvent, JobCompleted, parse_event
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView, paused, unserved
-from api_stub.ledger.call import Call, task_of
+from api_stub.ledger.calls import Call, task_of
 from api_stub.ledger.lua import Transition
 
 #: Jobs on one page at most.

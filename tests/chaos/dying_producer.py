@@ -12,9 +12,9 @@ import sys
 
 from api_stub.contract.job import parse_job
 from api_stub.ledger import calls
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import script
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.submit import submit
 
 

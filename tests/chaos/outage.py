@@ -9,7 +9,7 @@ from typing import Final
 
 import redis
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract.event import JobStarted
 from api_stub.errors import StoreUnavailable
 from tests.chaos.audit import events_of, is_quiet

@@ -11,11 +11,11 @@ from itertools import islice
 from random import Random
 from typing import Final
 
-from api_stub.client import Client
+from api_stub.client.client import Client
+from api_stub.client.handle import JobHandle
 from api_stub.contract.event import FinalEvent, OutputDelta
 from api_stub.cursor import TextCursor
 from api_stub.errors import JobFailed, StoreUnavailable
-from api_stub.handle import JobHandle
 from tests.chaos.workload import Plan, Ticket
 
 #: Producers wait while so many jobs have not been read to their end: a slow machine makes a run longer.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.settings import ClientSettings
 from tests.chaos.fleet import Fleet
 from tests.chaos.proxy import Network, TcpProxy

@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from api_stub.contract import names
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.chaos import audit, leaks
 from tests.chaos.workload import Plan, Request, Ticket
 from tests.unit.api_stub.ledger_kit import answer, delta, lose_doorbells, started

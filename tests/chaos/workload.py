@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract.job import TaskName
 from tests.e2e.scenes import Question, stored_questions
 

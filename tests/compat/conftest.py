@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.compat.earlier import WHEEL, Earlier
 from tests.servers import RedisServer
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract.job import digest, parse_job
 from api_stub.contract.sampling import NEUTRAL
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import JobConflict, Submission
+from api_stub.ledger.settings import LedgerConfig
 from tests.compat.earlier import FOLDER, Earlier
 
 IMAGE, CLIP = "s3://media/a%20b.png", "s3://media/clip.mp4?versionId=7"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract.status import JobStatus
 from api_stub.errors import JobFailed
 from api_stub.ledger.ledger import Ledger

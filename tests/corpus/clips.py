@@ -15,7 +15,7 @@ from PIL import Image
 from tests.corpus.blocks import box, chunk, element, full_box
 from tests.corpus.case import ANY, DECODED, REFUSED, TOO_LARGE, UNSUPPORTED, Case, clip
 from tests.corpus.images import saved, textured
-from worker.media.av1 import HAS_AV1
+from worker.media.clip_reader import HAS_AV1
 
 H264 = Path(__file__).parents[1] / "unit" / "worker" / "media" / "clips"
 AV1 = H264.parent / "clips_av1" / "av1.mp4"

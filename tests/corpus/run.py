@@ -25,9 +25,8 @@ from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
 from worker.media.decoders import Decoders
 from worker.media.fetch import MediaFetcher, s3_client
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedImage, DecodedMedia
+from worker.media.types import DecodedImage, DecodedMedia, MediaPolicy
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

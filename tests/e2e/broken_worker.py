@@ -17,9 +17,9 @@ from celery import signals
 
 import worker.bootstrap
 import worker.cli
+from worker.lifecycle.supervisor import Supervisor, parse_devices
 from worker.models.loader import LoadedModel
 from worker.settings import WorkerSettings
-from worker.supervisor import Supervisor, parse_devices
 
 BREAKS = Path(os.environ["BREAKS"])
 load = worker.bootstrap.load

@@ -15,7 +15,7 @@ import pytest
 from celery import Celery
 from PIL import Image
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.errors import InvalidRequest, JobFailed
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
-from api_stub.client import Client
-from api_stub.client import Job as JobHandle
+from api_stub.client.client import Client
+from api_stub.client.client import Job as JobHandle
 from api_stub.errors import JobFailed
 from tests.e2e.probes import probe, samples
 from tests.processes import WorkerProcess

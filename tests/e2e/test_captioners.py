@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.errors import JobFailed
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server

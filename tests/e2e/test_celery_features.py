@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from celery import Celery
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.contract.status import JobStatus
 from tests.processes import WorkerProcess

@@ -31,7 +31,7 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         with ctrl_c_is_heard():
             process = subprocess.Popen(
-                [sys.executable, "-c", "from api_stub.cli import main; main()", "demo", *arguments],
+                [sys.executable, "-c", "from api_stub.cli.main import main; main()", "demo", *arguments],
                 env=dict(os.environ) | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"} | environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -12,7 +12,7 @@ import cv2
 import pytest
 from PIL import Image
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server
 from tests.tiny.families import picture
@@ -54,7 +54,7 @@ class Shelf:
 
     def clip(self, rng: random.Random) -> tuple[str, list[Image.Image]]:
         """Store a clip; upstream gets the frames that are decoded from it."""
-        from worker.media.policy import MediaPolicy
+        from worker.media.types import MediaPolicy
         from worker.media.video import sample_clip
 
         path = self._next(".avi")

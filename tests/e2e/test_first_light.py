@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from tests.e2e.scenes import Question, stored_questions
 from tests.processes import WorkerProcess

@@ -11,7 +11,7 @@ import pytest
 import torch
 from celery import Celery
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server
 from tests.tiny.reference import Reference

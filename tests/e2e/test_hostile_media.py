@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.errors import JobFailed
 from tests.corpus.case import DECODED, Case
 from tests.corpus.run import all_cases

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.errors import JobFailed
 from tests.processes import WorkerProcess

@@ -17,7 +17,7 @@ import pytest
 import redis
 from celery import Celery
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.errors import JobFailed
 from tests.fuzz_entries import QUEUE, dropped, good, live, message

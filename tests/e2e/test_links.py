@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.errors import JobFailed
 from tests.e2e import foreign_app

@@ -6,9 +6,9 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from api_stub.client import Client
-from api_stub.ledger.config import LedgerConfig
+from api_stub.client.client import Client
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, eventually
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from api_stub.client import Client
+from api_stub.client.client import Client
+from api_stub.client.handle import JobHandle
 from api_stub.contract.status import JobStatus
 from api_stub.errors import UnknownJob
-from api_stub.handle import JobHandle
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, eventually
 

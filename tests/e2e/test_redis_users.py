@@ -11,16 +11,16 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from api_stub.cli import app
-from api_stub.client import Client
+from api_stub.cli.main import app
+from api_stub.client.client import Client
 from api_stub.contract.event import JobCompleted
 from api_stub.contract.job import TaskName
 from api_stub.contract.status import JobStatus
 from api_stub.errors import JobFailed, StoreUnavailable
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Claim
+from api_stub.ledger.settings import LedgerConfig
 from tests.gateway.conftest import CREDENTIALS
 from tests.gateway.service import serving
 from tests.processes import WorkerProcess

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import redis
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, eventually

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from tests.processes import READY_S, WorkerProcess, num_workers
 from tests.servers import RedisServer, S3Server, eventually, free_port
 from worker.errors import CannotStart
-from worker.supervisor import Device, parse_devices
+from worker.lifecycle.supervisor import Device, parse_devices
 
 Start = Callable[..., "Supervised"]
 

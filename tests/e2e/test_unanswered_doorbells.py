@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from api_stub.client import Client
-from api_stub.ledger.config import LedgerConfig
+from api_stub.client.client import Client
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim
+from api_stub.ledger.settings import LedgerConfig
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually
 from tests.unit.api_stub.ledger_kit import doorbells_in

@@ -15,7 +15,7 @@ import pytest
 from tests.servers import eventually
 from tests.survivors import processes_of
 
-VISIONQ = [sys.executable, "-c", "from api_stub.cli import main; main()"]
+VISIONQ = [sys.executable, "-c", "from api_stub.cli.main import main; main()"]
 READY_S = 240.0
 Up = Callable[..., "subprocess.Popen[bytes]"]
 

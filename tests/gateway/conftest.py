@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from api_stub import Client
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.gateway.service import Service, serving
 from tests.servers import RedisServer, S3Server
 from tests.unit.api_stub.workers import ScriptedWorker

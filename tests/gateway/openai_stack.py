@@ -12,9 +12,9 @@ import redis
 
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.workers import ScriptedWorker
 
 WAIT_S = 60.0

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import httpx
 
+from api_stub.gateway.app import server_of
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import KeyRing
-from api_stub.gateway.server import server_of
 from api_stub.settings import GatewaySettings
 from tests.servers import eventually, free_port
 

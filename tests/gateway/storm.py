@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.gateway.service import Sent, sent_events, text_of
 from tests.gateway.test_process import STOP_S, ApiProcess
 from tests.servers import RedisServer, free_port

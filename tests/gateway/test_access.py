@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.errors import InvalidSettings
 from api_stub.gateway.keys import ANYBODY, KeyRing, check_host, digest_of, new_key
 from api_stub.settings import GatewaySettings

@@ -17,8 +17,9 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from api_stub.cli import app
-from api_stub.client import AsyncClient, Client
+from api_stub.cli.main import app
+from api_stub.client.client import AsyncClient, Client
+from api_stub.client.http.wire import EventStreamParser
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import parse_event
@@ -35,7 +36,6 @@ from api_stub.errors import (
     UnknownJob,
 )
 from api_stub.gateway.keys import digest_of
-from api_stub.http.stream import EventStreamParser
 from api_stub.ledger.rows import Cancelled
 from api_stub.settings import ClientSettings
 from tests.gateway.service import Service, serving

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from api_stub.demo.over_http import GatewayFailed, HttpJob
+from api_stub.demo.tasks import GatewayFailed, HttpJob
 from tests.gateway.service import Service
 from tests.gateway.test_jobs import QUESTION
 from tests.servers import free_port

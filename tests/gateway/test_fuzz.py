@@ -27,8 +27,8 @@ from schemathesis.specs.openapi.checks import (
 
 from api_stub.gateway.app import create_app
 from api_stub.gateway.keys import KeyRing
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.settings import GatewaySettings
 from tests.gateway.conftest import CREDENTIALS
 from tests.gateway.openai_stack import eager_worker

@@ -14,8 +14,8 @@ import httpx
 import pytest
 import redis
 
-from api_stub.gateway.guard import SECURITY_HEADERS
 from api_stub.gateway.keys import digest_of, new_key
+from api_stub.gateway.middleware import SECURITY_HEADERS
 from api_stub.ledger.aio import AsyncLedger
 from tests.gateway.service import Service, serving
 from tests.gateway.test_events import nobody_reads

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import redis
 
-from api_stub.client import AsyncClient, Client
+from api_stub.client.client import AsyncClient, Client
 from api_stub.contract import names
 from api_stub.errors import UnknownJob
 from tests.gateway.openai_stack import openai_client

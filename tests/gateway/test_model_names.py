@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract.status import JobStatus
 from api_stub.errors import InvalidRequest, InvalidSettings
 from api_stub.gateway.keys import digest_of, new_key

@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from api_stub.gateway.openai.lines import Line, custom_id_of
+from api_stub.gateway.openai.batches.lines import Line, custom_id_of
 from tests.gateway.service import Service, serving
 from tests.gateway.test_jobs import submit
 

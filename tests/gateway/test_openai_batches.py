@@ -18,11 +18,19 @@ import redis.asyncio
 from openai.types import Batch
 
 from api_stub.gateway.keys import ANYBODY, digest_of, new_key
-from api_stub.gateway.openai import files, lines, runner, segments
-from api_stub.gateway.openai.batches import BATCH_PREFIX, BatchRequest, BatchStore, Lease, LeaseLost
+from api_stub.gateway.openai import files
+from api_stub.gateway.openai.batches.store import (
+    BATCH_PREFIX,
+    BatchRequest,
+    BatchStore,
+    Lease,
+    LeaseLost,
+    lines,
+    runner,
+)
 from tests.gateway.openai_stack import eager_worker, openai_client
 from tests.gateway.service import Service, serving
-from tests.gateway.test_document import check
+from tests.gateway.test_api_docs import check
 from tests.gateway.test_process import ApiProcess
 from tests.servers import RedisServer, S3Server, eventually, free_port
 from tests.unit.api_stub.workers import ScriptedWorker
@@ -340,7 +348,7 @@ def test_a_gateway_killed_in_the_middle_leaves_every_line_answered_once(
     first = process(port)
     with eager_worker(redis_url) as worker, openai_client(first.url, max_retries=5) as client:
         batch = start(client, b"".join(line(f"q-{n}", f"number {n}") for n in range(NUM_LINES)))
-        eventually(lambda: len(worker.num_claims) > segments.MAX_LINES * 2, 120, "a checkpoint was written")
+        eventually(lambda: len(worker.num_claims) > lines.SEGMENT_LINES * 2, 120, "a checkpoint was written")
         first.process.kill()
         first.process.wait(20)
         assert len(worker.num_claims) < NUM_LINES

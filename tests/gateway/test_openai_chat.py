@@ -15,10 +15,10 @@ import pytest
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.media import S3Object
 from api_stub.gateway.keys import digest_of, new_key
-from api_stub.gateway.openai.document import CHAT_EXAMPLE
+from api_stub.gateway.openai.api_docs import CHAT_EXAMPLE
 from tests.gateway.openai_stack import eager_worker, in_background, openai_client
 from tests.gateway.service import Service, serving
-from tests.gateway.test_document import check
+from tests.gateway.test_api_docs import check
 from tests.gateway.test_submitting import job_of
 from tests.servers import RedisServer, eventually
 from tests.unit.api_stub.workers import ScriptedWorker

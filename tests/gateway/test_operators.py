@@ -14,13 +14,13 @@ import redis
 from click.testing import Result
 from typer.testing import CliRunner
 
-from api_stub.cli import app
-from api_stub.client import AsyncClient, Client
+from api_stub.cli.main import app
+from api_stub.client.client import AsyncClient, Client
+from api_stub.client.handle import JobHandle
 from api_stub.contract import names
 from api_stub.contract.status import JobStatus
 from api_stub.errors import AccessRefused, InvalidRequest, JobFailed, UnknownJob
 from api_stub.gateway.keys import digest_of, new_key
-from api_stub.handle import JobHandle
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import CancelledJobs, QueueChange, Refusal
 from tests.gateway.service import WAIT_S, Service, serving
@@ -315,7 +315,7 @@ def test_the_command_line_cancels_many_and_deletes(run: Run, client: Client) -> 
 
 
 def test_a_person_is_asked_before_a_purge(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_stub.queue_cli._is_terminal", lambda: True)
+    monkeypatch.setattr("api_stub.cli.operators._is_terminal", lambda: True)
     with Client(redis_url) as client:
         job = client.vqa(question="Why?")
         purge = ["queue", "purge", "default", "--url", redis_url]

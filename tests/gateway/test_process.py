@@ -17,8 +17,8 @@ import httpx
 import pytest
 import redis
 
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.gateway.service import sent_events, text_of
 from tests.gateway.test_jobs import QUESTION
 from tests.servers import eventually, free_port
@@ -41,7 +41,15 @@ class ApiProcess:
         environment = plain | usual | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"} | settings
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from api_stub.cli import main; main()", "api", "--port", str(port), *arguments],
+                [
+                    sys.executable,
+                    "-c",
+                    "from api_stub.cli.main import main; main()",
+                    "api",
+                    "--port",
+                    str(port),
+                    *arguments,
+                ],
                 env=environment,
                 stderr=file,
             )

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import expect
 
 from api_stub import cursor
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.errors import InvalidSettings
 from api_stub.gateway.app import create_app
 from api_stub.gateway.forwarded import TrustedProxies

@@ -20,8 +20,8 @@ from api_stub.contract.media import S3Object
 from api_stub.errors import InvalidSettings
 from api_stub.gateway.app import create_app
 from api_stub.gateway.keys import KeyRing
-from api_stub.gateway.outbound import Resolve
 from api_stub.gateway.remote_media import Allowance, FetchRefused, MediaFetcher, RemoteRules
+from api_stub.gateway.ssrf import Resolve
 from api_stub.settings import GatewaySettings
 from tests.gateway.conftest import CREDENTIALS
 from tests.gateway.media_server import CRUMBS, LIMIT_BYTES, MP4, PIECE, PNG, MediaServer, media_server

@@ -14,14 +14,14 @@ import redis
 import trustme
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.contract.event import JobCompleted, parse_event
 from api_stub.contract.job import TaskName, parse_job
 from api_stub.doctor import examine
 from api_stub.gateway.keys import digest_of
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.gateway.receiver import Received, Receiver, Reply, receiving
 from tests.gateway.service import Service, serving
 from tests.gateway.test_jobs import QUESTION

@@ -16,9 +16,9 @@ from api_stub.contract import names
 from api_stub.contract.event import CompletedBody, FailedBody
 from api_stub.contract.job import VqaJob
 from api_stub.errors import JobFailed
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim
+from api_stub.ledger.settings import LedgerConfig
 from tests.golden.samples import FAILURE, JOB_ID, RESULT
 
 DIRECTORY = Path(__file__).parent / "celery"

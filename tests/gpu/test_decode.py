@@ -14,15 +14,15 @@ from torch import Tensor
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import Outbox, request
-from worker.bench.floor import copy_bandwidth
-from worker.engine.backend import PagedConfig, build_runner
+from worker.bench.engine import copy_bandwidth
+from worker.engine.attention.choose import choose_kernels
+from worker.engine.attention.kernels import SDPA
 from worker.engine.batch import Chunk
 from worker.engine.core import EngineCore
-from worker.engine.kernel_choice import choose_kernels
-from worker.engine.kernels import SDPA
-from worker.engine.kv_paged import LayerShape
+from worker.engine.kv_cache.blocks import LayerShape
 from worker.engine.request import Request
-from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.paged import PagedRunner
 from worker.engine.scheduler import SchedulerLimits
 
 pytestmark = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from tests.processes import WorkerProcess
 from tests.servers import S3Server, eventually
 

@@ -21,12 +21,12 @@ import httpx
 import pytest
 import redis
 
-from api_stub.client import AsyncClient, Client
+from api_stub.client.client import AsyncClient, Client
 from api_stub.contract import names
 from api_stub.contract.status import JobStatus
 from api_stub.errors import StoreUnavailable
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.settings import ClientSettings
 from tests.chaos.proxy import Network
 from tests.e2e.probes import probe

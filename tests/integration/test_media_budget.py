@@ -18,7 +18,7 @@ from worker.errors import MediaTooLarge
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
-from worker.media.policy import MediaPolicy
+from worker.media.types import MediaPolicy
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from worker.errors import MediaForbidden, MediaNotFound, MediaTooLarge, MediaUns
 from worker.media.cache import MediaCache
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector
 from worker.media.fetch import MediaFetcher, s3_client
-from worker.media.policy import MediaPolicy
-from worker.media.types import DecodedImage
+from worker.media.types import DecodedImage, MediaPolicy
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -41,8 +41,8 @@ from worker.errors import (
     WorkerError,
 )
 from worker.media.fetch import FetchedMedia, MediaFetcher, s3_client
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaFormat, MediaKind
+from worker.media.types import MediaPolicy
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

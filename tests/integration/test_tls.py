@@ -14,7 +14,7 @@ import trustme
 from celery.exceptions import NotRegistered
 from pydantic import SecretStr
 
-from api_stub.client import AsyncClient, Client
+from api_stub.client.client import AsyncClient, Client
 from api_stub.contract.event import JobCompleted
 from api_stub.errors import StoreUnavailable
 from tests.chaos.proxy import Network
@@ -22,7 +22,7 @@ from tests.gateway.service import serving
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer
 from worker.bootstrap import connect
-from worker.celery_app import make_app
+from worker.broker.app import make_app
 from worker.errors import CannotStart
 from worker.settings import WorkerSettings
 

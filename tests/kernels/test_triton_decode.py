@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name
 
-from worker.engine.kernel_trials import decode_trials
-from worker.engine.kernels import Kernels
-from worker.engine.kv_paged import LayerShape
+from worker.engine.attention.choose import decode_trials
+from worker.engine.attention.kernels import Kernels
+from worker.engine.kv_cache.blocks import LayerShape
 
 CAN_RUN = find_spec("triton") is not None and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ)
 if not CAN_RUN:
     pytest.skip("needs Triton, and a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-triton_decode = import_module("worker.engine.triton_decode").triton_decode
+triton_decode = import_module("worker.engine.attention.triton").triton_decode
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bfloat16 as if its bits were integers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from worker.errors import Part
-from worker.lifecycle.circuit import FIRST_PAUSE_S, MAX_FAULTS, MAX_PAUSE_S, Circuit, CircuitState
+from worker.jobs.circuit import FIRST_PAUSE_S, MAX_FAULTS, MAX_PAUSE_S, Circuit, CircuitState
 
 PARTS = st.sampled_from([Part.STORAGE, Part.ENGINE])
 JOBS = st.integers(0, 2 * MAX_FAULTS).map("job-{}".format)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from api_stub.contract.sampling import SamplingParams
-from worker.engine.kv_paged import TRASH_BLOCK, BlockPool, BlockTables
+from worker.engine.kv_cache.blocks import TRASH_BLOCK, BlockPool, BlockTables
 from worker.engine.request import GenerationRequest, Request, RequestState
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.models.inputs import ModelInputs

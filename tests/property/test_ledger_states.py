@@ -29,9 +29,8 @@ from api_stub.contract import names
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalEvent, OutputDelta, RetryReason
 from api_stub.contract.job import Job, TaskName
-from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import CELERY_STATES, TRANSITIONS, JobStatus
-from api_stub.ledger.config import LedgerConfig
+from api_stub.contract.view import JobSelection
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import (
     Cancelled,
@@ -45,6 +44,7 @@ from api_stub.ledger.rows import (
     RefusalReason,
     Submission,
 )
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.ledger_kit import answer, delta, events, lease_ends, question, ring_in, set_clock_back
 
 MAX_ATTEMPTS = 2

@@ -11,9 +11,8 @@ from PIL import Image
 
 from worker.errors import MediaCorrupt
 from worker.media.cache import Made, MediaCache, MediaKey, ObjectIdentity, entry_bytes
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
+from worker.media.types import DecodedClip, DecodedImage, DecodedMedia, MediaPolicy
 
 POLICY = MediaPolicy(frozenset({"media"}))
 NAMES = st.integers(0, 5)

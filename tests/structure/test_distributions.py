@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from api_stub.devstack.child import StackFailed
-from api_stub.devstack.worker_program import worker_command
+from api_stub.devstack.servers import worker_command
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_PRODUCER_BYTES = 400_000

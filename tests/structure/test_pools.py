@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "api_stub" / "ledger" / "pools.py"
-#: What makes connections in redis-py, by the last name of a call. kombu's own are `worker.broker`'s.
+#: What makes connections in redis-py, by the last name of a call. kombu's own are `worker.broker.transport`'s.
 MAKERS = {"Redis", "StrictRedis", "from_url", "from_pool", "ConnectionPool", "BlockingConnectionPool", "RedisCluster"}
 
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import request
 from worker.engine.batch import NoRoom
-from worker.engine.entrances import Entrances
-from worker.engine.proof import reference
+from worker.engine.model_hooks import Entrances
 from worker.engine.request import Request
-from worker.engine.runner_paged import PagedRunner
-from worker.engine.runner_slots import SlotRunner
+from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.proof import reference
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.models.inputs import ModelInputs
 

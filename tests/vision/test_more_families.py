@@ -25,11 +25,10 @@ from tests.unit.worker.engine.crowds import (
 from tests.unit.worker.engine.test_handed import check_handed
 from tests.unit.worker.engine.test_parity import BACKENDS
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, clip, image, user
-from worker.engine.backend import build_runner
+from worker.engine.runner.build import build_runner
 from worker.errors import CannotStart
 from worker.models.loader import LoadedModel, load
-from worker.prompting.prepare import PromptBuilder
-from worker.prompting.trials import trial_prompts
+from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import WorkerSettings
 
 NUM_JOBS = 12

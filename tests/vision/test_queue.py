@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server
 from tests.tiny.families import picture
 from tests.tiny.torchvision_families import VIDEO_FAMILIES
-from worker.media.policy import MediaPolicy
+from worker.media.types import MediaPolicy
 from worker.media.video import sample_clip
 
 if TYPE_CHECKING:

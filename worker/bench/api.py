@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract.event import CompletedBody, DeltaBody, FinalEvent
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
 from api_stub.devstack.signals import StopSignals
 from api_stub.devstack.stack import Stack, StackOptions
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim, Finished, Publication
+from api_stub.ledger.settings import LedgerConfig
 
 WARM_UP_JOBS: Final = 20
 TIMEOUT_S: Final = 60.0

@@ -15,11 +15,10 @@ from itertools import pairwise
 from typing import Final
 
 from api_stub.contract.sampling import SamplingParams
-from worker.bench.jobs import long_job
-from worker.bench.run import Answer, Answering, BenchJob, percentile
-from worker.engine.backend import PagedConfig
+from worker.bench.run import Answer, Answering, BenchJob, long_job, percentile
 from worker.engine.engine import Engine, EngineConfig
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
+from worker.engine.runner.build import PagedConfig
 from worker.engine.step_times import Stage, Step, StepTimes
 from worker.models.loader import LoadedModel
 

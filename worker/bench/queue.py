@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.devstack.child import Child
 from api_stub.devstack.signals import StopSignals
 from api_stub.devstack.stack import Stack, StackOptions

@@ -18,9 +18,8 @@ from random import Random
 import cv2
 
 from worker.demo_model.clips import Action, Clip, make_clip
-from worker.demo_model.drawing import draw
 from worker.demo_model.questions import CLIP_QUESTIONS, IMAGE_QUESTIONS, caption
-from worker.demo_model.scenes import Scene, make_scene
+from worker.demo_model.scenes import Scene, draw, make_scene
 
 CAPTION_PROMPT = "Describe this image."
 PICTURE_KINDS = ("colour", "count")

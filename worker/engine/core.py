@@ -18,17 +18,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import FinishReason
-from worker.engine.batch import Chunk, NoRoom, Runner, StepLogits
-from worker.engine.chooser import Chooser
+from worker.engine.batch import Chunk, NoRoom, PrefixStats, Runner, StepLogits, VisionStats
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
-from worker.engine.faults import error_info, is_out_of_memory
 from worker.engine.pictures import Picture
-from worker.engine.request import Ended, Finish, GenerationRequest, Request, RequestOutput, RequestState, finish_of
-from worker.engine.sampler import Sampler
+from worker.engine.request import (
+    Ended,
+    Finish,
+    GenerationRequest,
+    Request,
+    RequestOutput,
+    RequestState,
+    error_info,
+    finish_of,
+    is_out_of_memory,
+)
+from worker.engine.sampler import Chooser, Sampler
 from worker.engine.scheduler import Scheduler, SchedulerLimits
-from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
-from worker.engine.transfer import HostCopy
+from worker.engine.tensors import HostCopy
 from worker.models.generation_defaults import GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.inputs import ModelInputs
 

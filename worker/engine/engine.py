@@ -16,15 +16,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
-from worker.engine.backend import PagedConfig, build_runner
-from worker.engine.claim import ModelClaim
+from worker.engine.batch import PrefixStats, VisionStats
 from worker.engine.core import EngineCore
+from worker.engine.model_hooks import ModelClaim
 from worker.engine.pictures import Picture
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
+from worker.engine.runner.build import PagedConfig, build_runner
 from worker.engine.scheduler import SchedulerLimits
-from worker.engine.stats import PrefixStats, VisionStats
 from worker.engine.step_times import Stage, StepClock
-from worker.engine.vision import VisionConfig
+from worker.engine.vision.stage import VisionConfig
 from worker.errors import EngineDead, PromptTooLong
 from worker.models.generation_defaults import GenerationDefaults
 from worker.models.inputs import ModelInputs

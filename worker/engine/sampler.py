@@ -1,21 +1,23 @@
 """Chooses the next token of every row at once, without Python per row.
 
-A greedy batch is one argmax. A sampled row draws by inverse CDF with one uniform number that is a hash of (seed,
-step): what else is in the batch does not matter. The filters are those of transformers' own logits processors, in
-the same order: what changes greedy rows too (`processing`), temperature, top-k, top-p, min-p.
+A greedy batch is one argmax. A sampled row draws by inverse CDF with one uniform number that is a hash of (seed, step):
+what else is in the batch does not matter. The filters are those of transformers' own logits processors, in the same
+order: what changes greedy rows too (`logits_processor_list`), temperature, top-k, top-p, min-p. `Chooser` takes the
+rows one after the other when memory does not hold all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from worker.engine.processing import Processing, ProcessingFactory, num_generated
-from worker.engine.request import Request
-from worker.engine.transfer import to_device
+from worker.engine.logits_processor_list import Processing, ProcessingFactory, num_generated
+from worker.engine.request import Request, is_out_of_memory
+from worker.engine.tensors import to_device
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults
 
 #: Colder rows are greedy: so does their text come out, and float32 logits would overflow.
@@ -226,3 +228,54 @@ def _draw(scores: Tensor, ids: Tensor | None, uniforms: Tensor) -> Tensor:
     target = torch.minimum(uniforms[:, None].to(cdf.dtype) * total, below_total)
     chosen = torch.searchsorted(cdf, target, right=True).clamp_(max=scores.shape[-1] - 1)
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """`tokens` [B] of `requests`; `failed` are those that memory does not hold even alone."""
+
+    requests: Sequence[Request]
+    tokens: Tensor
+    failed: Mapping[Request, Exception] = field(default_factory=dict)
+
+
+class Chooser:
+    """A sampler that survives a lack of memory. Engine thread only.
+
+    free_memory: gives back what the device's allocator only keeps.
+    """
+
+    def __init__(self, sampler: Sampler, free_memory: Callable[[], None]) -> None:
+        self._sampler = sampler
+        self._free_memory = free_memory
+
+    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Chosen:
+        """Return a token for each request; `logits` [B, V] in the same order. Raises when nobody gets one."""
+        try:
+            return Chosen(requests, self._sampler.sample(logits, requests))
+        except Exception as error:
+            if len(requests) == 1 or not is_out_of_memory(error):
+                raise
+            logger.warning("sampling one by one", extra={"action": "engine.sample"})
+        self._free_memory()
+        return self._choose_apart(logits, requests)
+
+    def _choose_apart(self, logits: Tensor, requests: Sequence[Request]) -> Chosen:
+        tokens: dict[Request, Tensor] = {}
+        failed: dict[Request, Exception] = {}
+        for row, request in enumerate(requests):
+            try:
+                tokens[request] = self._sampler.sample_alone(logits[row : row + 1], request)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed[request] = error.with_traceback(None)  # its frames hold tensors
+                self._free_memory()
+        if not tokens:
+            raise failed[requests[0]]
+        chosen = Chosen(list(tokens), torch.cat(list(tokens.values())), failed)
+        self._sampler.note(chosen.requests, chosen.tokens)
+        return chosen

@@ -20,7 +20,7 @@ from api_stub.ledger import writable
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Hold
 from api_stub.ledger.verdicts import code_of
-from worker.lifecycle.attempt import Attempt, Attempts, StopReason
+from worker.jobs.attempt import Attempt, Attempts, StopReason
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 import redis
 
-from worker.lifecycle.consumption import Consumption
+from worker.lifecycle.drain import Consumption
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
 from worker.errors import WorkerError
-from worker.media.policy import PIXEL_BYTES, MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip, DecodedMedia
+from worker.media.types import PIXEL_BYTES, DecodedClip, DecodedMedia, MediaPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -1,18 +1,142 @@
-"""What a clip is, before any of it is decoded: which codec, which side up, and whether it has pictures at all."""
+"""What a clip is, before any of it is decoded: which codec, which side up, and whether it has pictures at all.
+
+Codecs have plain names, by the codes that containers give them; those that FFmpeg in OpenCV's wheel decodes are listed.
+`ClipFile` shows FFmpeg the file without boxes that are in its way.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from worker.errors import MediaUnsupported
-from worker.media.avi import read_avi
-from worker.media.clip_file import ClipFile
-from worker.media.codecs import AV1, described, is_decoded, plain_name
-from worker.media.matroska import read_matroska
+from worker.media.containers import read_avi, read_matroska
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
 from worker.media.streams import PictureStream, Streams, Tables, Unreadable, read_mp4
+
+AV1: Final = "AV1"
+
+_NAMES: Final = {
+    AV1: "av01 dav1 v_av1",
+    "H.264": "avc1 avc2 avc3 avc4 h264 x264 davc vssh dva1 dvav v_mpeg4/iso/avc",
+    "H.265": "hvc1 hev1 hevc h265 x265 dvh1 dvhe v_mpegh/iso/hevc",
+    "H.266 (VVC)": "vvc1 vvi1 h266 v_mpegi/iso/vvc",
+    "EVC": "evc1",
+    "LCEVC": "lvc1",
+    "VP8": "vp08 vp80 v_vp8",
+    "VP9": "vp09 vp90 v_vp9",
+    "VP6": "vp60 vp61 vp62 vp6f",
+    "MPEG-4 Visual": "mp4v fmp4 xvid divx dx50 v_mpeg4/iso/sp v_mpeg4/iso/asp v_mpeg4/iso/ap",
+    "Microsoft MPEG-4": "mp42 mp43 div3 mpg4 v_mpeg4/ms/v3",
+    "MPEG-2": "mp2v m2v1 mpg2 v_mpeg2 xdvc hdv1 hdv2 hdv3 mx3n mx5n",
+    "MPEG-1": "mp1v m1v1 mpg1 mpeg v_mpeg1",
+    "H.263": "h263 s263 u263",
+    "Motion JPEG": "mjpg mjpa mjpb jpeg avrn v_mjpeg",
+    "JPEG 2000": "mjp2 mj2c",
+    "JPEG XS": "jxsm",
+    "ProRes": "apch apcn apcs apco ap4h ap4x v_prores",
+    "ProRes RAW": "aprn aprh",
+    "DNxHD": "avdn avdh",
+    "CineForm": "cfhd",
+    "FFV1": "ffv1 v_ffv1",
+    "HuffYUV": "hfyu ffvh",
+    "Lagarith": "lags",
+    "Ut Video": "ulrg ulra uly0 uly2 uly4",
+    "PNG": "png  mpng",
+    "Theora": "theo v_theora",
+    "Dirac": "drac bbcd v_dirac",
+    "Windows Media Video": "wmv1 wmv2 wmv3 wvc1",
+    "DV": "dvc  dvcp dvpp dv5n dv5p dvsd dvhd dv25 dv50 dvh5 dvh6",
+    "Sorenson Video": "svq1 svq3",
+    "Cinepak": "cvid",
+    "Apple Animation": "rle ",
+    "Apple Video": "rpza",
+    "raw frames": "raw  2vuy yuv2 yuy2 v210 i420 iyuv yv12 dib  v_uncompressed",
+    "RealVideo": "rv10 rv20 rv30 rv40 v_real/rv10 v_real/rv20 v_real/rv30 v_real/rv40",
+    "Apple Intermediate Codec": "icod",
+    "REDCODE": "r3d ",
+    "AVS2": "avs2",
+    "AVS3": "avs3",
+    "APV": "apv1",
+}
+_BY_CODE: Final = {code.strip(): name for name, codes in _NAMES.items() for code in codes.split()}
+#: A clip of one of these that brings no frame is broken; any other may be whole.
+_DECODED: Final = frozenset(
+    {"H.264", "H.265", "VP8", "VP9", "VP6", "MPEG-4 Visual", "Microsoft MPEG-4", "MPEG-2", "MPEG-1", "H.263",
+     "Motion JPEG", "JPEG 2000", "ProRes", "DNxHD", "CineForm", "FFV1", "HuffYUV", "Lagarith", "Ut Video", "PNG",
+     "Theora", "Dirac", "Windows Media Video", "DV", "Sorenson Video", "Cinepak", "Apple Animation", "Apple Video",
+     "raw frames", "RealVideo", "Apple Intermediate Codec"}
+)  # fmt: skip
+
+
+def plain_name(code: str) -> str:
+    """Return a codec's name; empty for a code that is not known here."""
+    return _BY_CODE.get(code.strip().lower(), "")
+
+
+def described(code: str) -> str:
+    """Return name and code as a producer may read them."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in code[:32]).strip() or "no code"
+    name = plain_name(code)
+    return f"{name} ({shown})" if name else shown
+
+
+def is_decoded(code: str) -> bool:
+    """Whether FFmpeg in OpenCV's wheel decodes it for certain."""
+    return plain_name(code) in _DECODED
+
+
+_NOTHING: Final = b"free"  # ISO 14496-12, 8.1.2: a box that readers step over
+
+
+@dataclass(frozen=True, slots=True)
+class ClipFile:
+    """`hidden`: where types of boxes stand that are to be read as free space."""
+
+    path: Path
+    hidden: tuple[int, ...] = ()
+
+    def without(self, places: tuple[int, ...]) -> ClipFile:
+        """Return the same file with more boxes hidden."""
+        return replace(self, hidden=tuple(sorted({*self.hidden, *places})))
+
+    def open_hiding(self) -> io.BufferedIOBase:
+        """Open it for reading as if the hidden boxes were empty; nothing is written."""
+        return _Hiding(self.path, self.hidden)
+
+
+class _Hiding(io.BufferedIOBase):
+    def __init__(self, path: Path, hidden: tuple[int, ...]) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._hidden = hidden
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):  # FFmpeg may ask for any place, and OpenCV ends with any exception
+            return -1
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        start = self._file.tell()
+        content = bytearray(self._file.read(-1 if size is None else size))
+        for place in self._hidden:
+            first, last = max(place, start), min(place + len(_NOTHING), start + len(content))
+            if first < last:
+                content[first - start : last - start] = _NOTHING[first - place : last - place]
+        return bytes(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
 
 _READERS: Final = {
     MediaFormat.MP4: read_mp4,

@@ -16,8 +16,8 @@ from typing import Any, Final
 import cv2
 
 from worker.errors import MediaTooLarge
-from worker.media.clip_file import ClipFile
-from worker.media.policy import MediaPolicy
+from worker.media.clip import ClipFile
+from worker.media.types import MediaPolicy
 
 #: Frames between two looks at `should_stop`.
 STOP_CHECK_FRAMES: Final = 32

@@ -1,13 +1,19 @@
 """All media of one job: fetched, decoded and put in the order in which the conversation names them.
 
 In: the job's media parts. Out: one DecodedMedia per part. What earlier jobs made of the same state of an object comes
-from the cache; an object named twice is headed, read and decoded once.
+from the cache; an object named twice is headed, read and decoded once. A job's files have a directory of their own;
+those that a killed worker left behind are removed at the next start.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +23,40 @@ from worker.errors import MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.cache import Made, MediaCache, MediaKey
 from worker.media.decoders import Decoders
 from worker.media.fetch import FetchedMedia, MediaFetcher, StoredObject
-from worker.media.policy import PIXEL_BYTES, MediaPolicy
-from worker.media.scratch import job_directory
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip, DecodedMedia
+from worker.media.types import PIXEL_BYTES, DecodedClip, DecodedMedia, MediaPolicy
+
+_NAME = re.compile(r"visionq-media-(?P<pid>\d+)-.*")
+
+
+@contextmanager
+def job_directory() -> Iterator[Path]:
+    """Give a fresh directory, and remove it with all that is in it. Its name tells which process it belongs to."""
+    with tempfile.TemporaryDirectory(prefix=f"visionq-media-{os.getpid()}-") as directory:
+        yield Path(directory)
+
+
+def remove_leftovers() -> int:
+    """Remove the directories of processes that are gone; return how many there were. Call it before the first job."""
+    leftovers = [path for path in Path(tempfile.gettempdir()).iterdir() if _is_leftover(path)]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(leftovers)
+
+
+def _is_leftover(path: Path) -> bool:
+    name = _NAME.fullmatch(path.name)
+    if name is None:
+        return False
+    pid = int(name["pid"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return pid == os.getpid()  # before the first job, a directory of this number is an earlier process's
+
 
 AnyMediaPart = ImagePart | VideoPart | MediaPart
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from worker.errors import RequestError
 from worker.media.clip_index import calm_opencv
-from worker.media.confine import Confinement, confine, limit_cpu_time
-from worker.media.decoding import (
+from worker.media.decoder_protocol import (
     MAX_WORDS,
     PREFIX,
     Again,
@@ -32,6 +31,7 @@ from worker.media.decoding import (
     read_task,
 )
 from worker.media.image import decode_image
+from worker.media.sandbox import Confinement, confine, limit_cpu_time
 from worker.media.sniff import MediaKind
 from worker.media.video import stream_clip
 

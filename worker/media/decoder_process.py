@@ -23,8 +23,7 @@ from typing import Final
 from PIL import Image
 
 from worker.errors import DecoderOutOfMemory, MediaCorrupt, MediaTooLarge, MediaUnsupported, RequestError
-from worker.media.confine import Confinement
-from worker.media.decoding import (
+from worker.media.decoder_protocol import (
     MAX_MESSAGE_BYTES,
     PIXEL_BYTES,
     PREFIX,
@@ -40,9 +39,9 @@ from worker.media.decoding import (
     packed,
     read_reply,
 )
-from worker.media.policy import MediaPolicy
+from worker.media.sandbox import Confinement
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
+from worker.media.types import DecodedClip, DecodedImage, DecodedMedia, MediaPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,9 @@ from typing import Final
 
 from worker.errors import CannotStart, DecoderFailed, DecoderOutOfMemory, MediaCorrupt
 from worker.media.decoder_process import POLL_S, DecodeLimits, DecoderBroken, DecoderCrashed, DecoderProcess
-from worker.media.decoding import DecodeTask
-from worker.media.policy import MediaPolicy
+from worker.media.decoder_protocol import DecodeTask
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedMedia
+from worker.media.types import DecodedMedia, MediaPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -30,11 +30,10 @@ from worker.errors import (
     WorkerError,
 )
 from worker.media.cache import ObjectIdentity
-from worker.media.faults import STORAGE_ERRORS, is_passing
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
-from worker.media.storage import Refusals, version_of
+from worker.media.storage import STORAGE_ERRORS, Refusals, is_passing, version_of
 from worker.media.storage import s3_client as s3_client
+from worker.media.types import MediaPolicy
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody

@@ -1,13 +1,15 @@
-"""How a picture or a clip is to be turned so that it stands upright, as its file says.
+"""How a picture or a clip stands upright, as its file says, with square pixels.
 
 In: EXIF, XMP or a display matrix. Out: one of EXIF's eight orientations, 1 to 8. What cannot be read is 1, "as stored":
-no broken metadata costs a picture.
+no broken metadata costs a picture. Pixels of a clip that are not square are made so by the width: the height is kept,
+as players do it. The frame is turned after that, as the container's matrix says.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 from PIL import Image
@@ -89,3 +91,26 @@ def of_rotation(degrees_clockwise: float, *, then_mirrored: bool) -> int:
     quarter = round(degrees_clockwise / 90) % 4
     a, b, c, d = _MATRICES[(1, 6, 3, 8)[quarter]]
     return of_matrix(-a, b, -c, d) if then_mirrored else of_matrix(a, b, c, d)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """orientation: EXIF's number. pixel_aspect: width over height of a coded pixel."""
+
+    orientation: int = AS_STORED
+    pixel_aspect: float = 1.0
+
+    def size(self, coded: tuple[int, int]) -> tuple[int, int]:
+        """Return width and height of a frame as it is shown; 0 for a side that vanishes."""
+        width, height = self._square(coded)
+        return (height, width) if swaps_sides(self.orientation) else (width, height)
+
+    def show(self, frame: Image.Image) -> Image.Image:
+        """Return a coded frame as it is shown."""
+        size = self._square(frame.size)
+        square = frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)
+        return upright(square, self.orientation)
+
+    def _square(self, coded: tuple[int, int]) -> tuple[int, int]:
+        width, height = coded
+        return round(width * self.pixel_aspect), height

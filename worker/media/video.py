@@ -15,15 +15,13 @@ import cv2
 from PIL import Image
 
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
-from worker.media.av1 import HAS_AV1, HOW_TO_GET_AV1, Av1Reader
 from worker.media.clip import Clip, look_at
 from worker.media.clip_index import ClipIndex, read_index
-from worker.media.clip_reader import ClipReader, EndOfClip
+from worker.media.clip_reader import HAS_AV1, HOW_TO_GET_AV1, Av1Reader, ClipReader, EndOfClip
 from worker.media.image import check_size
-from worker.media.policy import MediaPolicy
+from worker.media.orientation import View
 from worker.media.sniff import MediaFormat
-from worker.media.types import DecodedClip
-from worker.media.view import View
+from worker.media.types import DecodedClip, MediaPolicy
 
 #: Passes through one clip: with seeks, without, and twice over what turned out to be decodable.
 MAX_PASSES: Final = 4

@@ -1,4 +1,4 @@
-"""What a loaded processor and model can do, found out by asking them once at boot.
+"""What a loaded processor and model can do: asked of them once at boot.
 
 In: a processor and a model config. Out: one frozen `Capabilities`. Knows no jobs and no media.
 """
@@ -12,8 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from worker.models.captioner import Captioner, captioner_of
-from worker.models.templates import ChatTemplate
+from worker.models.templates import Captioner, ChatTemplate, captioner_of
 
 FALLBACK_CAPTION_PROMPT = "Describe this image."
 #: Attributes by which processors name their placeholders.

@@ -34,11 +34,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from worker.errors import CannotStart
 from worker.models import checkpoint
-from worker.models.attention import attention_name
 from worker.models.capabilities import Capabilities, probe
 from worker.models.context import max_context, max_positions
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, eos_token_ids, read_generation_defaults
-from worker.models.placement import Placement, free_gpu_bytes, place, require_on_gpus
+from worker.models.placement import Placement, attention_name, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
 from worker.models.remote import download
 from worker.models.templates import ChatTemplate, settle_template

@@ -1,8 +1,12 @@
-"""Which chat template a checkpoint is asked with, found wherever checkpoints keep them; the operator's goes before all.
+"""How a checkpoint is asked: with a chat template, or by its family's own convention where it has none.
 
-In: a loaded processor and where it came from. Out: a `ChatTemplate`, also set on the processor, so that everything that
-renders takes the same one. A template that nothing can be rendered with is CannotStart.
-Places and their order are those of transformers, `ProcessorMixin.get_processor_dict`; after them the tokenizer's own.
+The template is found wherever checkpoints keep one; the operator's goes before all. In: a loaded processor and where it
+came from. Out: a `ChatTemplate`, also set on the processor, so that everything that renders takes the same one. A
+template that nothing can be rendered with is CannotStart. Places and their order are those of transformers,
+`ProcessorMixin.get_processor_dict`; after them the tokenizer's own.
+
+Without a template: `Captioner` says how GIT, BLIP-2 and PaliGemma are given a picture and, if any, one text. What a
+family is told when there is nothing to say is its documented convention for captions. Knows no turns and no jobs.
 """
 
 from __future__ import annotations
@@ -11,16 +15,75 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import torch
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import ProcessorMixin
+from PIL import Image
+from transformers import Blip2Processor, GitProcessor, PaliGemmaProcessor, ProcessorMixin
 from transformers.utils import cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from worker.errors import CannotStart
-from worker.models.captioner import captioner_of
 from worker.settings import WorkerSettings
+
+Encode = Callable[[ProcessorMixin, Sequence[Image.Image], str], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Captioner:
+    """One family's convention.
+
+    family: its name, for messages.
+    takes_questions: it was made to answer; the others only go on with a caption that the text begins.
+    max_images: pictures per prompt; None: any number from 1.
+    default_prompt: the text of a caption without a prompt; empty: none.
+    encode: `(processor, pictures, text)` to the forward's arguments, batch 1. Raises ValueError for odd input.
+    """
+
+    family: str
+    takes_questions: bool
+    max_images: int | None
+    default_prompt: str
+    encode: Encode
+
+
+def captioner_of(processor: ProcessorMixin) -> Captioner | None:
+    """Return the convention of the processor's family; None when it is none of the known ones."""
+    return next((captioner for kind, captioner in _CAPTIONERS.items() if isinstance(processor, kind)), None)
+
+
+def _encode_git(processor: ProcessorMixin, pictures: Sequence[Image.Image], text: str) -> Mapping[str, Any]:
+    """The text opens the caption: after the start token and without the end token that BERT's tokenizer adds.
+
+    Without a text that is where `generate` starts from pixels alone.
+    """
+    tokenizer = processor.tokenizer
+    start = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    words = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    input_ids = torch.tensor([[start, *words]])
+    pixels = processor.image_processor(list(pictures), return_tensors="pt")
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **pixels}
+
+
+def _encode_blip2(processor: ProcessorMixin, pictures: Sequence[Image.Image], text: str) -> Mapping[str, Any]:
+    encoded: Mapping[str, Any] = processor(images=list(pictures), text=text, return_tensors="pt")
+    return encoded
+
+
+def _encode_paligemma(processor: ProcessorMixin, pictures: Sequence[Image.Image], text: str) -> Mapping[str, Any]:
+    """Image tokens, then the text as prefix; the processor itself adds BOS and the closing line break."""
+    prompt = processor.image_token * len(pictures) + text
+    encoded: Mapping[str, Any] = processor(images=list(pictures), text=prompt, return_tensors="pt")
+    return encoded
+
+
+_CAPTIONERS: Mapping[type[ProcessorMixin], Captioner] = {
+    GitProcessor: Captioner("GIT", False, 1, "", _encode_git),
+    Blip2Processor: Captioner("BLIP-2", False, 1, "", _encode_blip2),
+    PaliGemmaProcessor: Captioner("PaliGemma", True, None, "caption en", _encode_paligemma),
+}
+
 
 #: Real ones are a few kilobytes.
 MAX_TEMPLATE_BYTES: Final = 1024 * 1024

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.media import MediaOptions
 
 Arguments = Mapping[str, Any]
 

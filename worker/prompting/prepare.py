@@ -1,27 +1,106 @@
 """Makes the model's tensors out of a conversation, in the way its family wants to be asked.
 
 In: turns and decoded media. Out: `ModelInputs` on the CPU. A model is asked through its chat template, or, when it has
-none, by the convention of its family.
+none, by the convention of its family: one picture (or some), at most one text. What such a model cannot be asked is
+InvalidRequest. `trial_prompts` are the prompts by which a back end proves itself at boot: every kind that the loaded
+model can be asked, about pictures and clips of noise, which depend on every pixel. Knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from api_stub.contract.conversation import Turn
-from api_stub.contract.job import Job
-from api_stub.contract.media_options import MediaOptions
-from worker.errors import CannotStart
-from worker.media.types import DecodedMedia
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from api_stub.contract.conversation import Role, TextPart, Turn
+from api_stub.contract.job import CaptionJob, Job, TaskName, VideoQaJob, VqaJob
+from api_stub.contract.media import MediaOptions
+from worker.errors import CannotStart, InvalidRequest
+from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
+from worker.models.capabilities import Capabilities
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
-from worker.prompting.asked_pixels import AskedPixels
-from worker.prompting.pixel_trials import PixelLimits
-from worker.prompting.processors import Processors, cast
-from worker.prompting.single_turn import SingleTurnPrompts
+from worker.models.templates import Captioner
+from worker.prompting.pixel_limits import AskedPixels, PixelLimits
+from worker.prompting.processors import Processors, cast, tensors_of
 from worker.prompting.templated import TemplatedPrompts
+
+
+class SingleTurnPrompts:
+    """Prepares prompts as a `Captioner` wants them. Called from many threads at once."""
+
+    def __init__(self, processors: Processors, captioner: Captioner) -> None:
+        self._processors = processors
+        self._captioner = captioner
+
+    @property
+    def limits(self) -> PixelLimits:
+        """None: these families' processors make the same size of every picture."""
+        return PixelLimits()
+
+    def check(self, job: Job) -> None:
+        """Raise InvalidRequest for a kind of job that the family has no form for, before any medium is fetched."""
+        family = self._captioner.family
+        if job.messages is not None:
+            raise InvalidRequest(f"messages: {family} has no chat template; send media and one text")
+        if job.task is TaskName.VIDEO_QA:
+            raise InvalidRequest(f"task: {family} takes images only, got {job.task.value}")
+        if job.task is TaskName.VQA and not self._captioner.takes_questions:
+            raise InvalidRequest(f"task: {family} makes captions and answers no questions, got {job.task.value}")
+        self._check_number(len(job.media))
+
+    def prepare(
+        self, turns: Sequence[Turn], media: Sequence[DecodedMedia], options: MediaOptions | None = None
+    ) -> ModelInputs:
+        """Return the prompt's tensors. Raises InvalidRequest for anything but pictures and one text after them."""
+        text = self._text(turns)
+        pictures = [medium.pixels for medium in media if not isinstance(medium, DecodedClip)]
+        if len(pictures) < len(media):
+            raise InvalidRequest(f"media: {self._captioner.family} takes images only, got a video")
+        self._check_number(len(pictures))
+        assert options is None, "refused before: there are no limits"
+        tensors = self._encode(pictures, text)
+        return ModelInputs(tensors, num_images=len(pictures), num_media_tokens=self._num_media_tokens(tensors))
+
+    def _num_media_tokens(self, tensors: Mapping[str, Tensor]) -> int:
+        """Count the places of pictures among the prompt's tokens; GIT's pictures have none there."""
+        token = getattr(self._processors.plain, "image_token", None)
+        if token is None:
+            return 0
+        return int((tensors["input_ids"] == self._processors.plain.tokenizer.convert_tokens_to_ids(str(token))).sum())
+
+    def _text(self, turns: Sequence[Turn]) -> str:
+        texts = [part.text for turn in turns for part in turn.content if isinstance(part, TextPart)]
+        is_plain = len(turns) == 1 and turns[0].role is Role.USER and len(texts) <= 1
+        if not is_plain or (texts and not isinstance(turns[0].content[-1], TextPart)):
+            raise InvalidRequest(f"messages: {self._captioner.family} has no chat template; send media and one text")
+        return texts[0] if texts else ""
+
+    def _check_number(self, num_images: int) -> None:
+        most = self._captioner.max_images
+        if num_images < 1 or (most is not None and num_images > most):
+            wanted = "at least 1 image" if most is None else f"exactly {most} image"
+            raise InvalidRequest(f"media: {self._captioner.family} takes {wanted}, got {num_images}")
+
+    def _encode(self, pictures: Sequence[Image.Image], text: str) -> dict[str, Tensor]:
+        """Literal control tokens are marked first; then the ids must hold no more of them than a harmless text's."""
+        plain, marked, control = self._processors.plain, self._processors.marked, self._processors.control
+        try:
+            if not control.occur_in(text):
+                return tensors_of(self._captioner.encode(plain, pictures, text))
+            tensors = tensors_of(self._captioner.encode(marked, pictures, control.mark(text)))
+            harmless = tensors_of(self._captioner.encode(plain, pictures, "x"))
+        except ValueError as error:
+            raise InvalidRequest(f"media: the model's processor refuses them: {error}") from error
+        if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
+            raise InvalidRequest("prompt: the text cannot be told apart from the model's control tokens")
+        return tensors
+
 
 NOTHING_ASKED: Final = MediaOptions()
 #: As in the settings.
@@ -88,3 +167,52 @@ class PromptBuilder:
         """Return the worker's limits and the job's together. Raises InvalidRequest."""
         has_any = options is not None and not options.are_empty
         return self._asked.of(options, self.limits if has_any else PixelLimits())
+
+
+logger = logging.getLogger(__name__)
+
+#: Frames and seconds of the clip: its time axis runs ahead of the text after it.
+CLIP_FRAMES: Final = 4
+CLIP_S: Final = 120.0
+QUESTION: Final = "What is to be seen here, and what is it next to?"
+
+
+def trial_prompts(prompts: PromptBuilder, capabilities: Capabilities) -> list[ModelInputs]:
+    """Return prompts of different lengths: one picture first, several, none, and a clip where clips are taken whole.
+
+    What the model cannot be asked is left out.
+    """
+    prepared = []
+    for job, media in _jobs(capabilities):
+        try:
+            prepared.append(prompts.prepare(prompts.turns(job), media))
+        except InvalidRequest as refusal:
+            logger.info("the model is not asked this", extra={"action": "engine.prove", "reason": str(refusal)})
+    return prepared
+
+
+def _jobs(capabilities: Capabilities) -> Sequence[tuple[Job, Sequence[DecodedMedia]]]:
+    small, wide = DecodedImage(_noise(1, 64, 64)), DecodedImage(_noise(2, 96, 48))
+    jobs: list[tuple[Job, Sequence[DecodedMedia]]] = [
+        (CaptionJob(media=_uris(1)), [small]),
+        (VqaJob(media=_uris(2), question=QUESTION), [wide, small]),
+        (VqaJob(question=QUESTION), []),
+    ]
+    if capabilities.native_video:
+        jobs.append((VideoQaJob(media=_uris(1), question="What moves?"), [_clip()]))
+        jobs.append((VideoQaJob(media=_uris(2), question=QUESTION), [wide, _clip()]))
+    return jobs
+
+
+def _uris(count: int) -> tuple[str, ...]:
+    return tuple(f"s3://trial/{number}" for number in range(count))
+
+
+def _clip() -> DecodedClip:
+    frames = tuple(_noise(10 + number, 64, 64) for number in range(CLIP_FRAMES))
+    times = tuple(CLIP_S * number / CLIP_FRAMES for number in range(CLIP_FRAMES))
+    return DecodedClip(frames, times, CLIP_S, fps=25.0)
+
+
+def _noise(seed: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))

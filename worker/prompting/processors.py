@@ -1,22 +1,132 @@
-"""The processor in its two forms, and what both make of user text: the loaded one, and one that keeps literals text.
+"""The processor in its two forms: the loaded one, and one that keeps control tokens in a user's text plain text.
 
-In: a loaded model. Out: which of the two reads a text. Called from many threads at once; nothing changes after
-construction.
+An invisible mark, a noncharacter that Unicode reserves for a program's own use, is put inside every literal (`<image>`,
+`<end_of_utterance>`, …) before the template sees it. So neither the processor's string surgery nor the tokenizer's
+added-token matching finds the literal. A copy of the tokenizer removes the mark again after that matching, before the
+model's vocabulary is consulted. Called from many threads at once; nothing changes after construction.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from worker.models.loader import LoadedModel
-from worker.prompting.literals import ControlTokens, literal_tokenizer
+
+MARK = "\ufdd0"
+
+
+class ControlTokens:
+    """A tokenizer's added tokens, and where text spells them.
+
+    `placeholders` are words that a processor replaces by media, whether or not the tokenizer knows them.
+    Added tokens of white space or of a single character are words like any other (Gemma lists line breaks so).
+    Safe to use from many threads: nothing changes after construction.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholders: Iterable[str] = ()) -> None:
+        added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+        words = set(placeholders) - {token.content for token in added}
+        ids = {tokenizer.convert_tokens_to_ids(token.content) for token in added}
+        #: Without the unknown token, which any rare word may become.
+        self.ids = frozenset(ids - {tokenizer.unk_token_id})
+        replaced = [AddedToken(word, normalized=False) for word in sorted(words)]
+        self._pattern = _any_of([*added, *replaced], lambda content: content)
+        self._start = re.compile(f"(?=(?:{self._pattern.pattern}))(.)", re.DOTALL)
+        self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
+        self._normalized = _any_of((token for token in added if token.normalized), self._normalize)
+
+    def occur_in(self, text: str) -> bool:
+        """Whether the tokenizer would find a control token in `text`, also in another spelling (case, width)."""
+        if self._pattern.search(text):
+            return True
+        return self._normalizer is not None and self._normalized.search(self._normalize(text)) is not None
+
+    def count_in(self, prompt: str) -> Counter[str]:
+        """Return how often each control token stands in a prompt, in any spelling."""
+        counts = Counter(match.group() for match in self._pattern.finditer(prompt))
+        if self._normalizer is not None:
+            found = self._normalized.finditer(self._normalize(prompt))
+            counts.update(f"normalized {match.group()}" for match in found)
+        return counts
+
+    def mark(self, text: str) -> str:
+        """Return `text` with a mark after the first character of every literal, overlapping ones included."""
+        return self._start.sub(rf"\g<1>{MARK}", text)
+
+    def _normalize(self, text: str) -> str:
+        return str(self._normalizer.normalize_str(text)) if self._normalizer is not None else text
+
+
+def literal_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy that drops marks, after the added tokens are matched and before words are looked up.
+
+    The copy matches added tokens in their exact spelling only, so that no normalised spelling of a user's becomes one.
+    """
+    clone = copy.deepcopy(tokenizer)
+    backend: Tokenizer = clone.backend_tokenizer
+    for token in clone.added_tokens_decoder.values():
+        if token.normalized and len(token.content.strip()) > 1:
+            _match_exactly(backend, token)
+    drop = pre_tokenizers.Split(_mark_as_pretokenized(backend), "removed")
+    before = backend.pre_tokenizer
+    backend.pre_tokenizer = drop if before is None else pre_tokenizers.Sequence([before, drop])
+    return clone
+
+
+def _match_exactly(backend: Tokenizer, token: AddedToken) -> None:
+    exact = AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=token.special,
+    )
+    (backend.add_special_tokens if token.special else backend.add_tokens)([exact])
+
+
+def _mark_as_pretokenized(backend: Tokenizer) -> str:
+    """Return the mark as it leaves the pre-tokenizer: byte-level ones spell every byte as a character."""
+    if backend.pre_tokenizer is None:
+        return MARK
+    pieces = backend.pre_tokenizer.pre_tokenize_str(f"a{MARK}a")
+    return "".join(piece for piece, _ in pieces).strip("aĠ▁") or MARK
+
+
+def _any_of(tokens: Iterable[AddedToken], spelling: Callable[[str], str]) -> re.Pattern[str]:
+    """Return a pattern of all tokens that prefers longer ones, as the tokenizer's own matching does.
+
+    Shared beginnings are factored out: thousands of tokens such as `<unused42>` must not make `<<<<<<` slow to search.
+    """
+    spelled = [(spelling(token.content), token.single_word) for token in tokens]
+    anywhere = {text for text, is_single_word in spelled if text and not is_single_word}
+    alone = {text for text, is_single_word in spelled if text and is_single_word}
+    alternatives = [_factored(anywhere)] if anywhere else []
+    if alone:
+        alternatives.append(rf"(?<!\w){_factored(alone)}(?!\w)")
+    return re.compile("|".join(alternatives) or r"(?!)")
+
+
+def _factored(words: set[str]) -> str:
+    """Return a regular expression for `words` whose branches differ in their first character."""
+    endings: dict[str, set[str]] = {}
+    for word in words:
+        if word:
+            endings.setdefault(word[0], set()).add(word[1:])
+    branches = [re.escape(first) + _factored(rest) for first, rest in sorted(endings.items())]
+    if "" in words:
+        return f"(?:{'|'.join(branches)})?" if branches else ""
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
 
 #: Training targets; a forward that sees them computes a loss.
 _NOT_FOR_INFERENCE = ("labels",)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from api_stub.contract.conversation import MAX_FRAMES
 from api_stub.contract.error import explain
 from api_stub.contract.job import MAX_DEADLINE_S, TaskName
-from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.media import MediaOptions
 from api_stub.contract.sampling import MAX_STOP_STRINGS, StopString
 from api_stub.gateway.media_hosts import NO_HOSTS, AddressRefused, MediaAddress, MediaHosts
 from api_stub.gateway.problems import Problem, fields_of, invalid, wrong_field

@@ -25,13 +25,7 @@ from api_stub.cursor import TextCursor
 from api_stub.errors import JobFailed, StoreUnavailable, UnknownJob, VisionqError
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.hub import Frame
-from api_stub.gateway.openai.errors import (
-    OpenAIErrorBody,
-    error_body,
-    error_response,
-    job_error_response,
-    status_for,
-)
+from api_stub.gateway.openai.models import NoWorker, ServedOrNot
 from api_stub.gateway.openai.shapes import (
     ChatChunk,
     ChatCompletion,
@@ -41,7 +35,13 @@ from api_stub.gateway.openai.shapes import (
     completion_id,
     finish_of,
 )
-from api_stub.gateway.openai.unserved import NoWorker, ServedOrNot
+from api_stub.gateway.openai_errors import (
+    OpenAIErrorBody,
+    error_body,
+    error_response,
+    job_error_response,
+    status_for,
+)
 from api_stub.gateway.problems import Problem, problem_of
 from api_stub.gateway.reader import EventReader
 from api_stub.gateway.sse import HEARTBEAT, MEDIA_TYPE, SEND_S, leaving

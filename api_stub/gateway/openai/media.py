@@ -19,13 +19,13 @@ from api_stub.contract.media import S3Object
 from api_stub.errors import StoreUnavailable
 from api_stub.gateway.access import check_allowed
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.inline import Destination, InlineMedia
 from api_stub.gateway.intake import JobForm
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.media_hosts import MediaAddress, MediaHosts
 from api_stub.gateway.openai.chat import listed_address
 from api_stub.gateway.problems import Problem, wrong_field
 from api_stub.gateway.remote_media import Allowance, FetchRefused, Kind
+from api_stub.gateway.uploads import Destination, InlineMedia
 from api_stub.submit import checked
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.intake import accept, keyed_id, read_job
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.openai import files
-from api_stub.gateway.openai.batches import BatchRequest, BatchStore
+from api_stub.gateway.openai.batches.lines import is_text
+from api_stub.gateway.openai.batches.store import BatchRequest, BatchStore
 from api_stub.gateway.openai.chat import ChatRequest, job_fields, parse_chat
 from api_stub.gateway.openai.completions import Asked, ChatStream, whole_answer
-from api_stub.gateway.openai.lines import is_text
 from api_stub.gateway.openai.media import fetched_media
 from api_stub.gateway.openai.models import check_model, known_models
 from api_stub.gateway.openai.shapes import (

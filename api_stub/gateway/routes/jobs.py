@@ -1,4 +1,4 @@
-"""Jobs over HTTP: hand in, look, list, wait, cancel, retry, delete."""
+"""Jobs over HTTP: hand in, look, list, wait, cancel, retry, delete, and a job's events as server-sent events."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from pydantic_core import PydanticCustomError
 
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import ModelName
-from api_stub.contract.selection import parse_selection
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import JobView
+from api_stub.contract.view import JobView, parse_selection
 from api_stub.errors import InvalidRequest, UnknownJob
 from api_stub.gateway.access import CallerHere, GatewayHere, RootPathHere
-from api_stub.gateway.bodies import CancelReply, CancelRequest, JobList, JobReply, answer, job_path
-from api_stub.gateway.examples import problem_example
+from api_stub.gateway.api_examples import problem_example
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.intake import accept, read_job, retry
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import MEDIA_TYPE as PROBLEM_TYPE
 from api_stub.gateway.problems import Problem, invalid
-from api_stub.gateway.sse import leaving
+from api_stub.gateway.schemas import CancelReply, CancelRequest, JobList, JobReply, answer, job_path
+from api_stub.gateway.sse import EventStream, leaving
 from api_stub.ledger.rows import Cancelled, Deleted
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -225,3 +224,42 @@ def _preferred_wait_s(prefer: str | None, gateway: Gateway) -> float | None:
         if (match := _WAIT.fullmatch(preference.strip())) is not None:
             return min(float(match.group(1)), gateway.settings.api_max_wait_s)
     return None
+
+
+events_router = APIRouter(prefix="/v1/jobs", tags=["events"])
+
+#: Redis counts the entries of a stream in 64 bits.
+_SEQ_DIGITS: Final = 18
+
+
+@events_router.get("/{job_id}/events", response_class=Response)
+async def follow_job(
+    gateway: GatewayHere,
+    caller: CallerHere,
+    job_id: JobId,
+    after: Annotated[int, Query(ge=0, lt=10**_SEQ_DIGITS, description="Leave out the events up to this seq.")] = 0,
+    last_event_id: Annotated[str | None, Header(description="As `after`, and stronger: a browser sends it.")] = None,
+) -> Response:
+    """Follow a job from its beginning or from a seq on, up to its final event; also a job that has ended.
+
+    204 when there is nothing after the seq and never will be, which tells a browser not to come back.
+    """
+    await visible(gateway, caller, job_id)
+    reader = await gateway.readers.open(job_id, _start(after, last_event_id))
+    try:
+        first = await reader.begin()
+    except BaseException:
+        reader.close()
+        raise
+    if reader.has_ending and not first:
+        reader.close()
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+    return EventStream(reader, first, gateway.settings.api_heartbeat_s)
+
+
+def _start(after: int, last_event_id: str | None) -> int:
+    if last_event_id is None or not last_event_id.strip():
+        return after
+    if not last_event_id.strip().isdecimal() or len(last_event_id) > _SEQ_DIGITS:
+        raise invalid("Last-Event-ID", "a seq is required")
+    return int(last_event_id)

@@ -1,22 +1,31 @@
-"""For operators: health, metrics and queues.
+"""For operators: health, metrics, queues (look, pause, resume, purge), and the playground's page.
 
 Health takes no key. Metrics without one are of this process alone; a key adds its own queues, an operator's everything.
+The playground is a page of plain files that uses the public API and nothing else.
 """
 
 from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import Final
+from pathlib import Path
+from typing import Annotated, Final
 
 import redis
 from fastapi import APIRouter, Response
+from fastapi import Path as PathParameter
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
+from api_stub.contract.job import ModelName
 from api_stub.contract.wire import WireModel
-from api_stub.gateway.access import CallerHere, GatewayHere, MaybeCaller
+from api_stub.gateway.access import CallerHere, GatewayHere, MaybeCaller, OperatorHere
 from api_stub.gateway.queues import QueueView
+from api_stub.gateway.schemas import PurgeReply, QueueReply, answer
 from api_stub.ledger import writable
+from api_stub.ledger.rows import QueueChange
 
 logger = logging.getLogger(__name__)
 
@@ -81,3 +90,65 @@ async def metrics(gateway: GatewayHere, caller: MaybeCaller) -> Response:
         gateway.metrics.exposition(depths, is_operator=caller is not None and caller.is_operator),
         media_type=CONTENT_TYPE_LATEST,
     )
+
+
+queues_router = APIRouter(prefix="/v1/queues", tags=["operations"])
+
+Model = Annotated[ModelName, PathParameter(description="Name of the model.")]
+
+
+@queues_router.post("/{model}/pause", response_model=QueueReply)
+async def pause_queue(gateway: GatewayHere, caller: OperatorHere, model: Model) -> Response:
+    """Let nobody claim jobs of a model until it is resumed. Running jobs end, submits are taken, deadlines count."""
+    return _reply(model, await gateway.ledger.pause(model), paused=True)
+
+
+@queues_router.post("/{model}/resume", response_model=QueueReply)
+async def resume_queue(gateway: GatewayHere, caller: OperatorHere, model: Model) -> Response:
+    """Let jobs of a model be claimed again, in their order."""
+    return _reply(model, await gateway.ledger.resume(model), paused=False)
+
+
+@queues_router.post("/{model}/purge", response_model=PurgeReply)
+async def purge_queue(gateway: GatewayHere, caller: OperatorHere, model: Model) -> Response:
+    """End all jobs of a model that are queued now, of all tenants, as cancelled. Running ones go on."""
+    return answer(PurgeReply(model=model, cancelled=await gateway.ledger.purge(model)))
+
+
+def _reply(model: str, change: QueueChange, *, paused: bool) -> Response:
+    reply = QueueReply(
+        model=model,
+        paused=paused,
+        changed=change.is_changed,
+        depth=change.depth,
+        num_workers=change.num_workers,
+    )
+    return answer(reply)
+
+
+FILES: Final = Path(__file__).parent.parent / "static"
+#: Previews are made in the browser: pictures from data, clips from files the user chose.
+POLICY: Final = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src blob:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'self'"
+)
+
+page_router = APIRouter(include_in_schema=False)
+
+
+class PageFiles(StaticFiles):
+    """The page's files; a browser asks whether they have changed instead of trusting an old copy."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Return a file."""
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+@page_router.head("/")
+@page_router.get("/")
+async def playground() -> Response:
+    """Return the page."""
+    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+    return FileResponse(FILES / "index.html", headers=headers)

@@ -7,8 +7,8 @@ from http import HTTPStatus
 from fastapi import APIRouter, UploadFile
 
 from api_stub.gateway.access import CallerHere, GatewayHere
-from api_stub.gateway.bodies import StoredReply, UploadReply, UploadRequest
 from api_stub.gateway.intake import store_file
+from api_stub.gateway.schemas import StoredReply, UploadReply, UploadRequest
 from api_stub.gateway.uploads import promise_upload
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])

@@ -14,7 +14,7 @@ from typing import Final
 
 import httpcore
 
-from api_stub.gateway.outbound import PinnedNetwork, Resolve, SystemResolver, TargetPolicy
+from api_stub.gateway.ssrf import PinnedNetwork, Resolve, SystemResolver, TargetPolicy
 
 MAX_CONNECT_S: Final = 5.0
 #: Read of an answer's body before the connection is closed: a polite receiver has finished writing by then.

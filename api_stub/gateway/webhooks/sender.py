@@ -1,6 +1,7 @@
 """Takes deliveries that are due from the ledger and tries each: arrived, tried again later, or given up.
 
 Every gateway process has a sender; the ledger's lease sees to it that one delivery is tried by one of them at a time.
+`WebhookRules` is what the settings say, and what a job's webhook must keep to before the job is taken.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
 
 import redis
+import redis.asyncio
 
 from api_stub.contract.event import parse_event
+from api_stub.contract.job import Job
+from api_stub.gateway.keys import KeyRing
 from api_stub.gateway.metrics import Metrics
-from api_stub.gateway.outbound import TargetRefused
+from api_stub.gateway.problems import invalid
+from api_stub.gateway.signature import Secret, signed_headers
+from api_stub.gateway.ssrf import TargetPolicy, TargetRefused, parse_networks, parse_ports
 from api_stub.gateway.webhooks.post import PostAnswer, PostFailed, WebhookPost
-from api_stub.gateway.webhooks.signature import Secret, signed_headers
-from api_stub.ledger.deliveries import Delivery, DeliveryQueue, Settlement
+from api_stub.ledger.outbox import Delivery, DeliveryQueue, Settlement
+from api_stub.settings import GatewaySettings, parsed
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +182,47 @@ def _facts(delivery: Delivery) -> dict[str, object]:
         "event": delivery.type,
         "tries": delivery.tries,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookRules:
+    """Where webhooks may go, and how often one is tried."""
+
+    policy: TargetPolicy
+    delays_s: tuple[float, ...]
+
+    @classmethod
+    def load(cls, settings: GatewaySettings) -> WebhookRules:
+        """Read the settings. Raises InvalidSettings."""
+        policy = TargetPolicy(
+            allow_http=settings.webhook_allow_http,
+            ports=parsed("webhook_ports", settings.webhook_ports, parse_ports),
+            networks=parsed("webhook_allow_networks", settings.webhook_allow_networks, parse_networks),
+        )
+        return cls(policy, parsed("webhook_delays_s", settings.webhook_delays_s, _delays))
+
+    def check(self, job: Job, keys: KeyRing) -> None:
+        """Raise Problem (422) when the job has a webhook that would never be sent."""
+        if job.webhook is None:
+            return
+        try:
+            self.policy.check_url(str(job.webhook.url))
+        except TargetRefused as error:
+            raise invalid("webhook.url", str(error)) from error
+        if not keys.webhook_secrets(job.tenant):
+            raise invalid("webhook", "this gateway has no secret to sign it with")
+
+    def sender(
+        self, settings: GatewaySettings, keys: KeyRing, commands: redis.asyncio.Redis, metrics: Metrics
+    ) -> WebhookSender:
+        """Make the sender that keeps to these rules."""
+        queue = DeliveryQueue(commands, settings.ledger)
+        post = WebhookPost(self.policy, settings.webhook_timeout_s)
+        return WebhookSender(queue, post, keys.webhook_secrets, self.delays_s, settings.webhook_timeout_s, metrics)
+
+
+def _delays(text: str) -> tuple[float, ...]:
+    delays = tuple(float(word) for word in text.split(",") if word.strip())
+    if not all(0 <= delay <= 7 * 86_400 for delay in delays) or len(delays) > 50:
+        raise ValueError("at most 50 pauses of 0 to 604800 seconds")
+    return delays

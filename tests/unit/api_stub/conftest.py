@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from api_stub.client import Client
-from api_stub.ledger.config import LedgerConfig
+from api_stub.client.client import Client
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.workers import ScriptedWorker
 
 

@@ -12,10 +12,10 @@ from api_stub.contract.event import CompletedBody, DeltaBody, Event, FailedBody,
 from api_stub.contract.job import Job, VqaJob
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
 from api_stub.ledger.census import kind_of
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
 from api_stub.ledger.rows import Bell, Claim, Publication
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.ledger.views import replay
 from tests.servers import eventually
 

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from contextlib import aclosing
 
-from api_stub.client import AsyncClient, Client
+from api_stub.client.client import AsyncClient, Client
 from tests.servers import eventually
 
 KINDS = ("Client", "AsyncClient")

@@ -14,13 +14,13 @@ import redis
 from celery import Celery
 from jsonschema import Draft7Validator, Draft202012Validator
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
-from api_stub.contract.asyncapi import asyncapi
 from api_stub.contract.job import TaskName
-from api_stub.ledger.config import LedgerConfig
-from api_stub.ledger.doorbell import message_template
+from api_stub.contract.schema import asyncapi
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.lua import message_template
+from api_stub.ledger.settings import LedgerConfig
 from tests.golden.samples import DIRECTORY, EVENTS, JOBS
 from tests.servers import eventually
 from tests.unit.api_stub.workers import ScriptedWorker

@@ -15,16 +15,16 @@ from click.testing import Result
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-from api_stub.cli import app
-from api_stub.client import Client
+from api_stub.cli.errors import visible
+from api_stub.cli.flags import JobFlags
+from api_stub.cli.main import app
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.contract.job import CaptionJob, VideoQaJob, VqaJob, parse_job
-from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.media import MediaOptions
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.schema import NAMES
-from api_stub.flags import JobFlags
 from api_stub.ledger.ledger import Ledger
-from api_stub.report import visible
 from api_stub.submit import JobOptions
 from tests.processes import ctrl_c_is_heard
 from tests.servers import S3Server, eventually, free_port

@@ -13,13 +13,13 @@ import pytest
 import redis
 
 import api_stub
-from api_stub.client import AsyncClient, Client
+from api_stub.client.client import AsyncClient, Client
+from api_stub.client.handle import AsyncJobHandle, JobHandle
 from api_stub.contract.job import CaptionJob, VideoQaJob, VqaJob, parse_job
 from api_stub.contract.media import S3Object
 from api_stub.contract.names import job_key
 from api_stub.contract.status import JobStatus
 from api_stub.errors import JobFailed, UnknownJob
-from api_stub.handle import AsyncJobHandle, JobHandle
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled
 from api_stub.settings import ClientSettings

@@ -12,15 +12,15 @@ import redis
 from click.testing import Result
 from typer.testing import CliRunner
 
-from api_stub.cli import app
-from api_stub.client import AsyncClient, Client
+from api_stub.cli.main import app
+from api_stub.client.client import AsyncClient, Client
 from api_stub.contract import names
 from api_stub.contract.job import TaskName, parse_job
 from api_stub.contract.status import JobStatus
 from api_stub.errors import InvalidRequest, QueueFull, UnknownJob
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import CannotRetry, LedgerFull
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.broker_kit import Broker
 from tests.unit.api_stub.ledger_kit import answer, claimed, failure, lose, question, started
 

@@ -23,9 +23,8 @@ from api_stub.contract.event import (
 )
 from api_stub.contract.job import TaskName
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
-from api_stub.demo.progress import Progress
 from api_stub.demo.run import DemoFailed, judge
-from api_stub.demo.screen import answers, screen_for
+from api_stub.demo.screen import Progress, answers, screen_for
 from api_stub.demo.tasks import DemoTask
 
 TASK = DemoTask(task=TaskName.VQA, path=Path("a.png"), text="What colour is the circle?", truth="dark green")

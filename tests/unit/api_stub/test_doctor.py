@@ -13,11 +13,11 @@ import redis
 from click.testing import Result
 from typer.testing import CliRunner
 
-from api_stub.cli import app
+from api_stub.cli.main import app
 from api_stub.contract import names
 from api_stub.ledger.census import take_census
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.servers import RedisServer, eventually, free_port
 from tests.unit.api_stub.ledger_kit import answer, question, started
 

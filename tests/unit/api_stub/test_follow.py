@@ -12,13 +12,13 @@ import pytest
 import redis
 
 from api_stub import cursor
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.contract.event import Event, parse_event
 from api_stub.contract.result import Result
 from api_stub.errors import JobFailed, StoreUnavailable, StreamRestarted, UnknownJob
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from tests.servers import RedisServer, eventually, free_port
 from tests.unit.api_stub.ledger_kit import question
 from tests.unit.api_stub.readings import KINDS, Reading

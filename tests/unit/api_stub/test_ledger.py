@@ -28,7 +28,6 @@ from api_stub.contract.event import (
 )
 from api_stub.contract.job import TaskName, parse_job
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import (
     Cancelled,
@@ -41,6 +40,7 @@ from api_stub.ledger.rows import (
     RefusalReason,
     Submission,
 )
+from api_stub.ledger.settings import LedgerConfig
 from tests.servers import eventually
 from tests.unit.api_stub.ledger_kit import (
     HASTY,

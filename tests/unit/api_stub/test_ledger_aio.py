@@ -15,9 +15,9 @@ from api_stub.contract.event import RetryReason
 from api_stub.contract.job import TaskName
 from api_stub.contract.status import JobStatus
 from api_stub.ledger.aio import AsyncLedger
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled, Claim, Finished, Hold, JobConflict, LedgerFull, Submission
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.ledger_kit import answer, delta, event_types, question
 
 

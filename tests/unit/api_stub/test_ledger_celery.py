@@ -14,9 +14,9 @@ from celery.result import AsyncResult
 
 import api_stub.errors
 from api_stub.contract import names
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition, script
+from api_stub.ledger.settings import LedgerConfig
 from tests.servers import eventually
 from tests.unit.api_stub.ledger_kit import answer, failure, lose, question, started
 

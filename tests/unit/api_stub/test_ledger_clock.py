@@ -11,12 +11,12 @@ import redis.asyncio
 
 from api_stub.contract import names
 from api_stub.contract.event import RetryReason
-from api_stub.contract.selection import JobSelection
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.config import LedgerConfig
-from api_stub.ledger.deliveries import Delivery, DeliveryQueue
+from api_stub.contract.view import JobSelection
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.outbox import Delivery, DeliveryQueue
 from api_stub.ledger.rows import CancelledJobs, Claim
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.ledger.views import JobPage
 from tests.servers import eventually
 from tests.unit.api_stub.ledger_kit import claimed, question, set_clock_back, started

@@ -15,9 +15,9 @@ from api_stub.contract import names
 from api_stub.contract.event import RetryReason
 from api_stub.contract.job import TaskName
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled, Claim, LedgerFull, Refusal, RefusalReason, Submission
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.broker_kit import Broker, leftovers
 from tests.unit.api_stub.ledger_kit import event_types, lease_ends, question
 

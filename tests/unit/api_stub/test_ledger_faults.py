@@ -17,9 +17,9 @@ import redis
 from api_stub.contract.event import RetryReason
 from api_stub.contract.status import JobStatus
 from api_stub.ledger.aio import AsyncLedger
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Cancelled, Finished, Hold
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.ledger.verdicts import code_of, is_passing
 from tests.chaos.proxy import Network
 from tests.servers import RedisServer, eventually, free_port

@@ -13,9 +13,9 @@ from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import JobExpired
 from api_stub.contract.status import JobStatus
 from api_stub.errors import QueueFull
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import StrangeModel, Submission
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.submit import submit
 from tests.unit.api_stub.ledger_kit import answer, claimed, doorbells_in, event_types, events, question
 

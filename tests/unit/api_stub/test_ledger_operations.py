@@ -14,15 +14,14 @@ from api_stub.contract import names
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.event import RetryReason
 from api_stub.contract.job import TaskName
-from api_stub.contract.selection import JobSelection, parse_selection
 from api_stub.contract.status import JobStatus
-from api_stub.contract.view import paused
+from api_stub.contract.view import JobSelection, parse_selection, paused
 from api_stub.ledger import calls
-from api_stub.ledger.call import Call
-from api_stub.ledger.config import LedgerConfig
+from api_stub.ledger.calls import Call
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.lua import Transition
 from api_stub.ledger.rows import CancelledJobs, Claim, Deleted, Finished, Refusal, RefusalReason, Submission
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.broker_kit import Broker, leftovers
 from tests.unit.api_stub.ledger_kit import (
     answer,

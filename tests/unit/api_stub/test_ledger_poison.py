@@ -12,9 +12,9 @@ import redis
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim, Refusal, RefusalReason
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.broker_kit import Broker, leftovers
 from tests.unit.api_stub.ledger_kit import lease_ends, lose, question, started
 

@@ -17,10 +17,10 @@ from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import JobCancelled, JobExpired, JobFailedEvent, JobRetrying, RetryReason
 from api_stub.contract.job import TaskName
 from api_stub.contract.status import JobStatus
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
 from api_stub.ledger.rows import Bell, Finished, Hold
+from api_stub.ledger.settings import LedgerConfig
 from tests.servers import RedisServer, eventually
 from tests.unit.api_stub.ledger_kit import (
     HASTY,

@@ -8,9 +8,9 @@ import redis
 from api_stub.contract import names
 from api_stub.contract.event import RetryReason
 from api_stub.contract.job import TaskName
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Refusal
+from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.ledger_kit import (
     answer,
     claimed,

@@ -13,8 +13,8 @@ from api_stub.contract import names
 from api_stub.contract.event import JobCompleted, RetryReason
 from api_stub.contract.status import JobStatus
 from api_stub.ledger.aio import AsyncLedger
-from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.settings import LedgerConfig
 from api_stub.ledger.views import JobPage
 from tests.unit.api_stub.ledger_kit import answer, claimed, delta, question, started
 

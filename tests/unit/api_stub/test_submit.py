@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from api_stub.client import Client
+from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.contract.job import MAX_JOB_BYTES, CaptionJob, TaskName, VqaJob, parse_job
 from api_stub.contract.sampling import SamplingParams

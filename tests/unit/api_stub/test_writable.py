@@ -14,8 +14,8 @@ import redis
 from pydantic import SecretStr, ValidationError
 from typer.testing import CliRunner
 
-from api_stub.cli import app
-from api_stub.client import Client
+from api_stub.cli.main import app
+from api_stub.client.client import Client
 from api_stub.errors import InvalidSettings, StoreUnavailable
 from api_stub.ledger import pools, writable
 from api_stub.settings import ClientSettings, GatewaySettings

@@ -10,11 +10,10 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from worker.demo_model.drawing import draw_varied
 from worker.demo_model.learning.architecture import ImageFeatures, image_features
 from worker.demo_model.learning.encoding import IGNORED, Batch
 from worker.demo_model.learning.initialisation import to_tensor
-from worker.demo_model.scenes import Scene
+from worker.demo_model.scenes import Scene, draw_varied
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.demo_model.conversations import Conversation, Turn
+from worker.demo_model.learning.conversations import Conversation, Turn
 from worker.demo_model.learning.tokenizer import IMAGE_SEPARATOR, IMAGE_TOKEN
 from worker.demo_model.scenes import Scene
 

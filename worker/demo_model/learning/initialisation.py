@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from worker.demo_model.drawing import Pixels, draw_varied
-from worker.demo_model.scenes import make_dense_scene
+from worker.demo_model.scenes import Pixels, draw_varied, make_dense_scene
 
 PATCH_SAMPLE_SEED, PATCH_SAMPLE_SCENES = 77, 600
 PATCH_GAIN, RIDGE = 0.5, 0.02

@@ -11,7 +11,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from worker.demo_model.conversations import (
+from worker.demo_model.learning.answering_loss import AnswerLoss, answer_loss, see
+from worker.demo_model.learning.conversations import (
     EVEN,
     Mix,
     clip_conversation,
@@ -19,7 +20,6 @@ from worker.demo_model.conversations import (
     image_conversation,
     images_conversation,
 )
-from worker.demo_model.learning.answering_loss import AnswerLoss, answer_loss, see
 from worker.demo_model.learning.encoding import Batch, ChatEncoder
 from worker.demo_model.learning.optimizer import Optimizer, one_cycle
 from worker.demo_model.learning.progress import Progress

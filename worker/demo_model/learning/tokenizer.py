@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from worker.demo_model.conversations import clip_conversation, image_conversation, images_conversation
+from worker.demo_model.learning.conversations import clip_conversation, image_conversation, images_conversation
 
 IMAGE_TOKEN = "<image>"
 IMAGE_SEPARATOR = "<fake_token_around_image>"

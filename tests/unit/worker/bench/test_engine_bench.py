@@ -13,15 +13,12 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForImageTextToText, MistralConfig
 from typer.testing import CliRunner
 
-from worker.bench.baselines import collate, static_batches
-from worker.bench.engine import BenchOptions, bench_loaded
+from worker.bench.baselines import collate, continuous_batching, static_batches, text_model
+from worker.bench.engine import BenchOptions, bench_loaded, entry_bytes, weight_bytes
 from worker.bench.engine_runs import BACK_ENDS, REUSING, TOKEN_BUDGET
-from worker.bench.floor import entry_bytes, weight_bytes
-from worker.bench.jobs import long_job, make_jobs
-from worker.bench.peer import continuous_batching, text_model
 from worker.bench.random_models import RANDOM_MODELS, build, idefics2
 from worker.bench.report import EngineReport, ModeReport
-from worker.bench.run import Answer, BenchJob, Cost, Run, percentile
+from worker.bench.run import Answer, BenchJob, Cost, Run, long_job, make_jobs, percentile
 from worker.cli import app
 from worker.engine.step_times import Stage
 from worker.models.loader import LoadedModel

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from worker.demo_model import CHECKPOINT
-from worker.demo_model.answering import Answerer
 from worker.demo_model.draw import main as draw
-from worker.demo_model.evaluate import main as evaluate
-from worker.demo_model.exam import KINDS, Item, clip_file_exam, exam, sample_frames
+from worker.demo_model.learning.answering import Answerer
+from worker.demo_model.learning.evaluate import main as evaluate
+from worker.demo_model.learning.exam import KINDS, Item, clip_file_exam, exam, sample_frames
 
 PERFECT = ("caption", "colour", "shape", "count", "exists", "describe_nth", "motion", "colour_at_end")
 

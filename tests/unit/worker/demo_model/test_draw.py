@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_drawing_loads_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys, worker.demo_model.draw, worker.demo_model.conversations; "
+        "import sys, worker.demo_model.draw, worker.demo_model.learning.conversations; "
         "print([m for m in ('torch', 'transformers', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

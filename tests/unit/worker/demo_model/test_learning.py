@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from worker.demo_model import CHECKPOINT
-from worker.demo_model.answering import Answerer
-from worker.demo_model.conversations import (
+from worker.demo_model.learning import architecture
+from worker.demo_model.learning.answering import Answerer
+from worker.demo_model.learning.answering_loss import answer_loss
+from worker.demo_model.learning.conversations import (
     Conversation,
     clip_conversation,
     greeting,
@@ -23,11 +25,8 @@ from worker.demo_model.conversations import (
     images_conversation,
     messages,
 )
-from worker.demo_model.drawing import draw
-from worker.demo_model.exam import exam
-from worker.demo_model.learning import architecture
-from worker.demo_model.learning.answering_loss import answer_loss
 from worker.demo_model.learning.encoding import ChatEncoder
+from worker.demo_model.learning.exam import exam
 from worker.demo_model.learning.initialisation import sine_positions, to_tensor
 from worker.demo_model.learning.muon import Muon, orthogonal
 from worker.demo_model.learning.optimizer import Optimizer, one_cycle
@@ -35,8 +34,8 @@ from worker.demo_model.learning.phases import Recipe, learn_to_answer, learn_to_
 from worker.demo_model.learning.progress import Budget, Progress
 from worker.demo_model.learning.student import HEADS_FILE, Student
 from worker.demo_model.learning.supervision import targets
-from worker.demo_model.scenes import COLOURS, SHAPES, Scene, Thing
-from worker.demo_model.train import main
+from worker.demo_model.learning.train import main
+from worker.demo_model.scenes import COLOURS, SHAPES, Scene, Thing, draw
 
 TALKS = (image_conversation, images_conversation, clip_conversation, greeting)
 

@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 
 from worker.demo_model.clips import DIRECTIONS, Action, make_clip
-from worker.demo_model.conversations import clip_conversation, image_conversation, images_conversation
-from worker.demo_model.drawing import draw, draw_varied
+from worker.demo_model.learning.conversations import clip_conversation, image_conversation, images_conversation
 from worker.demo_model.questions import CLIP_QUESTIONS, IMAGE_QUESTIONS, caption, clip_caption
-from worker.demo_model.scenes import CANVAS, COLOURS, SHAPES, Scene, Thing, make_dense_scene, make_scene, relation
+from worker.demo_model.scenes import (
+    CANVAS,
+    COLOURS,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    draw_varied,
+    make_dense_scene,
+    make_scene,
+    relation,
+)
 
 
 def thing(colour: str, shape: str, x: float, y: float) -> Thing:

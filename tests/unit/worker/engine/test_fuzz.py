@@ -13,11 +13,11 @@ import torch
 
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
-from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest
-from worker.engine.runner_paged import PagedRunner
-from worker.engine.runner_slots import SlotRunner
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.paged import PagedRunner
 from worker.engine.scheduler import SchedulerLimits
 from worker.models.inputs import ModelInputs
 

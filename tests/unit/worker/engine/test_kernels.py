@@ -12,15 +12,21 @@ from torch.nn import functional as F  # noqa: N812 - the field's name
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
-from worker.engine.backend import PagedConfig, build_runner
+from worker.engine.attention.choose import (
+    best,
+    choose_kernels,
+    decode_candidates,
+    decode_trials,
+    piece_candidates,
+    piece_trials,
+)
+from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.batch import Chunk
-from worker.engine.flat import FlatForward
-from worker.engine.kernel_choice import best, choose_kernels, decode_candidates, piece_candidates
-from worker.engine.kernel_trials import decode_trials, piece_trials
-from worker.engine.kernels import SDPA, Kernels
-from worker.engine.kv_paged import LayerShape
+from worker.engine.kv_cache.blocks import LayerShape
 from worker.engine.request import Request
-from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.forward import FlatForward
+from worker.engine.runner.paged import PagedRunner
 
 SHAPE = LayerShape(num_heads=2, key_dim=16, value_dim=16, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -150,7 +156,7 @@ def test_the_quickest_that_is_right_is_chosen(
         run()
         return next(ticks) / 1e6
 
-    with caplog.at_level("INFO", logger="worker.engine.kernel_choice"):
+    with caplog.at_level("INFO", logger="worker.engine.attention.choose"):
         got = best("decode", candidates, decode_trials(SHAPE, 6, block_size=16), seconds)
     assert got == (candidates[chosen] if chosen else SDPA)
     assert caplog.records[-1].kernel == (chosen or "sdpa")  # type: ignore[attr-defined]

@@ -16,13 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request, running_engine
-from worker.engine.backend import PagedConfig, Unsuited, build_runner, probe
 from worker.engine.core import EngineCore
-from worker.engine.entrances import Entrances
-from worker.engine.flat import DecodeInputs, FlatForward
-from worker.engine.kv_paged import PagedKV
+from worker.engine.kv_cache.blocks import PagedKV
+from worker.engine.model_hooks import Entrances
 from worker.engine.request import Request
-from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner.build import PagedConfig, Unsuited, build_runner, probe
+from worker.engine.runner.forward import DecodeInputs, FlatForward
+from worker.engine.runner.paged import PagedRunner
 from worker.engine.scheduler import SchedulerLimits
 from worker.errors import CannotStart
 from worker.models.inputs import ModelInputs

@@ -14,10 +14,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import request
-from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.batch import Chunk
 from worker.engine.request import Request
-from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.paged import PagedRunner
 from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.models.inputs import ModelInputs
 

@@ -10,12 +10,11 @@ import torch
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
-from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
-from worker.engine.entrances import Entrances
-from worker.engine.prefill import Prompt, capture
-from worker.engine.prefix import PrefixKeys
-from worker.engine.runner_paged import PagedRunner
+from worker.engine.model_hooks import Entrances
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.prefill import PrefixKeys, Prompt, capture
 from worker.engine.scheduler import SchedulerLimits
 from worker.models.inputs import ModelInputs
 

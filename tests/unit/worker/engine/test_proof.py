@@ -23,17 +23,16 @@ from tests.tiny.families import FAMILIES, picture, save
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import request
 from tests.unit.worker.engine.test_parity import LIMITS, Job, check_answers, run_with_random_arrivals
-from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
-from worker.engine.entrances import Entrances
-from worker.engine.proof import reference
-from worker.engine.runner_paged import PagedRunner
-from worker.engine.runner_slots import SlotRunner
+from worker.engine.model_hooks import Entrances
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.proof import reference
 from worker.errors import CannotStart
 from worker.models.inputs import ModelInputs
 from worker.models.loader import load
-from worker.prompting.prepare import PromptBuilder
-from worker.prompting.trials import trial_prompts
+from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import WorkerSettings
 
 PAGED = PagedConfig(block_size=8)

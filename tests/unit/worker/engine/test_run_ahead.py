@@ -12,12 +12,12 @@ from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
 from tests.unit.worker.engine.test_paged import fed_tokens
-from worker.engine.backend import PagedConfig, build_runner
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
-from worker.engine.runner_paged import PagedRunner
+from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.paged import PagedRunner
 from worker.engine.scheduler import SchedulerLimits
-from worker.engine.transfer import HostCopy
+from worker.engine.tensors import HostCopy
 
 SAMPLED = [
     {"temperature": 1.0, "repetition_penalty": 3.0},

@@ -17,13 +17,13 @@ from tests.tiny.families import build, picture, save
 from tests.tiny.families import idefics2 as make_idefics2
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
-from worker.engine.backend import PagedConfig, build_runner
+from worker.engine.batch import VisionStats
 from worker.engine.core import EngineCore
 from worker.engine.pictures import cut, tower_doors
 from worker.engine.request import Ended, Request, RequestOutput
+from worker.engine.runner.build import PagedConfig, build_runner
 from worker.engine.scheduler import SchedulerLimits
-from worker.engine.stats import VisionStats
-from worker.engine.vision import VisionConfig
+from worker.engine.vision.stage import VisionConfig
 from worker.models.inputs import ModelInputs
 
 PAGED = PagedConfig(block_size=4)
@@ -228,7 +228,7 @@ def test_features_do_not_pile_up_for_requests_that_wait_for_blocks(
 ) -> None:
     """Places are free but blocks are not, so the line moves slowly and the tower could run far ahead of it."""
     num_bytes = 4 * 64 * 4  # four tokens of 64 numbers
-    monkeypatch.setattr("worker.engine.vision.MAX_READY_BYTES", 3 * num_bytes)
+    monkeypatch.setattr("worker.engine.vision.stage.MAX_READY_BYTES", 3 * num_bytes)
     prompts = [idefics2.inputs("What is it?", [picture(seed)]) for seed in range(12)]
     few_blocks = PagedConfig(block_size=4, num_blocks=512 // 4 + 1)
     served = Served.by(idefics2, few_blocks, VisionConfig(cache_bytes=0, max_pictures=2), num_seqs=32)

@@ -17,17 +17,18 @@ from tests.corpus.blocks import box
 from tests.unit.worker.media.drawn_clips import AV1, SIZE, drawn_frame, number_of
 from tests.unit.worker.media.test_containers import MATRICES, cover, fixed, in_movie, with_matrix, with_pixel_aspect
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
-from worker.media import av1
+from worker.media import clip_reader
 from worker.media.decoder_process import DecodeLimits
 from worker.media.decoders import Decoders
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip
+from worker.media.types import DecodedClip, MediaPolicy
 from worker.media.video import sample_clip, uniform_positions
 
 POLICY = MediaPolicy(frozenset())
 NUM_FRAMES = 160
-pytestmark = pytest.mark.skipif(not av1.HAS_AV1 and "CI" not in os.environ, reason="PyAV is missing (the `av1` extra)")
+pytestmark = pytest.mark.skipif(
+    not clip_reader.HAS_AV1 and "CI" not in os.environ, reason="PyAV is missing (the `av1` extra)"
+)
 
 
 class Stopped(Exception):
@@ -76,7 +77,7 @@ def written(container: str, times: list[int], *, codec: str = "libsvtav1", group
 
 
 def test_the_tests_of_av1_have_what_decodes_it() -> None:
-    assert av1.HAS_AV1
+    assert clip_reader.HAS_AV1
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 8, 31, 160, 200])
@@ -172,7 +173,7 @@ def test_damaged_av1_gives_the_good_part_or_is_corrupt(tmp_path: Path) -> None:
 
 
 def test_a_clip_that_only_opencv_opens_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(av1._OPTIONS, "format_whitelist", "avi")
+    monkeypatch.setitem(clip_reader._OPTIONS, "format_whitelist", "avi")
     with pytest.raises(MediaCorrupt, match="cannot be decoded"):
         sample(AV1, 4)
 

@@ -14,9 +14,8 @@ from PIL import Image
 from tests.servers import eventually
 from worker.errors import MediaCorrupt
 from worker.media.cache import ENTRY_BYTES, Made, MediaCache, MediaCacheStats, MediaKey, ObjectIdentity, entry_bytes
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
+from worker.media.types import DecodedClip, DecodedImage, DecodedMedia, MediaPolicy
 
 POLICY = MediaPolicy(frozenset({"media"}))
 STILL = MediaKey(ObjectIdentity("media", "scene.png", None, '"a"'), MediaKind.IMAGE, 0, POLICY)

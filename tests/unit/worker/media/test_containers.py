@@ -17,8 +17,7 @@ from tests.corpus.clips import avi, avi_list, mkv, replaced
 from tests.corpus.images import saved
 from tests.unit.worker.media.drawn_clips import AV1, B_FRAMES, SIZE, VARIABLE_RATE, drawn_frame, number_of, write_clip
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
-from worker.media.policy import MediaPolicy
-from worker.media.types import DecodedClip
+from worker.media.types import DecodedClip, MediaPolicy
 from worker.media.video import sample_clip
 
 POLICY = MediaPolicy(frozenset())
@@ -424,7 +423,7 @@ import sys
 from pathlib import Path
 sys.modules["av"] = None
 from worker.errors import MediaUnsupported
-from worker.media.policy import MediaPolicy
+from worker.media.types import MediaPolicy
 from worker.media.video import sample_clip
 try:
     sample_clip(Path(sys.argv[1]), 2, MediaPolicy(frozenset()), should_stop=lambda: None)

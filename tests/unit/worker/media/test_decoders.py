@@ -24,12 +24,11 @@ from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
 from worker.errors import DecoderFailed, MediaCorrupt, MediaTooLarge, OutOfMemory
 from worker.media import decoder_process
 from worker.media.decoder_process import DecodeLimits, DecoderProcess
+from worker.media.decoder_protocol import MAX_MESSAGE_BYTES, Decoded, Picture, packed, read_reply
 from worker.media.decoders import Decoders
-from worker.media.decoding import MAX_MESSAGE_BYTES, Decoded, Picture, packed, read_reply
 from worker.media.image import decode_image
-from worker.media.policy import MediaPolicy
 from worker.media.sniff import MediaKind
-from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
+from worker.media.types import DecodedClip, DecodedImage, DecodedMedia, MediaPolicy
 from worker.media.video import sample_clip
 
 POLICY = MediaPolicy(frozenset())
@@ -342,7 +341,7 @@ def test_a_decoder_has_no_credentials_and_no_room(decoders: Decoders, red: Path,
 
 CONFINED = """
 import os, socket, subprocess, sys
-from worker.media.confine import Confinement, confine
+from worker.media.sandbox import Confinement, confine
 confine(Confinement(parent=os.getppid(), memory_bytes=1 << 30))
 def outcome(attempt):
     try:
@@ -381,7 +380,7 @@ import sys
 from pathlib import Path
 from worker.media.decoder_process import DecodeLimits
 from worker.media.decoders import Decoders
-from worker.media.policy import MediaPolicy
+from worker.media.types import MediaPolicy
 from worker.media.sniff import MediaKind
 decoders = Decoders(2, DecodeLimits(1 << 30, 600.0, 600.0))
 decoders.start()

@@ -12,7 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.media import S3Object
 from worker.errors import MediaForbidden, MediaNotFound, StorageUnavailable
-from worker.media.faults import STORAGE_ERRORS, is_passing, translate
+from worker.media.storage import STORAGE_ERRORS, is_passing, translate
 
 MEDIA = S3Object("media", "a/b.png")
 

@@ -28,7 +28,7 @@ from PIL import (
 
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported, WorkerError
 from worker.media.image import DECODE_ERRORS, decode_image
-from worker.media.policy import MediaPolicy
+from worker.media.types import MediaPolicy
 
 POLICY = MediaPolicy(frozenset())
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.corpus.blocks import PNG_MAGIC, chunk, png, png_chunk
 from worker.errors import MediaCorrupt, MediaUnsupported
 from worker.media.image import decode_image
-from worker.media.policy import MediaPolicy
+from worker.media.types import MediaPolicy
 
 POLICY = MediaPolicy(frozenset())
 Decode = Callable[[bytes], Image.Image]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.media.scratch import job_directory, remove_leftovers
+from worker.media.collect import job_directory, remove_leftovers
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ import pytest
 from tests.unit.worker.media.drawn_clips import B_FRAMES, B_FRAMES_AVI, SIZE, VARIABLE_RATE, number_of, write_clip
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported, WorkerError
 from worker.media import clip_reader
-from worker.media.clip_file import ClipFile
+from worker.media.clip import ClipFile
 from worker.media.clip_index import open_capture, read_index
 from worker.media.decoders import FFMPEG_ENVIRONMENT
-from worker.media.policy import MediaPolicy
-from worker.media.types import DecodedClip
+from worker.media.types import DecodedClip, MediaPolicy
 from worker.media.video import sample_clip, uniform_positions
 
 POLICY = MediaPolicy(frozenset())
@@ -338,7 +337,7 @@ def test_ffmpeg_itself_refuses_playlists_under_our_environment(tmp_path: Path) -
     concat = tmp_path / "list.txt"
     concat.write_text(f"ffconcat version 1.0\nfile '{B_FRAMES}'\n")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom worker.media.clip_file import ClipFile\n"
+        "import sys\nfrom pathlib import Path\nfrom worker.media.clip import ClipFile\n"
         "from worker.media.clip_index import calm_opencv, open_capture\n"
         "calm_opencv()\nprint([open_capture(ClipFile(Path(path))).isOpened() for path in sys.argv[1:]])"
     )

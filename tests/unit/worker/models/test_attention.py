@@ -11,7 +11,7 @@ import torch
 from transformers import GitForCausalLM, Idefics2ForConditionalGeneration
 
 from worker.errors import CannotStart
-from worker.models.attention import attention_name
+from worker.models.placement import attention_name
 from worker.settings import Attention
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")

@@ -17,8 +17,8 @@ from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, assistant, c
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedMedia
 from worker.models.loader import LoadedModel
-from worker.prompting.literals import MARK, ControlTokens, literal_tokenizer
 from worker.prompting.prepare import PromptBuilder
+from worker.prompting.processors import MARK, ControlTokens, literal_tokenizer
 
 Builders = Callable[[str], PromptBuilder]
 Loaded = Callable[[str], LoadedModel]

@@ -13,12 +13,12 @@ from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
 from api_stub.contract.job import CaptionJob, VqaJob
-from api_stub.contract.media_options import MediaOptions
+from api_stub.contract.media import MediaOptions
 from tests.tiny.families import IDEFICS_TURNS, new_tokenizer
 from tests.unit.worker.engine.harness import request, running_engine
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, clip, image, user
 from worker.check import check
-from worker.engine.backend import PagedConfig
+from worker.engine.runner.build import PagedConfig
 from worker.errors import CannotStart, InvalidRequest, PromptTooLong
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel

@@ -1,0 +1,1 @@
+"""The program `visionq`: jobs, operators' commands, the gateway and the local stack."""

@@ -1,0 +1,201 @@
+"""How a client reaches the queue: over Redis or through a gateway. Handles know nothing else.
+
+Both raise the same errors: InvalidRequest, QueueFull, UnknownJob, StoreUnavailable, StorageRefused, JobFailed and
+TimeoutError. `OneLoop` keeps an asynchronous transport to the event loop that used it first: its connections belong to
+that one, and on another loop they would fail with an error that names neither client nor loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Protocol
+
+from api_stub.contract.event import Event
+from api_stub.contract.job import Job
+from api_stub.contract.result import Result
+from api_stub.contract.view import JobSelection, JobView
+from api_stub.errors import WrongEventLoop
+from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
+
+
+class Transport(Protocol):
+    """For threads; safe to share between them."""
+
+    def submit(self, job_id: str, job: Job) -> None:
+        """Hand a job in. The same id and body again is the same job."""
+
+    def retry(self, job_id: str) -> str:
+        """Queue a new job with the body of a finished one; return its id."""
+
+    def view(self, job_id: str) -> JobView:
+        """Look at a job."""
+
+    def cancel(self, job_id: str) -> Cancelled:
+        """Ask for a job's end; never answers UNKNOWN."""
+
+    def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """Ask for the end of all jobs of a tenant that are wanted."""
+
+    def delete(self, job_id: str) -> None:
+        """Remove a final job, its events and its result."""
+
+    def pause(self, model: str) -> QueueChange:
+        """Let nobody claim a model's jobs."""
+
+    def resume(self, model: str) -> QueueChange:
+        """Let a model's jobs be claimed again."""
+
+    def purge(self, model: str) -> int:
+        """End all queued jobs of a model; return how many."""
+
+    def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
+
+    def result(self, job_id: str, timeout: float | None) -> Result:
+        """Wait at most `timeout` seconds for a job's answer."""
+
+    def dead(self, limit: int) -> tuple[JobView, ...]:
+        """Return the jobs that were given up, newest first."""
+
+    def drop(self, job_id: str) -> bool:
+        """Take a job off the list of dead jobs."""
+
+    def upload(self, path: str | Path) -> str:
+        """Store a local file and return its URI."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
+
+class AsyncTransport(Protocol):
+    """For one event loop."""
+
+    async def submit(self, job_id: str, job: Job) -> None:
+        """See `Transport.submit`."""
+
+    async def retry(self, job_id: str) -> str:
+        """See `Transport.retry`."""
+
+    async def view(self, job_id: str) -> JobView:
+        """See `Transport.view`."""
+
+    async def cancel(self, job_id: str) -> Cancelled:
+        """See `Transport.cancel`."""
+
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+
+    async def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+
+    async def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
+
+    def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
+        """See `Transport.events`."""
+
+    async def result(self, job_id: str, timeout: float | None) -> Result:
+        """See `Transport.result`."""
+
+    async def dead(self, limit: int) -> tuple[JobView, ...]:
+        """See `Transport.dead`."""
+
+    async def drop(self, job_id: str) -> bool:
+        """See `Transport.drop`."""
+
+    async def upload(self, path: str | Path) -> str:
+        """See `Transport.upload`."""
+
+    async def close(self) -> None:
+        """See `Transport.close`."""
+
+
+class OneLoop:
+    """See `AsyncTransport`. Every method raises WrongEventLoop on another loop than the first call's."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def submit(self, job_id: str, job: Job) -> None:
+        """See `Transport.submit`."""
+        await self._here().submit(job_id, job)
+
+    async def retry(self, job_id: str) -> str:
+        """See `Transport.retry`."""
+        return await self._here().retry(job_id)
+
+    async def view(self, job_id: str) -> JobView:
+        """See `Transport.view`."""
+        return await self._here().view(job_id)
+
+    async def cancel(self, job_id: str) -> Cancelled:
+        """See `Transport.cancel`."""
+        return await self._here().cancel(job_id)
+
+    async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
+        """See `Transport.cancel_jobs`."""
+        return await self._here().cancel_jobs(tenant, wanted)
+
+    async def delete(self, job_id: str) -> None:
+        """See `Transport.delete`."""
+        await self._here().delete(job_id)
+
+    async def pause(self, model: str) -> QueueChange:
+        """See `Transport.pause`."""
+        return await self._here().pause(model)
+
+    async def resume(self, model: str) -> QueueChange:
+        """See `Transport.resume`."""
+        return await self._here().resume(model)
+
+    async def purge(self, model: str) -> int:
+        """See `Transport.purge`."""
+        return await self._here().purge(model)
+
+    async def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
+        """See `Transport.events`."""
+        async with aclosing(self._here().events(job_id, after, timeout)) as events:
+            async for event in events:
+                yield event
+
+    async def result(self, job_id: str, timeout: float | None) -> Result:
+        """See `Transport.result`."""
+        return await self._here().result(job_id, timeout)
+
+    async def dead(self, limit: int) -> tuple[JobView, ...]:
+        """See `Transport.dead`."""
+        return await self._here().dead(limit)
+
+    async def drop(self, job_id: str) -> bool:
+        """See `Transport.drop`."""
+        return await self._here().drop(job_id)
+
+    async def upload(self, path: str | Path) -> str:
+        """See `Transport.upload`."""
+        return await self._here().upload(path)
+
+    async def close(self) -> None:
+        """See `Transport.close`."""
+        await self._here().close()
+
+    def _here(self) -> AsyncTransport:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            state = "is closed" if self._loop.is_closed() else "is another one"
+            raise WrongEventLoop(
+                f"this AsyncClient belongs to the event loop that used it first, which {state}:"
+                " make one AsyncClient per event loop, inside the coroutine that asyncio.run() runs"
+            )
+        return self._transport

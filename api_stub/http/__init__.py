@@ -1,4 +1,0 @@
-"""The way through a gateway: plain HTTP and server-sent events. Needs the `http` extra.
-
-`asks` says what is sent and how an answer is read, without I/O; `sync` and `aio` send it.
-"""

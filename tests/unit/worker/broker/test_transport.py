@@ -1,0 +1,97 @@
+"""Whatever comes off a worker's queue is a sign of life, also what is dropped at once."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+import redis
+from kombu import Connection, Consumer, Queue
+from pydantic import SecretStr
+
+from api_stub.contract import names
+from tests.chaos.proxy import Network
+from tests.servers import RedisServer
+from worker.broker.app import make_app
+from worker.lifecycle.drain import Consumption
+from worker.lifecycle.watchdog import QueueWatch
+from worker.settings import WorkerSettings
+
+
+@pytest.fixture
+def consumption() -> Consumption:
+    return Consumption(2)
+
+
+@pytest.fixture
+def connection(redis_url: str, consumption: Consumption) -> Iterator[Connection]:
+    app = make_app(WorkerSettings(redis_url=SecretStr(redis_url)), consumption.met)
+    with app.connection_for_read() as connection:
+        yield connection
+    app.close()
+
+
+def envelope(**properties: object) -> str:
+    tag = {"delivery_tag": str(uuid.uuid4()), "delivery_info": {"exchange": "", "routing_key": "visionq.default"}}
+    return json.dumps(
+        {"body": "[[], {}, {}]", "content-type": "application/json", "content-encoding": "utf-8",
+         "headers": {"task": "no.such", "id": "x"}, "properties": tag | properties}
+    )  # fmt: skip
+
+
+def test_a_flood_of_junk_does_not_make_a_worker_look_mute(
+    redis_client: redis.Redis, connection: Connection, consumption: Consumption
+) -> None:
+    junk = ["no JSON", "{}", "[1, 2]", envelope(), envelope(delivery_info=None)]
+    watch = QueueWatch(consumption, lambda: len(junk), mute_s=3)
+    with Consumer(connection, [Queue(names.queue("default"))], on_message=lambda message: message.reject()):
+        for now, entry in enumerate(junk):
+            redis_client.lpush(names.queue("default"), entry)
+            read(connection, consumption)
+            assert watch.look(float(now)) is None
+    found = [watch.look(float(now)) for now in range(5, 10)][-1]
+    assert found is not None, "without signs of life it is"
+
+
+def test_a_receiver_follows_the_name_away_from_a_server_that_became_a_replica(tmp_path: Path) -> None:
+    """The old server stays up, and so do its connections."""
+    consumption = Consumption(2)
+    with ExitStack() as stack:
+        servers = []
+        for name in ("old", "new"):
+            (tmp_path / name).mkdir()
+            servers.append(RedisServer(tmp_path / name))
+            stack.callback(servers[-1].kill)
+        old, new = servers
+        proxy = stack.enter_context(Network()).proxy(old.port)
+        app = make_app(WorkerSettings(redis_url=SecretStr(proxy.url)), consumption.met)
+        stack.callback(app.close)
+        clients = [stack.enter_context(server.client()) for server in servers]
+        connection = stack.enter_context(app.connection_for_read())
+        queue = Queue(names.queue("default"))
+        stack.enter_context(Consumer(connection, [queue], on_message=lambda message: message.ack()))
+        clients[0].lpush(names.queue("default"), envelope())
+        read(connection, consumption)
+        proxy.lead_to(new.port)
+        clients[0].execute_command("REPLICAOF", "127.0.0.1", new.port)
+        clients[1].lpush(names.queue("default"), envelope())
+        began = time.monotonic()
+        read(connection, consumption)
+        assert time.monotonic() - began < 10
+        assert clients[1].hlen("unacked") == 0, "it is acknowledged there, too"
+
+
+def read(connection: Connection, consumption: Consumption) -> None:
+    """Turn the broker's loop until something has come."""
+    before = consumption.num_signs
+    for _ in range(100):
+        with suppress(TimeoutError):
+            connection.drain_events(timeout=0.2)
+        if consumption.num_signs > before:
+            return
+    raise AssertionError("nothing was read")

@@ -1,0 +1,245 @@
+"""The publisher between the engine and a real Redis."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from api_stub.contract import names
+from api_stub.contract.event import DeltaBody, ProgressBody, Stage
+from api_stub.contract.job import VqaJob
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.rows import Claim
+from api_stub.ledger.settings import LedgerConfig
+from tests.servers import RedisServer, eventually
+from worker.streaming.publisher import AttemptStream, Outgoing, Publisher, merge
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of this test's own: it is stopped and killed here."""
+    server = RedisServer(tmp_path, "--appendfsync", "always")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def ledger(server: RedisServer) -> Iterator[Ledger]:
+    ledger = Ledger.connect(server.url, LedgerConfig(), timeout_s=1.0)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def publisher(ledger: Ledger) -> Iterator[Publisher[list[Outgoing]]]:
+    publisher: Publisher[list[Outgoing]] = Publisher(ledger, lambda step: step)
+    publisher.start()
+    yield publisher
+    publisher.stop(10)
+    assert not publisher.is_alive
+
+
+def claimed(ledger: Ledger) -> AttemptStream:
+    job_id = str(uuid.uuid4())
+    ledger.submit(job_id, VqaJob(question="hello").resolved(job_id))
+    claim = ledger.claim(job_id, "worker-1")
+    assert isinstance(claim, Claim)
+    return AttemptStream(job_id, claim.fence)
+
+
+def delta(stream: AttemptStream, text: str, offset: int) -> Outgoing:
+    return Outgoing(stream, DeltaBody(text=text, offset=offset, num_tokens=1))
+
+
+def events(client: redis.Redis, stream: AttemptStream) -> list[dict[str, object]]:
+    return [json.loads(fields["event"]) for _, fields in client.xrange(names.events_key(stream.job_id))]
+
+
+def flush(publisher: Publisher[list[Outgoing]], stream: AttemptStream) -> None:
+    sent = threading.Event()
+    publisher.put(Outgoing(stream, None, on_sent=sent.set))
+    assert sent.wait(30)
+
+
+def test_all_rows_of_a_step_arrive_in_stream_and_channel(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    streams = [claimed(ledger) for _ in range(8)]
+    with server.client() as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe(*[names.events_key(stream.job_id) for stream in streams])
+        pubsub.get_message(timeout=1)
+        publisher.put_step([delta(stream, f"text {index}", 0) for index, stream in enumerate(streams)])
+        for stream in streams:
+            flush(publisher, stream)
+        for index, stream in enumerate(streams):
+            written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+            assert [event["text"] for event in written] == [f"text {index}"]
+        heard: list[object] = []
+        eventually(lambda: _hear(pubsub, heard) or len(heard) >= len(streams), 10, "every channel heard its delta")
+
+
+def _hear(pubsub: redis.client.PubSub, heard: list[object]) -> None:
+    message = pubsub.get_message(timeout=0.1)
+    if message is not None and "output.delta" in message["data"]:
+        heard.append(message)
+
+
+def test_a_stopped_redis_does_not_stop_the_engine_and_loses_nothing(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        # Every one of these returns while Redis answers nobody: the engine's thread is never held up.
+        for offset in range(5_000):
+            publisher.put_step([delta(stream, "x", offset)])
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    flush(publisher, stream)
+    with server.client() as client:
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+        assert "".join(str(event["text"]) for event in written) == "x" * 5_000
+        assert sum(int(str(event["num_tokens"])) for event in written) == 5_000
+        assert len(written) < 1_000, "waiting deltas are joined"
+        offset = 0
+        for event in written:
+            assert event["offset"] == offset
+            offset += len(str(event["text"]))
+
+
+def test_a_killed_redis_gets_each_delta_once_after_its_restart(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    publisher.put(delta(stream, "before ", 0))
+    flush(publisher, stream)
+    server.kill()
+    publisher.put(delta(stream, "during ", 7))
+    server.start()
+    publisher.put(delta(stream, "after", 14))
+    flush(publisher, stream)
+    with server.client() as client:
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+        assert "".join(str(event["text"]) for event in written) == "before during after"
+
+
+def test_an_attempt_that_lost_its_job_publishes_nothing(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stale = claimed(ledger)
+    stale.fence += 1_000
+    publisher.put(delta(stale, "not mine", 0))
+    flush(publisher, stale)
+    assert stale.is_lost
+    with server.client() as client:
+        assert [event["type"] for event in events(client, stale)] == ["job.queued", "job.started"]
+
+
+@pytest.mark.parametrize("key_of", [names.events_key, names.job_key], ids=["stream", "row"])
+def test_a_key_of_the_wrong_type_costs_its_own_job_its_events_and_no_other(
+    key_of: Callable[[str], str],
+    publisher: Publisher[list[Outgoing]],
+    ledger: Ledger,
+    server: RedisServer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before, broken, behind = (claimed(ledger) for _ in range(3))
+    with server.client() as client:
+        key = key_of(broken.job_id)
+        client.rename(key, "aside")
+        client.set(key, "somebody else's")
+        for offset in range(3):
+            publisher.put_step([delta(stream, "x", offset) for stream in (before, broken, behind)])
+            flush(publisher, behind)
+        for stream in (before, behind):
+            written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+            assert "".join(str(event["text"]) for event in written) == "xxx"
+        client.rename("aside", key)
+        publisher.put(delta(broken, "mended", 3))
+        flush(publisher, broken)
+        last = events(client, broken)[-1]
+        assert (last["text"], last["offset"]) == ("mended", 3)
+        seqs = [event["seq"] for event in events(client, broken)]
+        assert seqs == list(range(1, len(seqs) + 1))
+    refused = [record for record in caplog.records if record.message == "events of a job are refused"]
+    assert [(vars(record)["action"], vars(record)["job_id"]) for record in refused] == [("publish", broken.job_id)]
+
+
+def test_an_event_that_may_not_be_called_out_stands_in_the_stream_once(
+    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    with server.client() as client:
+        try:
+            client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+            publisher.put_step([delta(stream, "one", 0)])
+            flush(publisher, stream)
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "allchannels")
+        publisher.put(delta(stream, " two", 3))
+        flush(publisher, stream)
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+        assert [event["text"] for event in written] == ["one", " two"]
+        seqs = [event["seq"] for event in events(client, stream)]
+        assert seqs == list(range(1, len(seqs) + 1))
+
+
+def test_a_publisher_with_work_that_it_does_not_do_can_be_seen(ledger: Ledger, server: RedisServer) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def slow(step: list[Outgoing]) -> list[Outgoing]:
+        begun.set()
+        assert may_go_on.wait(60)
+        return step
+
+    publisher: Publisher[list[Outgoing]] = Publisher(ledger, slow)
+    publisher.start()
+    try:
+        assert not publisher.is_busy
+        stream = claimed(ledger)
+        server.kill()
+        publisher.put_step([delta(stream, "x", 0)])
+        assert begun.wait(20)
+        assert publisher.is_busy
+        stuck_at = publisher.num_turns
+        may_go_on.set()
+        eventually(lambda: publisher.num_turns > stuck_at + 2, 20, "trying again is a sign of life")
+        assert publisher.is_busy
+        server.start()
+        eventually(lambda: not publisher.is_busy, 20, "all is sent")
+    finally:
+        may_go_on.set()
+        publisher.stop(10)
+
+
+def test_a_step_that_cannot_be_translated_does_not_end_the_publisher(ledger: Ledger) -> None:
+    def broken(step: str) -> list[Outgoing]:
+        raise ValueError(step)
+
+    publisher: Publisher[str] = Publisher(ledger, broken)
+    publisher.start()
+    publisher.put_step("nonsense")
+    sent = threading.Event()
+    publisher.put(Outgoing(AttemptStream("nobody", 1), None, on_sent=sent.set))
+    assert sent.wait(10)
+    publisher.stop(10)
+    assert not publisher.is_alive
+
+
+def test_only_neighbours_that_say_the_same_are_joined() -> None:
+    first, second = DeltaBody(text="a", offset=0, num_tokens=1), DeltaBody(text="bc", offset=1, num_tokens=2)
+    assert merge(first, second) == DeltaBody(text="abc", offset=0, num_tokens=3)
+    fetching = ProgressBody(stage=Stage.FETCHING, done=0, total=2)
+    assert merge(fetching, ProgressBody(stage=Stage.FETCHING, done=1, total=2)) == ProgressBody(
+        stage=Stage.FETCHING, done=1, total=2
+    )
+    assert merge(fetching, ProgressBody(stage=Stage.PREFILL, done=0, total=9)) is None
+    assert merge(fetching, first) is None

@@ -1,0 +1,155 @@
+"""What attention code for a device looks like to the engine, and the code of others in that shape.
+
+Others: flash-attn's kernels, and the variable-length one that torch has built in. No CPU runs them; `choose` tries them
+at load before they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Final, Protocol
+
+from torch import Tensor
+
+
+class DecodeAttention(Protocol):
+    """Attention of one token per request to keys and values in blocks. Must not wait for the device."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_table: Tensor,
+        kv_lens: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Return [B, heads, dim] for query [B, heads, dim] and keys and values [blocks, block size, kv heads, dim].
+
+        block_table: int32 [B, W]. kv_lens: int32 [B], entries each may see, its own included. window: how many of
+        them, the newest first; None for all.
+        """
+
+
+class PieceAttention(Protocol):
+    """Attention of pieces of prompts, one after another in a row. Must not wait for the device."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Return [T, heads, dim] for query [T, heads, dim] and keys and values [S, kv heads, dim].
+
+        Each piece is the end of its sequence and sees what is before it. starts: where each piece and each sequence
+        begins, and the ends of the last, int32 [n + 1]. longest: tokens of the longest piece and sequence.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Attention code for a device; None gathers the blocks and calls SDPA, which runs everywhere."""
+
+    decode: DecodeAttention | None = None
+    pieces: PieceAttention | None = None
+
+
+#: Runs everywhere.
+SDPA: Final = Kernels()
+
+
+logger = logging.getLogger(__name__)
+
+
+def flash_attn() -> Any | None:
+    """Return the package if it is there and fits this torch."""
+    if find_spec("flash_attn") is None:
+        return None
+    try:
+        return import_module("flash_attn")
+    except (ImportError, OSError) as error:
+        logger.warning("flash-attn cannot be imported", extra={"action": "engine.kernels", "error": str(error)})
+        return None
+
+
+def flash_decode(flash: Any) -> DecodeAttention:
+    def attend(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_table: Tensor,
+        kv_lens: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        output: Tensor = flash.flash_attn_with_kvcache(
+            query[:, None],
+            keys,
+            values,
+            cache_seqlens=kv_lens,
+            block_table=block_table,
+            softmax_scale=scale,
+            causal=True,
+            window_size=_window_size(window),
+        )
+        return output[:, 0]
+
+    return attend
+
+
+def flash_pieces(flash: Any) -> PieceAttention:
+    def attend(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        output: Tensor = flash.flash_attn_varlen_func(
+            query,
+            keys,
+            values,
+            *starts,
+            *longest,
+            softmax_scale=scale,
+            causal=True,
+            window_size=_window_size(window),
+        )
+        return output
+
+    return attend
+
+
+def torch_pieces(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    # A module that is new in torch and missing in the oldest version allowed.
+    varlen: Any = import_module("torch.nn.attention.varlen")
+    gqa = query.shape[1] != keys.shape[1]
+    left = -1 if window is None else window - 1
+    output: Tensor = varlen.varlen_attn(
+        query, keys, values, *starts, *longest, scale=scale, window_size=(left, 0), enable_gqa=gqa
+    )
+    return output
+
+
+def _window_size(window: int | None) -> tuple[int, int]:
+    """How far a token looks back beside itself, and ahead: flash-attn's way."""
+    return (-1, -1) if window is None else (window - 1, 0)

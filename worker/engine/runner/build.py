@@ -1,0 +1,264 @@
+"""Chooses and builds the KV back end of a model, and lets it prove itself before anything is served from it.
+
+Paged blocks need a text model that calls the registered attention function in every layer. Rows need one that keeps
+all its state in the keys and values of its own layers. Whether a back end answers as the model does is found out by
+trying, see `proof`; a model that none of them answers for is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from transformers import PreTrainedModel
+
+from worker.engine.attention.choose import choose_kernels
+from worker.engine.attention.kernels import SDPA, Kernels
+from worker.engine.attention.paged import LAYOUT, LayoutStep
+from worker.engine.kv_cache.blocks import LayerShape, PagedKV
+from worker.engine.kv_cache.dense import FULL, SLIDING
+from worker.engine.model_hooks import Entrances
+from worker.engine.request import Unsuited
+from worker.engine.runner.cuda_graphs import CudaGraphRecorder, DecodeGraphs, graph_sizes
+from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.forward import FlatForward
+from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.proof import Reference, first_line, prove, references, trial_length
+from worker.engine.tensors import computing_dtype
+from worker.engine.vision.stage import VisionConfig, VisionStage
+from worker.errors import CannotStart
+from worker.models.inputs import ModelInputs
+
+logger = logging.getLogger(__name__)
+
+#: Tokens of the forward that tells the shapes of the layers.
+PROBE_TOKENS: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class PagedConfig:
+    """Sizes of a paged back end.
+
+    block_size: tokens of a block. num_blocks: 0 takes what `max_num_seqs` full requests need, on a GPU at most
+    `memory_fraction` of the memory that is free. reads_whole, reuses_prefixes: see `PagedRunner`.
+    tries_kernels: look for better attention code than SDPA, see `choose_kernels`.
+    records: replay recorded decode steps on a GPU; None does where attention has a kernel, which reads no more than it
+        must. compiles: see `FlatForward`.
+    """
+
+    block_size: int = 16
+    num_blocks: int = 0
+    memory_fraction: float = 0.9
+    reads_whole: bool = False
+    reuses_prefixes: bool = True
+    tries_kernels: bool = True
+    records: bool | None = None
+    compiles: bool = False
+
+
+@torch.inference_mode()
+def build_runner(
+    model: PreTrainedModel,
+    max_num_seqs: int,
+    max_model_len: int,
+    paged: PagedConfig | None,
+    vision: VisionConfig | None = None,
+    trials: Sequence[ModelInputs] = (),
+) -> PagedRunner | SlotRunner:
+    """Return a paged runner if it is asked for and the model is suited, else rows.
+
+    trials: prompts about which a back end must answer as the model's own `generate` does, see `proof`. Raises
+    CannotStart when memory does not hold one full request, or when neither back end can serve the model, with the
+    reasons.
+    """
+    reasons: dict[str, str] = {}
+    try:
+        entrances = Entrances(model)
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise _cannot_serve(model, {"its text decoder": first_line(error)}) from error
+    vision = vision or VisionConfig()
+    try:
+        expected = references(entrances, trials, max_model_len)
+    except Unsuited as reason:
+        raise _cannot_serve(model, {"its text decoder": str(reason)}) from reason
+    if paged is not None:
+        try:
+            return _paged_runner(entrances, vision, expected, paged, max_num_seqs, max_model_len)
+        except Unsuited as reason:
+            reasons["paged blocks"] = str(reason)
+            facts = {"action": "engine.prove", "kv_backend": "slots", "reason": str(reason)}
+            logger.warning("model cannot be served from paged blocks", extra=facts)
+    try:
+        return _slot_runner(entrances, vision, expected, max_num_seqs, max_model_len, reasons.get("paged blocks"))
+    except Unsuited as reason:
+        reasons["rows"] = str(reason)
+        raise _cannot_serve(model, reasons) from reason
+
+
+def _cannot_serve(model: PreTrainedModel, reasons: Mapping[str, str]) -> CannotStart:
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return CannotStart(f"VISIONQ_MODEL: {type(model).__name__} cannot be served here ({why})")
+
+
+def _slot_runner(
+    entrances: Entrances,
+    vision: VisionConfig,
+    expected: Sequence[Reference],
+    max_num_seqs: int,
+    max_model_len: int,
+    why_not_paged: str | None,
+) -> SlotRunner:
+    """Prove rows on a few short ones. Raises Unsuited."""
+    num_rows = min(max_num_seqs, len(expected) + 1)
+    trial = SlotRunner(entrances, VisionStage(entrances, vision), num_rows, trial_length(expected))
+    prove(trial, expected, num_rows, computing_dtype(entrances.model))
+    return SlotRunner(entrances, VisionStage(entrances, vision), max_num_seqs, max_model_len, why_not_paged)
+
+
+def _paged_runner(
+    entrances: Entrances,
+    vision: VisionConfig,
+    expected: Sequence[Reference],
+    config: PagedConfig,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> PagedRunner:
+    """Choose the attention code, prove it, take the memory, record decode steps: in this order. Raises Unsuited."""
+    layout = probe(entrances)
+    num_heads = entrances.text_config.num_attention_heads
+    kernels = choose_kernels(layout, num_heads, config.block_size) if config.tries_kernels else SDPA
+    _prove_paged(entrances, vision, layout, kernels, expected, config, max_num_seqs)
+    stage = VisionStage(entrances, vision)
+    free_bytes = _free_bytes(layout, entrances.model.device, stage.cache_bytes)
+    num_blocks = count_blocks(config, layout, max_num_seqs, max_model_len, free_bytes)
+    kv = PagedKV(layout, num_blocks, config.block_size)
+    forward = FlatForward(entrances, kv, kernels, compiles=config.compiles)
+    facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
+    logger.info("serving from paged blocks", extra=facts)
+    return PagedRunner(
+        entrances,
+        kv,
+        stage,
+        max_num_seqs,
+        max_model_len,
+        reads_whole=config.reads_whole,
+        reuses_prefixes=config.reuses_prefixes,
+        forward=forward,
+        graphs=_graphs(config, forward, layout, max_num_seqs, max_model_len),
+    )
+
+
+def _prove_paged(
+    entrances: Entrances,
+    vision: VisionConfig,
+    layout: Mapping[int, LayerShape],
+    kernels: Kernels,
+    expected: Sequence[Reference],
+    config: PagedConfig,
+    max_num_seqs: int,
+) -> None:
+    """Prove paged blocks on as few as hold the trial prompts. Raises Unsuited."""
+    length, num_rows = trial_length(expected), min(max_num_seqs, len(expected) + 1)
+    kv = PagedKV(layout, num_rows * -(-length // config.block_size) + 1, config.block_size)
+    trial = PagedRunner(
+        entrances,
+        kv,
+        VisionStage(entrances, vision),
+        num_rows,
+        length,
+        reads_whole=config.reads_whole,
+        reuses_prefixes=config.reuses_prefixes,
+        forward=FlatForward(entrances, kv, kernels, compiles=config.compiles),
+    )
+    prove(trial, expected, num_rows, computing_dtype(entrances.model))
+
+
+def _graphs(
+    config: PagedConfig,
+    forward: FlatForward,
+    layout: Mapping[int, LayerShape],
+    max_num_seqs: int,
+    max_model_len: int,
+) -> DecodeGraphs | None:
+    """Record decode steps where that can be done: on one GPU."""
+    devices = {shape.device for shape in layout.values()}
+    device = next(iter(devices))
+    wanted = forward.has_kernel if config.records is None else config.records
+    if not wanted or len(devices) > 1 or device.type != "cuda":
+        return None
+    width = -(-max_model_len // config.block_size)
+    graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, device, CudaGraphRecorder())
+    try:
+        graphs.record()
+    except RuntimeError:
+        # Raises if the device is lost; otherwise some operator of this model cannot be recorded.
+        torch.cuda.synchronize(device)
+        logger.warning("decode steps cannot be recorded", extra={"action": "engine.record"}, exc_info=True)
+        return None
+    return graphs
+
+
+def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
+    """Return the shapes of the layers' keys and values after a trial. Raises Unsuited with the reason."""
+    config = entrances.text_config
+    unknown = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if unknown:
+        raise Unsuited(f"layers of type {', '.join(sorted(unknown))}")
+    try:
+        layout = _layout(entrances)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        raise Unsuited(f"{type(error).__name__} in the trial: {first_line(error)}") from error
+    if len(layout) != config.num_hidden_layers:
+        raise Unsuited(f"{len(layout)} of {config.num_hidden_layers} layers call the attention function")
+    return layout
+
+
+def _layout(entrances: Entrances) -> Mapping[int, LayerShape]:
+    device, step = entrances.model.device, LayoutStep()
+    positions = torch.arange(PROBE_TOKENS, device=device)
+    embeds = entrances.embed((positions + 1) % entrances.text_config.vocab_size)
+    with entrances.attending(LAYOUT):
+        entrances.text_forward(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, kv_step=step)
+    return step.layout
+
+
+def count_blocks(
+    config: PagedConfig,
+    layout: Mapping[int, LayerShape],
+    max_num_seqs: int,
+    max_model_len: int,
+    free_bytes: Mapping[torch.device, int],
+) -> int:
+    """Return how many blocks to take, the trash block included.
+
+    free_bytes: of each device whose memory bounds them; a block takes its layers' share on each. Raises CannotStart
+    when one full request does not fit.
+    """
+    per_request = -(-max_model_len // config.block_size)
+    num_blocks = config.num_blocks or max_num_seqs * per_request + 1
+    if not config.num_blocks:
+        for device, num_bytes in free_bytes.items():
+            entry_bytes = sum(shape.num_bytes for shape in layout.values() if shape.device == device)
+            num_blocks = min(num_blocks, int(num_bytes * config.memory_fraction // (config.block_size * entry_bytes)))
+    if num_blocks <= per_request:
+        raise CannotStart(
+            f"VISIONQ_MAX_MODEL_LEN: a request of {max_model_len} tokens takes {per_request} blocks of keys and values "
+            f"beside a spare one, memory has room for {num_blocks}"
+        )
+    return num_blocks
+
+
+def _free_bytes(
+    layout: Mapping[int, LayerShape], device: torch.device, set_aside_bytes: int
+) -> Mapping[torch.device, int]:
+    """Return what is free on the layers' GPUs; `set_aside_bytes` of the model's own are for something else."""
+    devices = {shape.device for shape in layout.values() if shape.device.type == "cuda"}
+    if devices:
+        # What the trials took and gave back counts as free again.
+        torch.cuda.empty_cache()
+    return {each: torch.cuda.mem_get_info(each)[0] - (set_aside_bytes if each == device else 0) for each in devices}

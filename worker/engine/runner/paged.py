@@ -1,0 +1,254 @@
+"""Runs the model over paged keys and values: streams and pieces of prompts of many requests in one forward.
+
+A prompt is first taken from the model at its decoder's door (`prefill.capture`). Most can then be read in pieces; those
+that cannot go through the model's own forward in one, beside the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.attention.paged import PromptStep
+from worker.engine.batch import Chunk, NoRoom, PrefixStats, StepLogits, VisionStats
+from worker.engine.kv_cache.blocks import BlockPool, BlockTables, PagedKV
+from worker.engine.model_hooks import Entrances
+from worker.engine.pictures import Picture
+from worker.engine.request import Request
+from worker.engine.runner.cuda_graphs import DecodeGraphs
+from worker.engine.runner.dense import check_room
+from worker.engine.runner.forward import DecodeInputs, FlatForward, PromptPiece
+from worker.engine.runner.prefill import PrefixKeys, Prompt, capture, read_whole
+from worker.engine.tensors import to_device
+from worker.engine.vision.stage import VisionStage
+from worker.models.inputs import ModelInputs
+
+logger = logging.getLogger(__name__)
+
+
+class PagedRunner:
+    """A `Runner` with a block table per running request. It can resume requests.
+
+    reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
+    reuses_prefixes: do not read again what another prompt that began alike left in full blocks.
+    forward, graphs: how steps are run, and recorded decode steps of it; a plain forward and none if not given.
+    """
+
+    kv_backend = "paged"
+    why_not_paged: str | None = None
+    can_resume = True
+    can_run_ahead = True
+
+    def __init__(
+        self,
+        entrances: Entrances,
+        kv: PagedKV,
+        vision: VisionStage,
+        num_rows: int,
+        max_model_len: int,
+        *,
+        reads_whole: bool = False,
+        reuses_prefixes: bool = True,
+        forward: FlatForward | None = None,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self._entrances = entrances
+        self._kv = kv
+        self._vision = vision
+        self._max_model_len = max_model_len
+        self._reads_whole = reads_whole
+        self._forward = forward or FlatForward(entrances, kv)
+        self._graphs = graphs
+        self._tables = BlockTables(BlockPool(kv.num_blocks), kv.block_size, num_rows, max_model_len)
+        self._prefixes = PrefixKeys() if reuses_prefixes else None
+        self._prompts: dict[Request, Prompt] = {}
+        self._keys: dict[Request, list[bytes]] = {}
+        self._num_queried_tokens = 0
+        self._num_reused_tokens = 0
+        self._device = entrances.model.device
+        # The newest tokens of the last step, and where each request's lies among them.
+        self._newest = torch.zeros(1, dtype=torch.long, device=self._device)
+        self._places: dict[Request, int] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request holds."""
+        return self._tables.num_free_blocks
+
+    def kv_usage(self) -> float:
+        """Return the share of blocks that have an owner."""
+        return 1.0 - self._tables.num_free_blocks / max(1, self._kv.num_blocks - 1)
+
+    def prefix_stats(self) -> PrefixStats:
+        """Return how many prompt tokens did not have to be read; any thread."""
+        return PrefixStats(self._num_queried_tokens, self._num_reused_tokens)
+
+    def vision_stats(self) -> VisionStats:
+        """See `VisionStage`."""
+        return self._vision.stats()
+
+    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
+        """See `VisionStage`."""
+        return self._vision.cut(inputs)
+
+    def look_ahead(self, requests: Sequence[Request]) -> None:
+        """See `VisionStage`."""
+        self._vision.look_ahead(requests)
+
+    def has_room(self, num_tokens: int, num_running: int) -> bool:
+        """Whether the blocks suffice, one more for each stream set aside: else it might be sent away at once."""
+        return self._tables.num_blocks(num_tokens) + num_running <= self._tables.num_free_blocks
+
+    def open(self, request: Request) -> None:
+        """Run images and embedding, take blocks for the prompt and what was generated before. See `Runner`."""
+        prompt = capture(self._entrances, self._vision.arguments(request))
+        check_room(prompt.num_tokens, request, self._max_model_len)
+        request.is_chunkable = not (prompt.is_whole or self._reads_whole)
+        num_tokens = prompt.num_tokens + len(request.output_ids)
+        keys: list[bytes] = []
+        if request.is_chunkable and self._prefixes is not None:
+            # The last token is always fed: its logits are wanted.
+            keys = self._prefixes.keys(prompt, self._kv.block_size)[: (num_tokens - 1) // self._kv.block_size]
+        opened = self._tables.open(num_tokens, keys)
+        if opened is None:
+            raise NoRoom
+        request.row, request.num_cached_tokens = opened
+        self._num_queried_tokens += prompt.num_tokens if keys else 0
+        self._num_reused_tokens += request.num_cached_tokens
+        request.num_prompt_cached = prompt.num_tokens
+        request.first_position = prompt.first_position
+        self._prompts[request] = prompt
+        if request.is_chunkable:
+            self._vision.forget(request)
+        self._keys[request] = keys
+        if prompt.positions.ndim == 2:
+            self._forward.num_axes = prompt.positions.shape[0]
+
+    def grow(self, request: Request) -> bool:
+        """Make room for the newest token."""
+        return self._tables.grow(request.row, request.num_tokens)
+
+    def run(self, chunks: Sequence[Chunk]) -> StepLogits:
+        """Feed streams and pieces in one forward, then prompts that must stay whole, each in its own."""
+        self._kv.clear(self._tables.take_unclean())
+        streams = [chunk.request for chunk in chunks if chunk.request.is_decoding]
+        pieces = [chunk for chunk in chunks if not chunk.request.is_decoding and not chunk.request.must_stay_whole]
+        requests: list[Request] = []
+        logits: list[Tensor] = []
+        failed: list[tuple[Request, Exception]] = []
+        if streams or pieces:
+            logits.append(self._run_flat(streams, pieces))
+            requests += self._count([*(Chunk(request, 1) for request in streams), *pieces])
+        for chunk in chunks:
+            if chunk.request.must_stay_whole:
+                try:
+                    read = self._run_whole(chunk.request)
+                except Exception as error:
+                    facts = {"action": "engine.prefill", "job_id": chunk.request.job_id}
+                    logger.warning("prefill failed", extra=facts, exc_info=True)
+                    # Its frames hold the tensors of the prompt.
+                    failed.append((chunk.request, error.with_traceback(None)))
+                else:
+                    done = self._count([chunk])
+                    logits += [read] * len(done)
+                    requests += done
+        return StepLogits(requests, torch.cat(logits) if requests else None, failed)
+
+    def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        """See `Runner`."""
+        self._newest = tokens
+        self._places = {request: place for place, request in enumerate(requests)}
+
+    def release(self, request: Request) -> None:
+        """Give blocks and prompt up."""
+        self._forget(request)
+        if request.row >= 0:
+            self._tables.close(request.row)
+            request.row = -1
+
+    def reset(self) -> None:
+        """Give temporary memory back; the blocks of other requests are as they were."""
+        self.free_memory()
+
+    def free_memory(self) -> None:
+        """See `Runner`."""
+        self._vision.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forget(self, request: Request) -> None:
+        self._prompts.pop(request, None)
+        self._vision.forget(request)
+        self._keys.pop(request, None)
+
+    def _count(self, chunks: Sequence[Chunk]) -> list[Request]:
+        """Count what was fed; return the requests that get a token for it."""
+        for chunk in chunks:
+            request = chunk.request
+            request.num_cached_tokens += chunk.num_tokens
+            if request in self._keys:
+                self._tables.name(request.row, self._keys[request], request.num_cached_tokens)
+            if request.num_cached_tokens >= request.num_prompt_cached:
+                self._forget(request)
+        return [chunk.request for chunk in chunks if chunk.request.num_unread == 0]
+
+    def _run_flat(self, streams: Sequence[Request], pieces: Sequence[Chunk]) -> Tensor:
+        inputs = self._decode_inputs(streams) if streams else None
+        if inputs is not None and not pieces:
+            return (self._graphs or self._forward).decode(inputs)
+        return self._forward.mixed(inputs, [self._piece(chunk) for chunk in pieces])
+
+    def _run_whole(self, request: Request) -> Tensor:
+        slots = self._tables.slots(request.row, 0, request.num_prompt_cached)
+        return read_whole(
+            self._entrances, self._vision.arguments(request), PromptStep(self._kv, to_device(slots, self._device))
+        )
+
+    def _decode_inputs(self, streams: Sequence[Request]) -> DecodeInputs:
+        """Say what every stream feeds: one tensor of numbers and one of blocks go to the device."""
+        lengths = [request.num_cached_tokens for request in streams]
+        ids = [0 if request.num_pending else request.output_ids[-1] for request in streams]
+        positions = [request.next_position for request in streams]
+        places = [self._places[request] if request.num_pending else -1 for request in streams]
+        rows = torch.tensor([request.row for request in streams])
+        width = self._tables.num_blocks(max(lengths) + 1)
+        table = to_device(self._tables.table[:, :width].index_select(0, rows), self._device)
+        newest, position, length, place = to_device(torch.tensor([ids, positions, lengths, places]), self._device)
+        if any(request.num_pending for request in streams):
+            newest = torch.where(place < 0, newest, self._newest.index_select(0, place.clamp(min=0)))
+        return DecodeInputs(newest, position, length, table)
+
+    def _piece(self, chunk: Chunk) -> PromptPiece:
+        """Return the next tokens of a prompt, and of the answer so far where a preempted request is read again."""
+        request, row = chunk.request, chunk.request.row
+        start = request.num_cached_tokens
+        end = start + chunk.num_tokens
+        embeds, positions = self._tokens(request, start, end)
+        return PromptPiece(
+            embeds=embeds,
+            positions=positions,
+            slots=to_device(self._tables.slots(row, start, end), self._device),
+            blocks=to_device(self._tables.blocks(row, end), self._device),
+            kv_len=end,
+            is_last=end == request.num_tokens,
+        )
+
+    def _tokens(self, request: Request, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return embeddings [n, hidden] and positions [n] or [axes, n] of tokens `start` to `end`."""
+        num_prompt = request.num_prompt_cached
+        embeds: list[Tensor] = []
+        positions: list[Tensor] = []
+        if start < num_prompt:
+            prompt = self._prompts[request]
+            embeds.append(prompt.embeds[start:end])
+            positions.append(prompt.positions[..., start:end])
+        first, last = max(start - num_prompt, 0), end - num_prompt
+        if last > first:
+            ids = to_device(torch.tensor(request.output_ids[first:last]), self._device)
+            embeds.append(self._entrances.embed(ids))
+            places = torch.arange(request.first_position + first, request.first_position + last, device=self._device)
+            positions.append(places.expand(*positions[0].shape[:-1], -1) if positions else places)
+        return torch.cat(embeds), torch.cat(positions, dim=-1)

@@ -1,0 +1,185 @@
+"""Prefill: how a prompt, images and all, becomes something the engine can feed to a text model.
+
+Nothing here knows a model family. Where the first generated token stands is read from the position ids that the model
+hands to its own text decoder: one behind the prompt's last token, as `generate` counts. The largest position of the
+prompt is something else: the time axis of a clip runs ahead of the text after it.
+
+`PrefixKeys` names the blocks of a prompt by what is in them, so that prompts that begin alike share them. A key covers
+everything before it, so equal keys mean equal prefixes. It is made of what the text decoder gets, embeddings and
+positions: words, and images as the vision tower saw them, so other media are another key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from worker.engine.attention.paged import PROMPT, PromptStep
+from worker.engine.model_hooks import Entrances
+from worker.errors import InvalidRequest
+
+#: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
+_ORDINARY: Final = frozenset({"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"})
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt that the model has read.
+
+    logits: of the first new token, [1, V].
+    cache: the prompt's KV, batch 1.
+    first_position: position id of the first new token.
+    """
+
+    logits: Tensor
+    cache: DynamicCache
+    first_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the text decoder would get it.
+
+    embeds: [T, hidden]. positions: [T], or [axes, T] with multi-axis rotary positions.
+    is_whole: it must go through the model's forward in one piece, because the decoder gets more than embeddings
+        (deepstack features) or the model's mask lets tokens look ahead (bidirectional image spans).
+    first_position: position id of the first new token.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    is_whole: bool
+    first_position: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.embeds.shape[0]
+
+
+def prefill(entrances: Entrances, arguments: Mapping[str, Any]) -> Prefilled:
+    """Read one prompt into a cache of its own. Raises whatever the model raises.
+
+    arguments, here and below: of the model's forward, on its device.
+    """
+    cache = DynamicCache()
+    with entrances.watching() as seen:
+        output = entrances.model(**arguments, past_key_values=cache, use_cache=True, **entrances.last_logits_only)
+    positions = seen.get("position_ids")
+    # Models that hand no positions down count the tokens of the text, as `generate` does for them.
+    first_position = arguments["input_ids"].shape[1] if positions is None else position_after(_of_one_prompt(positions))
+    return Prefilled(output.logits[:, -1], cache, first_position)
+
+
+def capture(entrances: Entrances, arguments: Mapping[str, Any]) -> Prompt:
+    """Run the model up to its decoder's door and take the prompt from there. Raises whatever the model raises."""
+    # The model makes its masks before the door, so they must be real ones.
+    with entrances.attending(PROMPT):
+        seen = entrances.run_to_the_door(arguments)
+    embeds: Tensor = seen["inputs_embeds"][0]
+    positions = _positions(seen.get("position_ids"), embeds)
+    return Prompt(
+        embeds=embeds,
+        positions=positions,
+        is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask"), entrances),
+        first_position=position_after(positions),
+    )
+
+
+def read_whole(entrances: Entrances, arguments: Mapping[str, Any], step: PromptStep) -> Tensor:
+    """Run a whole prompt through the model's forward, storing keys and values; return logits [1, V]."""
+    with entrances.attending(PROMPT):
+        output = entrances.model(**arguments, use_cache=False, kv_step=step, **entrances.last_logits_only)
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def position_after(positions: Tensor) -> int:
+    """Return the position id of the token behind `positions`, [T] or [axes, T].
+
+    Raises InvalidRequest when the axes of the last token differ: it belongs to a picture, and the engine gives each
+    generated token one position for all axes.
+    """
+    last = positions[..., -1].flatten().tolist()
+    if len(set(last)) > 1:
+        raise InvalidRequest("messages: the prompt ends inside a picture or clip; put text behind it")
+    return int(last[0]) + 1
+
+
+def _positions(given: Tensor | None, embeds: Tensor) -> Tensor:
+    return torch.arange(embeds.shape[0], device=embeds.device) if given is None else _of_one_prompt(given)
+
+
+def _of_one_prompt(given: Tensor) -> Tensor:
+    """Return positions [T] or [axes, T] of what a decoder is handed for a batch of one prompt."""
+    if given.ndim == 1:
+        return given
+    if given.ndim == 2:
+        return given[0]
+    # Four axes are three rotary ones behind the plain count that masks are made of.
+    return given[-3:, 0]
+
+
+def _has_more_than_embeddings(seen: Mapping[str, Any]) -> bool:
+    return any(
+        isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and len(value) > 0)
+        for name, value in seen.items()
+        if name not in _ORDINARY
+    )
+
+
+def _looks_ahead(mask: object, entrances: Entrances) -> bool:
+    """Whether any token sees a later one; without a mask, or with a 2-dimensional one, the attention itself decides."""
+    if isinstance(mask, Mapping):
+        return any(_looks_ahead(each, entrances) for each in mask.values())
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return not entrances.is_causal
+    may_look = mask if mask.dtype == torch.bool else mask == 0
+    return bool(may_look.triu(diagonal=1).any())
+
+
+_VIEWS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+#: Tokens whose fingerprints are made at a time; bounds the memory for their wide integers.
+_STRIDE = 512
+
+
+class PrefixKeys:
+    """Makes keys for one engine. Engine thread only.
+
+    An embedding is a vector of thousands of numbers; two random linear sums of its bits, modulo 2⁶⁴, stand for it
+    (Carter, Wegman: Universal classes of hash functions, 1979). They are made on the device, only they are copied. The
+    weights are drawn anew by every process, so nobody can prepare two images with the same sums.
+    """
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(torch.seed())
+        self._weights: Tensor | None = None
+
+    def keys(self, prompt: Prompt, block_size: int) -> list[bytes]:
+        """Return one key per full block of the prompt."""
+        prints = self._fingerprints(prompt.embeds)
+        positions = prompt.positions.reshape(-1, prompt.num_tokens).T
+        # One copy to the host for everything.
+        rows = torch.cat((prints, positions.to(prints)), dim=1).cpu().contiguous().numpy()
+        keys: list[bytes] = []
+        key = b""
+        for start in range(0, prompt.num_tokens - block_size + 1, block_size):
+            key = hashlib.blake2b(key + rows[start : start + block_size].tobytes(), digest_size=16).digest()
+            keys.append(key)
+        return keys
+
+    def _fingerprints(self, embeds: Tensor) -> Tensor:
+        """Return two numbers per token, [T, 2]."""
+        bits = embeds.contiguous().view(_VIEWS[embeds.dtype])
+        if self._weights is None:
+            drawn = torch.randint(-(2**63), 2**63 - 1, (2, bits.shape[1]), generator=self._generator)
+            self._weights = drawn.to(bits.device)
+        weights = self._weights
+        pieces = [bits[start : start + _STRIDE] for start in range(0, bits.shape[0], _STRIDE)]
+        parts = [torch.stack([(piece.long() * w).sum(-1) for w in weights], dim=1) for piece in pieces]
+        return torch.cat(parts)

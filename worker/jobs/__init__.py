@@ -1,0 +1,1 @@
+"""One job from its message to its outcome."""

@@ -1,0 +1,203 @@
+"""Moves the metrics: what the engine's steps, its tokens and the ends of jobs say, in the terms of metrics.py.
+
+Nothing here decides anything. Engine steps are counted on the engine thread (a few microseconds), tokens on the
+publisher's, jobs on their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from api_stub.contract.error import ErrorCode
+from api_stub.contract.event import CompletedBody, FinalBody, RetryReason
+from api_stub.contract.result import FinishReason
+from api_stub.ledger.rows import RefusalReason
+from worker.engine.engine import Engine
+from worker.engine.request import Finish, RequestOutput
+from worker.engine.step_times import Stage, StepClock
+from worker.errors import Part
+from worker.jobs.attempt import Attempt, StopReason, Stopwatch
+from worker.jobs.entry import DropReason
+from worker.jobs.outcome import GiveBack
+from worker.media.budget import RoomStats
+from worker.media.cache import MediaCacheStats
+from worker.observability.metrics import Metrics
+from worker.streaming.publisher import Outgoing
+
+
+class StepMeter(StepClock):
+    """Tells how long the engine's steps take, once `is_on`: warming up is not counted."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.is_on = False
+        self._step = metrics.engine_step
+        self._stages = {stage: metrics.engine_stage.labels(stage.value) for stage in Stage}
+        self._began_at = self._lapped_at = 0.0
+
+    def begin(self) -> None:
+        self._began_at = self._lapped_at = time.perf_counter()
+
+    def lap(self, stage: Stage) -> None:
+        if not self.is_on:
+            return
+        now = time.perf_counter()
+        self._stages[stage].inc(now - self._lapped_at)
+        self._lapped_at = now
+        if stage is Stage.HAND_OVER:
+            self._step.observe(now - self._began_at)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """The outputs of one engine step and the monotonic time at which they left the engine."""
+
+    outputs: list[RequestOutput]
+    at: float
+
+
+@dataclass(slots=True)
+class _Spoken:
+    num_tokens: int
+    last_at: float
+
+
+class TokenMeter:
+    """Counts tokens and the time between them, once `is_on`. `note` belongs to one thread."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.is_on = False
+        self._metrics = metrics
+        self._spoken: dict[str, _Spoken] = {}
+
+    def watching(
+        self, translate: Callable[[list[RequestOutput]], Iterable[Outgoing]]
+    ) -> Callable[[TimedStep], Iterable[Outgoing]]:
+        """Return `translate` for timed steps, each of them noted first."""
+
+        def translate_noted(step: TimedStep) -> Iterable[Outgoing]:
+            if self.is_on:
+                self.note(step)
+            return translate(step.outputs)
+
+        return translate_noted
+
+    def note(self, step: TimedStep) -> None:
+        """Count what one step said."""
+        for output in step.outputs:
+            self._note(output, step.at)
+
+    def _note(self, output: RequestOutput, at: float) -> None:
+        spoken = self._spoken.get(output.request_id)
+        if spoken is None:
+            spoken = self._spoken[output.request_id] = _Spoken(0, at)
+        elif output.num_tokens:
+            # Tokens that were held back arrive together.
+            gap_s = (at - spoken.last_at) / output.num_tokens
+            for _ in range(output.num_tokens):
+                self._metrics.inter_token_latency.observe(gap_s)
+        if output.num_tokens:
+            spoken.num_tokens += output.num_tokens
+            spoken.last_at = at
+            self._metrics.generation_tokens.inc(output.num_tokens)
+        if output.finish is not None:
+            del self._spoken[output.request_id]
+            self._end(output.finish, spoken)
+
+    def _end(self, finish: Finish, spoken: _Spoken) -> None:
+        if finish.num_completion_tokens:
+            # Some tokens make no text of their own, the one that ends an answer for instance.
+            self._metrics.generation_tokens.inc(max(0, finish.num_completion_tokens - spoken.num_tokens))
+            self._metrics.prompt_tokens.inc(finish.num_prompt_tokens)
+
+
+class JobMeter:
+    """Counts how claims begin and end. Any thread."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        # A series that appears with its first event hides that event from rate().
+        for family, values in (
+            (metrics.request_success, FinishReason),
+            (metrics.request_failure, ErrorCode),
+            (metrics.request_retry, RetryReason),
+            (metrics.attempts_stopped, StopReason),
+            (metrics.claims_refused, RefusalReason),
+            (metrics.messages_dropped, DropReason),
+            (metrics.worker_sick, Part),
+        ):
+            for value in values:
+                family.labels(value.value)
+
+    def fell_sick(self, part: Part, is_sick: bool) -> None:
+        """The worker fell sick, or is well again."""
+        self._metrics.worker_sick.labels(part.value).set(is_sick)
+
+    def begins(self, attempt: Attempt) -> None:
+        """A job was claimed."""
+        self._metrics.request_queue_time.observe(attempt.claim.queued_s)
+
+    def collected(self, fetch_s: float, decode_s: float, num_bytes: int) -> None:
+        """A job has its media; what came from the cache cost no bytes and no decoding."""
+        self._metrics.media_fetch.observe(fetch_s)
+        self._metrics.media_fetch_bytes.inc(num_bytes)
+        if decode_s:
+            self._metrics.media_decode.observe(decode_s)
+
+    def answered(self, first_token_s: float) -> None:
+        """An answer is complete; its first token came that long after the job's submission."""
+        self._metrics.time_to_first_token.observe(first_token_s)
+
+    def refused(self, reason: RefusalReason) -> None:
+        """A doorbell rang for nothing."""
+        self._metrics.claims_refused.labels(reason.value).inc()
+
+    def ends(self, attempt: Attempt, body: FinalBody | GiveBack | None, outcome: str, watch: Stopwatch) -> None:
+        """An attempt is over: `outcome` is what became of the `body` that it would end with."""
+        metrics = self._metrics
+        status, _, answer = outcome.removeprefix("job.").partition(":")
+        is_ours = "lost" not in (status, answer)
+        metrics.attempts.labels(status if is_ours else "lost").inc()
+        if attempt.stop_reason is not None:
+            metrics.attempts_stopped.labels(attempt.stop_reason.value).inc()
+        if not is_ours or status == "unsettled" or body is None:
+            return
+        if isinstance(body, GiveBack):
+            metrics.request_retry.labels(body.reason.value).inc()
+        elif isinstance(body, CompletedBody):
+            metrics.request_success.labels(body.result.finish_reason.value).inc()
+            metrics.e2e_request_latency.observe(watch.total_s)
+        else:
+            metrics.request_failure.labels(body.error.code.value).inc()
+
+
+def engine_readings(engine: Engine) -> Mapping[str, float]:
+    """Return what the engine counts itself."""
+    prefix, vision = engine.prefix_stats(), engine.vision_stats()
+    return {
+        "num_requests_running": engine.num_running,
+        "num_requests_waiting": engine.num_waiting,
+        "kv_cache_usage_perc": engine.kv_usage(),
+        "num_preemptions_total": engine.num_preempted,
+        "prefix_cache_queries_total": prefix.num_queried_tokens,
+        "prefix_cache_hits_total": prefix.num_reused_tokens,
+        "vision_cache_queries_total": vision.hits + vision.misses,
+        "vision_cache_hits_total": vision.hits,
+        "vision_cache_evictions_total": vision.evictions,
+        "vision_cache_bytes": vision.num_bytes,
+        "vision_encoded_total": vision.num_encoded,
+    }
+
+
+def media_readings(stats: MediaCacheStats, room: RoomStats) -> Mapping[str, float]:
+    """Return what the cache of decoded media and the room for them count themselves."""
+    return {
+        "mm_cache_queries_total": stats.hits + stats.misses,
+        "mm_cache_hits_total": stats.hits,
+        "mm_cache_evictions_total": stats.evictions,
+        "mm_cache_bytes": stats.num_bytes,
+        "mm_room_bytes": room.num_bytes,
+        "mm_room_num_waiting": room.num_waiting,
+        "mm_room_waits_total": room.num_waited,
+    }

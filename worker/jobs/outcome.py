@@ -1,0 +1,130 @@
+"""How an attempt ends when it does not end with an answer."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from typing import Final
+
+from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.contract.event import CancelledBody, FailedBody, FinalBody, RetryReason
+from api_stub.contract.job import Job
+from api_stub.contract.result import Usage
+from api_stub.ledger.rows import Claim
+from worker.errors import DiskFailed, MediaRefused, OutOfMemory, Unforeseen, WorkerError
+from worker.jobs.attempt import StopReason
+from worker.models.inputs import ModelInputs
+from worker.streaming.output import Answer
+
+logger = logging.getLogger(__name__)
+
+#: Tries of a job that does not fit into memory, and of one whose fault may be the worker's.
+MAX_TRIES: Final = 3
+#: Before a job that did not fit into memory is tried again, per try made: its neighbours end, or a worker with more
+#: room takes it.
+OOM_PAUSE_S: Final = 2.0
+#: Before a job is tried again whose fault may be this worker's: another may take it.
+DOUBT_PAUSE_S: Final = 1.0
+#: Times a job is put back because storage stayed away, unless the settings say otherwise.
+MAX_RETRIES: Final = 5
+#: The first pause of a job that was put back for its storage; each further one is twice as long, up to the longest.
+FIRST_RETRY_PAUSE_S: Final = 2.0
+MAX_RETRY_PAUSE_S: Final = 60.0
+
+
+def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
+    """Return what a prompt and its answer cost; readers of the last release know nothing of media tokens."""
+    return Usage(
+        prompt_tokens=inputs.num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        images=inputs.num_images,
+        frames=inputs.num_frames,
+        media_tokens=None if job.media_options is None else inputs.num_media_tokens,
+    )
+
+
+def failed_body(info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody:
+    """Return the end of a job that failed for `info`, with what it had said by then."""
+    return FailedBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+
+
+def as_worker_error(error: Exception) -> WorkerError:
+    """Return what ended an attempt as one of our errors; what nobody foresaw goes into the log."""
+    match error:
+        case WorkerError():
+            return error
+        case MemoryError():
+            logger.warning("job did not fit into memory", extra={"action": "job"}, exc_info=error)
+            return OutOfMemory("preparing the job did not fit into the worker's memory")
+        case OSError() if error.errno is not None:
+            logger.error("system refused", extra={"action": "job"}, exc_info=error)
+            return DiskFailed(f"the worker's system refused what the job needs: {error.strerror}")
+        case _:
+            logger.error("job broke", extra={"action": "job"}, exc_info=error)
+            return Unforeseen(f"unexpected {type(error).__name__}; the worker's log has the details")
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """A job goes back to the queue after `pause_s`. `is_charged`: it counts among the job's retries."""
+
+    reason: RetryReason
+    pause_s: float = 0.0
+    is_charged: bool = False
+
+
+def retried_or_failed(
+    claim: Claim, error: WorkerError, answer: Answer, usage: Usage, max_retries: int = MAX_RETRIES
+) -> FailedBody | GiveBack:
+    """Return the end of an attempt that met an error, on a worker that does well.
+
+    What did not fit beside other jobs may fit later, storage that was away may come back, and what may be the fault of
+    this worker is tried again, perhaps by another. A job that was refused or failed `MAX_TRIES` times is to blame.
+    """
+    info, num_retries = error.info(), claim.num_retries
+    if info.code is ErrorCode.STORAGE_UNAVAILABLE and num_retries < max_retries:
+        return GiveBack(RetryReason.STORAGE, storage_pause_s(num_retries), is_charged=True)
+    if info.code is ErrorCode.OUT_OF_MEMORY and num_retries < MAX_TRIES - 1:
+        return GiveBack(RetryReason.OUT_OF_MEMORY, OOM_PAUSE_S * (num_retries + 1), is_charged=True)
+    if error.part is not None and info.code is not ErrorCode.STORAGE_UNAVAILABLE and num_retries < MAX_TRIES - 1:
+        return GiveBack(RetryReason.GIVEN_BACK, DOUBT_PAUSE_S, is_charged=True)
+    return failed_body(info, answer, usage)
+
+
+def given_back_by_the_sick(claim: Claim, error: WorkerError, answer: Answer, usage: Usage) -> FailedBody | GiveBack:
+    """Return the end of an attempt that met an error on a worker that fails all jobs: it costs the job nothing.
+
+    Only where nobody can tell whether the worker or the job is refused the job still pays, else it would never end.
+    """
+    if isinstance(error, MediaRefused):
+        return retried_or_failed(claim, error, answer, usage)
+    return GiveBack(RetryReason.GIVEN_BACK)
+
+
+def storage_pause_s(num_retries: int) -> float:
+    """Return how long a job waits that was put back `num_retries` times before: exponential, with half of it jitter.
+
+    Jobs that failed together do not come back together, and storage that comes back is not met by all of them at once.
+    """
+    longest_s = min(MAX_RETRY_PAUSE_S, FIRST_RETRY_PAUSE_S * float(2**num_retries))
+    return longest_s * random.uniform(0.5, 1.0)
+
+
+def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody | GiveBack | None:
+    """Return the end of a stopped attempt: a final body, a give-back, None when the job is not ours."""
+    match reason:
+        case StopReason.LOST:
+            return None
+        case StopReason.DRAINED | StopReason.UNCONFIRMED:
+            return GiveBack(RetryReason.GIVEN_BACK)
+        case StopReason.CANCELLED:
+            info = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled while running")
+            return CancelledBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+        case StopReason.DEADLINE:
+            info = ErrorInfo.of(ErrorCode.DEADLINE_EXCEEDED, "the job's deadline passed while it was running")
+            return failed_body(info, answer, usage)
+
+
+def _spent(answer: Answer, usage: Usage) -> Usage:
+    return usage.model_copy(update={"completion_tokens": answer.num_tokens})

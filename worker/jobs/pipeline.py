@@ -1,0 +1,289 @@
+"""One job from claim to finish: fetch → decode → prompt → generate → finish, one straight line.
+
+In: a claim. Out: exactly one of: a final state in the ledger, a give-back, or nothing (the lease was lost and
+another worker owns the job). Events go out through the publisher on the way. Knows no Celery.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import redis
+
+from api_stub.contract.error import InvalidJob
+from api_stub.contract.event import CompletedBody, FinalBody, ProgressBody, RetryReason, Stage
+from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
+from api_stub.contract.result import FinishReason, Result, Usage
+from api_stub.ledger.ledger import Ledger
+from api_stub.ledger.verdicts import is_passing
+from worker.engine.request import Finish, GenerationRequest
+from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, Part
+from worker.jobs.attempt import Attempt, Attempts, Stopped, StopReason, Stopwatch
+from worker.jobs.circuit import Circuit
+from worker.jobs.claim import Accepted
+from worker.jobs.metering import JobMeter
+from worker.jobs.outcome import (
+    MAX_RETRIES,
+    GiveBack,
+    as_worker_error,
+    given_back_by_the_sick,
+    retried_or_failed,
+    stopped_body,
+    used,
+)
+from worker.media.budget import Room
+from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
+from worker.models.inputs import ModelInputs
+from worker.observability.logging import job_context
+from worker.prompting.prepare import PromptBuilder
+from worker.streaming.output import Answer, Answers
+from worker.streaming.publisher import Outgoing
+
+logger = logging.getLogger(__name__)
+
+#: Between two tries to tell the ledger how a job ended, while Redis is away.
+FINISH_PAUSE_S: Final = 0.2
+NO_MEDIA: Final = Collected([], 0.0, 0)
+#: How often a waiting job looks at its deadline and at the engine's health.
+WAIT_S: Final = 0.5
+#: How long an attempt that has to stop waits for the rest of its text to reach Redis.
+PATIENCE_S: Final = 5.0
+
+
+class EngineDoor(Protocol):
+    """What the pipeline needs of an engine."""
+
+    @property
+    def is_alive(self) -> bool: ...
+    def submit(self, request: GenerationRequest) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+
+
+class EventDoor(Protocol):
+    """What the pipeline needs of a publisher."""
+
+    @property
+    def is_alive(self) -> bool: ...
+    def put(self, outgoing: Outgoing) -> None: ...
+
+
+class Pipeline:
+    """Runs claimed jobs, each in the thread that calls `run`. `on_engine_dead` is told when the process must end."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        ledger: Ledger,
+        attempts: Attempts,
+        answers: Answers,
+        media: MediaCollector,
+        room: Room,
+        prompts: PromptBuilder,
+        engine: EngineDoor,
+        events: EventDoor,
+        meter: JobMeter,
+        circuit: Circuit,
+        on_engine_dead: Callable[[], None],
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        self._model = model
+        self._ledger = ledger
+        self._attempts = attempts
+        self._answers = answers
+        self._media = media
+        self._room = room
+        self._prompts = prompts
+        self._engine = engine
+        self._events = events
+        self._meter = meter
+        self._circuit = circuit
+        self._on_engine_dead = on_engine_dead
+        self._max_retries = max_retries
+        self._pause = threading.Event()
+
+    def run(self, accepted: Accepted) -> None:
+        """Bring one claimed job to its end. Raises only what no job may survive (KeyboardInterrupt and the like)."""
+        with job_context(accepted.claim.job_id, accepted.claim.attempt):
+            self._run(accepted)
+
+    def _run(self, accepted: Accepted) -> None:
+        attempt = Attempt(accepted.claim)
+        answer = self._answers.open(attempt.request_id, attempt.stream)
+        watch = Stopwatch(accepted.claim.queued_s, accepted.claim.age_s)
+        logger.info("job started", extra=_facts(attempt))
+        self._meter.begins(attempt)
+        self._attempts.add(attempt)
+        try:
+            body = self._ending(attempt, accepted.problem, answer, watch)
+            outcome = self._settle(attempt, body)
+        finally:
+            self._attempts.remove(attempt)
+            self._answers.close(answer)
+        self._meter.ends(attempt, body, outcome, watch)
+        logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
+
+    def _ending(
+        self, attempt: Attempt, problem: str | None, answer: Answer, watch: Stopwatch
+    ) -> FinalBody | GiveBack | None:
+        """Return how the job ends: a final body, a give-back, or None when it is no longer ours."""
+        usage = Usage()
+        try:
+            job = self._read(attempt, problem)
+            inputs = self._prepare(attempt, job, watch)
+            usage = used(job, inputs, 0)
+            finish = self._generate(attempt, job, inputs, answer, watch)
+            self._circuit.success(Part.ENGINE, Part.PROGRAM)
+            self._meter.answered(watch.first_token_s(finish))
+            return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
+        except Stopped as stopped:
+            return stopped_body(stopped.reason, answer, usage)
+        except EngineDead as error:
+            logger.error("engine is dead", extra=_facts(attempt) | {"error": str(error)})
+            self._on_engine_dead()
+            return GiveBack(RetryReason.GIVEN_BACK)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job has an end
+            fault = as_worker_error(error)
+        if fault.part is not None:
+            words, job_id = str(fault), attempt.claim.job_id
+            if self._circuit.fault(fault.part, job_id, words, is_proven=fault.is_proven):
+                return given_back_by_the_sick(attempt.claim, fault, answer, usage)
+        return retried_or_failed(attempt.claim, fault, answer, usage, self._max_retries)
+
+    def _read(self, attempt: Attempt, problem: str | None) -> Job:
+        if problem is not None or not attempt.claim.body:
+            raise InvalidRequest(problem or "job: the message was no valid job")
+        try:
+            job = parse_job(attempt.claim.body)
+        except InvalidJob as error:
+            raise InvalidRequest(str(error)) from error
+        if job.model != self._model:
+            raise ModelMismatch(f"model: the job says {job.model!r}, its queue serves {self._model!r}")
+        return job
+
+    def _prepare(self, attempt: Attempt, job: Job, watch: Stopwatch) -> ModelInputs:
+        turns = self._prompts.turns(job)
+        parts = media_parts(turns)
+        num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
+        most_bytes = self._media.most_decoded_bytes(parts, task=job.task, num_frames=num_frames)
+        with watch.fetch:
+            held = self._room.take(most_bytes, should_stop=attempt.check)
+        with held:
+            collected = self._collect(attempt, job, parts, num_frames, watch) if parts else NO_MEDIA
+            held.shrink(collected.num_decoded_bytes)
+            with watch.prepare:
+                inputs = self._prompts.prepare(turns, collected.media, job.media_options)
+        attempt.check()
+        return inputs
+
+    def _collect(
+        self, attempt: Attempt, job: Job, parts: Sequence[AnyMediaPart], num_frames: int, watch: Stopwatch
+    ) -> Collected:
+        with watch.fetch:
+            collected = self._media.collect(
+                parts,
+                task=job.task,
+                num_frames=num_frames,
+                should_stop=attempt.check,
+                on_progress=lambda done, total: self._progress(attempt, Stage.FETCHING, done, total),
+            )
+        watch.fetch.seconds -= collected.decode_s
+        watch.prepare.seconds += collected.decode_s
+        self._meter.collected(watch.fetch.seconds, collected.decode_s, collected.num_bytes)
+        self._circuit.success(Part.STORAGE, *((Part.DISK, Part.DECODERS) if collected.num_bytes else ()))
+        self._progress(attempt, Stage.PREPARING, 0, len(parts))
+        return collected
+
+    def _generate(self, attempt: Attempt, job: Job, inputs: ModelInputs, answer: Answer, watch: Stopwatch) -> Finish:
+        """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""
+        self._progress(attempt, Stage.PREFILL, 0, inputs.num_prompt_tokens)
+        with watch.generate:
+            self._engine.submit(GenerationRequest(attempt.request_id, inputs, job.sampling))
+            attempt.when_stopped(lambda: self._engine.cancel(attempt.request_id))
+            finish = self._wait(attempt, answer)
+        if not isinstance(finish.reason, FinishReason):
+            attempt.check()
+            if finish.error is None or not self._engine.is_alive:
+                raise EngineDead("the engine stopped before the answer was complete")
+            raise GenerationFailed(finish.error)
+        return finish
+
+    def _wait(self, attempt: Attempt, answer: Answer) -> Finish:
+        stopped_s = 0.0
+        while (finish := answer.wait(WAIT_S)) is None:
+            if not self._engine.is_alive or not self._events.is_alive:
+                raise EngineDead("the engine or the publisher ended while a request was running")
+            reason = attempt.stop_reason
+            if reason is StopReason.LOST or (reason is not None and stopped_s >= PATIENCE_S):
+                raise Stopped(reason)
+            stopped_s += WAIT_S if reason is not None else 0.0
+        return finish
+
+    def _result(
+        self, attempt: Attempt, job: Job, inputs: ModelInputs, finish: Finish, answer: Answer, watch: Stopwatch
+    ) -> Result:
+        assert isinstance(finish.reason, FinishReason)
+        return Result(
+            job_id=attempt.claim.job_id,
+            task=job.task,
+            model=job.model,
+            text=answer.text,
+            finish_reason=finish.reason,
+            usage=used(job, inputs, finish.num_completion_tokens),
+            timings=watch.timings(finish),
+            attempt=attempt.claim.attempt,
+            metadata=job.metadata,
+        )
+
+    def _settle(self, attempt: Attempt, body: FinalBody | GiveBack | None) -> str:
+        """Tell the ledger, however long Redis is away, until it answers or the lease is lost.
+
+        A process that ends waits no longer than its lease: a reaper finds the job, and it is done again.
+        """
+        if body is None:
+            return "lost"
+        if not isinstance(body, CompletedBody):
+            self._flush(attempt)  # a complete answer was handed over after its last delta was sent
+        job_id, fence = attempt.claim.job_id, attempt.claim.fence
+        while attempt.stop_reason is not StopReason.LOST:
+            try:
+                if isinstance(body, GiveBack):
+                    is_ours = self._ledger.give_back(job_id, fence, body.reason, body.pause_s, body.is_charged)
+                    return "given_back" if is_ours else "lost"
+                return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
+            except redis.RedisError as error:
+                logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})
+                if not is_passing(error) or self._is_too_late(attempt):
+                    # The lease runs out, and with it one of the job's attempts.
+                    facts = {"unconfirmed_s": round(attempt.unconfirmed_s, 3)}
+                    logger.error("job left unsettled", extra=_facts(attempt) | facts)
+                    return "unsettled"
+                self._pause.wait(FINISH_PAUSE_S)
+        return "lost"
+
+    def _is_too_late(self, attempt: Attempt) -> bool:
+        """Whether the drain is over and nobody has confirmed the lease for its whole length."""
+        return self._attempts.are_closed and attempt.unconfirmed_s > self._ledger.config.lease_s
+
+    def _flush(self, attempt: Attempt) -> None:
+        """Wait until all events of the attempt are in Redis: the final event is the last one.
+
+        Not for ever: a Redis that is full takes an ending and no events, and the ending carries the text anyway.
+        """
+        sent = threading.Event()
+        self._events.put(Outgoing(attempt.stream, None, on_sent=sent.set))
+        give_up_at = time.monotonic() + PATIENCE_S
+        while not sent.wait(WAIT_S) and attempt.stop_reason is not StopReason.LOST and time.monotonic() < give_up_at:
+            pass
+
+    def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
+        self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
+
+
+def _facts(attempt: Attempt) -> dict[str, object]:
+    claim = attempt.claim
+    return {"action": "job", "job_id": claim.job_id, "attempt": claim.attempt, "task": claim.task}

@@ -1,0 +1,113 @@
+"""What a worker tries without any job: one prompt through the model at its start, and each of its parts when jobs fail.
+
+The prompt, about one plain picture, warms the worker up and tells whether the model answers. The proofs tell whether
+failing jobs or the worker are to blame: each does in small what every job does there, and takes seconds at most.
+No job, no ledger, no events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from PIL import Image
+
+from api_stub.contract.job import CaptionJob
+from api_stub.contract.sampling import SamplingParams
+from worker.engine.engine import Engine
+from worker.engine.request import Finish, GenerationRequest
+from worker.errors import EngineDead, GenerationFailed, Part
+from worker.media.collect import job_directory
+from worker.media.decoders import Decoders
+from worker.media.fetch import MediaFetcher
+from worker.media.sniff import MediaKind
+from worker.media.types import DecodedImage, MediaPolicy
+from worker.prompting.prepare import PromptBuilder
+from worker.streaming.output import Answers
+from worker.streaming.publisher import AttemptStream
+
+PLAIN_SIZE: Final = 64
+PICTURE_COLOUR: Final = (200, 120, 40)
+MAX_NEW_TOKENS: Final = 16
+TIMEOUT_S: Final = 600.0  # a large model tunes kernels on its first prompt
+
+
+@dataclass(frozen=True, slots=True)
+class TriedOut:
+    """What the model said, the counts and times of saying it, and the tokens that the picture cost."""
+
+    text: str
+    finish: Finish
+    num_media_tokens: int
+
+
+def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers, timeout_s: float = TIMEOUT_S) -> TriedOut:
+    """Ask once and wait; `answers` must be fed with the engine's outputs. One caller at a time.
+
+    Raises the WorkerError that prevents an answer.
+    """
+    turns = prompts.turns(CaptionJob(media=("s3://try-out/picture",)))
+    picture = DecodedImage(Image.new("RGB", (PLAIN_SIZE, PLAIN_SIZE), PICTURE_COLOUR))
+    inputs = prompts.prepare(turns, [picture])
+    # A lost stream: nothing of this goes to Redis.
+    answer = answers.open("try-out", AttemptStream("try-out", fence=0, is_lost=True))
+    try:
+        sampling = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=0)
+        engine.submit(GenerationRequest(answer.request_id, inputs, sampling))
+        finish = answer.wait(timeout_s)
+        if finish is None:
+            engine.cancel(answer.request_id)
+    finally:
+        answers.close(answer)
+    if finish is None:
+        raise EngineDead(f"no answer within {timeout_s:.0f} s")
+    if finish.error is not None:
+        raise GenerationFailed(finish.error)
+    return TriedOut(answer.text, finish, inputs.num_media_tokens)
+
+
+#: An answer or a decoded picture that takes longer is no proof. Jobs before it may take their time.
+PROOF_S: Final = 60.0
+DISK_BYTES: Final = 1024 * 1024
+PICTURE_SIZE: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Proofs:
+    """The proofs of one worker. `answers` asks the model about a picture for at most so many seconds."""
+
+    fetcher: MediaFetcher
+    decoders: Decoders
+    policy: MediaPolicy
+    answers: Callable[[float], object]
+
+    def __call__(self, part: Part) -> bool:
+        """Tell whether a part of the worker works; it does not, either, when this raises."""
+        match part:
+            case Part.STORAGE:
+                return self.fetcher.is_served()
+            case Part.DISK:
+                self._write()
+            case Part.DECODERS:
+                self._decode()
+            case Part.ENGINE | Part.PROGRAM:
+                self.answers(PROOF_S)
+        return True
+
+    def _write(self) -> None:
+        with job_directory() as directory:
+            (directory / "proof").write_bytes(bytes(DISK_BYTES))
+
+    def _decode(self) -> None:
+        give_up_at = time.monotonic() + PROOF_S
+
+        def should_stop() -> None:
+            if time.monotonic() > give_up_at:
+                raise TimeoutError
+
+        with job_directory() as directory:
+            path = directory / "proof"
+            Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE)).save(path, "PNG")
+            self.decoders.decode(path, MediaKind.IMAGE, 0, self.policy, should_stop=should_stop)
