@@ -230,6 +230,8 @@ def _check_deleted(job_id: str, answer: Deleted) -> None:
         _unknown(job_id)
     if answer is Deleted.UNFINISHED:
         raise InvalidRequest(f"job {job_id!r} has not ended; only a finished job can be deleted")
+    if answer is Deleted.LINKED:
+        raise InvalidRequest(f"job {job_id!r}: its links are not sent yet; it can be deleted after that")
 
 
 def _unknown(job_id: str) -> NoReturn:

@@ -82,6 +82,8 @@ def delete(job_id: str) -> Call[Deleted]:
     def parse(status: str) -> Deleted:
         if not status:
             return Deleted.UNKNOWN
+        if status == Deleted.LINKED:
+            return Deleted.LINKED
         return Deleted.DELETED if JobStatus(status).is_final else Deleted.UNFINISHED
 
     return Call(Transition.DELETE, (job_id,), parse)

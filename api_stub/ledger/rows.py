@@ -137,6 +137,7 @@ class Deleted(StrEnum):
     UNKNOWN = "unknown"
     DELETED = "deleted"
     UNFINISHED = "unfinished"  # it is queued or running; nothing was changed
+    LINKED = "linked"  # a worker has yet to send its `link`, `link_error` or the rest of its chain; nothing was changed
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,8 +157,11 @@ async def show_job(
 async def delete_job(gateway: GatewayHere, caller: CallerHere, job_id: JobId) -> None:
     """Remove a final job, its events and its result; what was uploaded stays. 409 for one that has not ended."""
     await visible(gateway, caller, job_id)
-    if await gateway.ledger.delete(job_id) is Deleted.UNFINISHED:
+    deleted = await gateway.ledger.delete(job_id)
+    if deleted is Deleted.UNFINISHED:
         raise Problem(HTTPStatus.CONFLICT, "unfinished", f"job {job_id!r} has not ended; cancel it first")
+    if deleted is Deleted.LINKED:
+        raise Problem(HTTPStatus.CONFLICT, "unfinished", f"job {job_id!r}: its links are not sent yet; delete it then")
     await gateway.limits.release(caller, job_id)
 
 

@@ -17,7 +17,7 @@ from api_stub.contract.job import TaskName, VqaJob
 from api_stub.contract.result import Usage
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.outbox import LinkedJobs
-from api_stub.ledger.rows import Claim
+from api_stub.ledger.rows import Claim, Deleted
 from api_stub.ledger.settings import LedgerConfig
 from tests.unit.api_stub.ledger_kit import answer, lease_ends
 from worker.broker.link_sender import LinkSender, make_sender
@@ -214,6 +214,15 @@ def test_a_job_without_links_leaves_nothing_to_look_at(ledger: Ledger, raw: redi
     assert isinstance(claim, Claim)
     ledger.finish("job", claim.fence, answer(claim))
     assert is_settled(raw, "job")
+
+
+def test_a_job_is_deleted_only_after_its_links_are_sent(ledger: Ledger, raw: redis.Redis, sender: LinkSender) -> None:
+    claim = claimed(ledger, "a")
+    ledger.finish("a", claim.fence, answer(claim))
+    assert ledger.delete("a") is Deleted.LINKED
+    sender.send_due()
+    assert [message["task"] for message in sent(raw)] == ["done", "next"]
+    assert ledger.delete("a") is Deleted.DELETED
 
 
 def test_a_job_whose_row_has_expired_is_forgotten(ledger: Ledger, raw: redis.Redis, sender: LinkSender) -> None:
