@@ -36,9 +36,9 @@ from api_stub.ledger.settings import LedgerConfig
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually, free_port
 from worker.broker.app import make_app
-from worker.jobs.claim import Intake
+from worker.jobs.claim import Claimer
 from worker.jobs.entry import MAX_ENTRY_BYTES, DropReason, Entry, Unreadable, read_entry
-from worker.jobs.message import read_knock
+from worker.jobs.message import read_message
 from worker.settings import WorkerSettings
 
 QUEUE: Final = names.queue("default")
@@ -222,7 +222,7 @@ class Receiver:
         self.outcomes: Counter[str] = Counter()
         self._app = make_app(WorkerSettings(redis_url=SecretStr(url)), None, lambda reason: self._ends(reason.value))
         self._app.conf.broker_transport_options["ack_emulation"] = notes
-        self._intake = Intake(Ledger.connect(url, LedgerConfig()), worker="fuzz", model="default")
+        self._claimer = Claimer(Ledger.connect(url, LedgerConfig()), worker="fuzz", model="default")
         self._connection = self._app.connection_for_read()
         self._consumer = Consumer(
             self._connection, [Queue(QUEUE)], on_message=self._message, accept=["json"], auto_declare=False
@@ -253,14 +253,14 @@ class Receiver:
         kept = kombu_json.loads(kombu_json.dumps(message._raw))
         assert read_entry(json.dumps(kept).encode()) == entry, "what a requeue puts back says the same"
         try:
-            knock = read_knock(entry)
+            job_message = read_message(entry)
         except Unreadable as error:
             self._ends(error.reason.value)
         else:
-            if knock.fields is None:
+            if job_message.fields is None:
                 self._ends("doorbell")
             else:
-                job, problem = self._intake._read(knock, knock.fields)
+                job, problem = self._claimer._read(job_message, job_message.fields)
                 assert (job is None) == (problem is not None)
                 self._ends("job" if job is not None else "refused")
         message.ack()
@@ -284,10 +284,10 @@ def receive(url: str, count: int, seed: int, *, notes: bool = True) -> Counter[s
 def expected(raw: bytes) -> tuple[str | None, str]:
     """Return the id under which an entry is answered, and what it is: doorbell, plain, or the reason of its drop."""
     try:
-        knock = read_knock(read_entry(raw))
+        job_message = read_message(read_entry(raw))
     except Unreadable as error:
         return None, error.reason.value
-    return knock.job_id, "doorbell" if knock.fields is None else "plain"
+    return job_message.job_id, "doorbell" if job_message.fields is None else "plain"
 
 
 def live(server: RedisServer, worker: WorkerProcess, metrics_port: int, count: int, seed: int) -> Counter[str]:

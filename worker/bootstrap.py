@@ -19,16 +19,16 @@ from worker.engine.vision.stage import VisionConfig
 from worker.errors import CannotStart
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit
-from worker.jobs.claim import Intake
+from worker.jobs.claim import Claimer
 from worker.jobs.metering import JobMeter, StepMeter, TimedStep, TokenMeter
 from worker.jobs.pipeline import Pipeline
 from worker.lifecycle.drain import Consumption, Drain
 from worker.lifecycle.health import Health
 from worker.lifecycle.heartbeat import Heartbeat
-from worker.lifecycle.process import Runtime
+from worker.lifecycle.process import WorkerProcess
 from worker.lifecycle.self_test import Proofs, try_out
 from worker.lifecycle.watchdog import Finding, Trouble
-from worker.media.budget import Room
+from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector, remove_leftovers
 from worker.media.decoder_process import DecodeLimits
@@ -49,7 +49,7 @@ REDIS_TIMEOUT_S: Final = 5.0
 CPU_MAX_MODEL_LEN: Final = 4096
 
 
-def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Health | None = None) -> Runtime:
+def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Health | None = None) -> WorkerProcess:
     """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
     metrics, health = metrics or Metrics(settings.model_name), health or Health(REDIS_TIMEOUT_S)
     remove_leftovers()
@@ -73,7 +73,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         trial_prompts(prompts, loaded.capabilities),
     )
     policy = media_policy(settings)
-    media_cache, room = MediaCache(settings.media_cache_bytes), Room(settings.decoded_bytes)
+    media_cache, memory_budget = MediaCache(settings.media_cache_bytes), MemoryBudget(settings.decoded_bytes)
     decoders = Decoders(
         settings.num_decode_processes,
         DecodeLimits(settings.decode_memory_bytes, settings.decode_image_s, settings.decode_video_s),
@@ -87,7 +87,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         Proofs(fetcher, decoders, policy, lambda timeout_s: try_out(engine, prompts, answers, timeout_s)),
         job_meter.fell_sick,
     )
-    runtime = Runtime(
+    process = WorkerProcess(
         worker_name=worker_name,
         settings=settings,
         ledger=ledger,
@@ -99,17 +99,17 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             attempts=attempts,
             answers=answers,
             media=MediaCollector(fetcher, policy, media_cache, decoders),
-            room=room,
+            memory_budget=memory_budget,
             prompts=prompts,
             engine=engine,
             events=publisher,
             meter=job_meter,
             circuit=circuit,
-            on_engine_dead=lambda: runtime.fail(Finding(Trouble.ENGINE_DEAD, "a job met a dead engine")),
+            on_engine_dead=lambda: process.fail(Finding(Trouble.ENGINE_DEAD, "a job met a dead engine")),
             max_retries=settings.max_retries,
         ),
         media_cache=media_cache,
-        room=room,
+        memory_budget=memory_budget,
         decoders=decoders,
         try_out=lambda: try_out(engine, prompts, answers),
         attempts=attempts,
@@ -118,7 +118,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         metrics=metrics,
         step_meter=step_meter,
         token_meter=token_meter,
-        intake=Intake(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
+        claimer=Claimer(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
         circuit=circuit,
         drain=Drain(attempts, settings.drain_s),
         heartbeat=Heartbeat(
@@ -131,7 +131,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             lease_s=settings.lease_s,
         ),
     )
-    return runtime
+    return process
 
 
 def connect(settings: WorkerSettings) -> Ledger:
@@ -193,7 +193,7 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
 
 
 def media_policy(settings: WorkerSettings) -> MediaPolicy:
-    """Return the limits for media. Nothing may be larger than the room for all jobs."""
+    """Return the limits for media. Nothing may be larger than the memory budget of all jobs."""
     most_pixels = min(settings.max_job_pixels, settings.decoded_bytes // PIXEL_BYTES)
     return MediaPolicy(
         buckets=settings.readable_buckets,

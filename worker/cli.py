@@ -55,24 +55,24 @@ def start(
     from worker.lifecycle.process import STOP_TIMEOUT_S
 
     try:
-        runtime = build(settings, metrics, health)
-        runtime.start()
+        process = build(settings, metrics, health)
+        process.start()
     except CannotStart as error:
         refuse(redact(str(error)))
     celery_app = make_app(
         settings,
-        runtime.consumption.met,
-        runtime.metrics.count_dropped,
-        runtime.leave_unanswered,
-        lambda: runtime.circuit.may_take,
+        process.consumption.met,
+        process.metrics.count_dropped,
+        process.leave_unanswered,
+        lambda: process.circuit.may_take,
     )
-    sender = LinkSender(make_sender(settings), runtime.ledger)
-    register(celery_app, runtime, sender.wake)
+    sender = LinkSender(make_sender(settings), process.ledger)
+    register(celery_app, process, sender.wake)
     sender.start()
     _leave_out_of_collections()
-    status = serve(celery_app, settings, runtime)
+    status = serve(celery_app, settings, process)
     sender.stop(STOP_TIMEOUT_S)
-    runtime.stop()
+    process.stop()
     _leave_out_of_collections()
     sys.exit(status)
 

@@ -51,7 +51,7 @@ def collected(server: S3Server, policy: MediaPolicy, parts: list[MediaPart]) -> 
     )
 
 
-def test_the_room_asked_for_covers_what_is_decoded_and_no_job_is_larger_than_the_room() -> None:
+def test_a_reservation_covers_what_is_decoded_and_no_job_is_larger_than_the_budget() -> None:
     policy = media_policy(WorkerSettings(decoded_bytes=4 << 20, max_job_pixels=10_000_000))
     assert (policy.max_job_pixels, policy.max_clip_pixels, policy.max_image_pixels) == (1 << 20,) * 3
     fetcher = MediaFetcher(s3_client("http://127.0.0.1:1", "us-east-1", 5.0), policy, retries=0)

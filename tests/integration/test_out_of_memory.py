@@ -21,8 +21,8 @@ from api_stub.contract.view import JobView
 from tests.servers import eventually
 from worker.bootstrap import build
 from worker.jobs import outcome
-from worker.jobs.claim import Knock
-from worker.lifecycle.process import Runtime
+from worker.jobs.claim import JobMessage
+from worker.lifecycle.process import WorkerProcess
 from worker.settings import KVBackend, WorkerSettings
 
 LONG_QUESTION = "Is this long? " * 40
@@ -46,28 +46,28 @@ class Memory:
 class Worker:
     """A whole worker in this process, its Celery apart: a thread takes messages off the lists, others handle them."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, process: WorkerProcess) -> None:
+        self.process = process
         self._threads = ThreadPoolExecutor(16)
         self._is_over = threading.Event()
         self._receiver = threading.Thread(target=self._receive, daemon=True)
-        runtime.start()
-        runtime.on_ready()
+        process.start()
+        process.on_ready()
         self._receiver.start()
 
     def _receive(self) -> None:
         lists = [names.queue_list("default", step) for step in names.PRIORITY_STEPS]
         while not self._is_over.is_set():
-            found = self.runtime.ledger.client.brpop(lists, timeout=0.2)
+            found = self.process.ledger.client.brpop(lists, timeout=0.2)
             if found is not None:
                 job_id = str(json.loads(found[1])["headers"]["id"])
-                self._threads.submit(self._handle, Knock(job_id, TaskName.VQA, 6, None))
+                self._threads.submit(self._handle, JobMessage(job_id, TaskName.VQA, 6, None))
 
     def ask(self, question: str) -> str:
         """Submit a job and return its id."""
         job_id = str(uuid.uuid4())
         sampling = SamplingParams(max_new_tokens=24, min_new_tokens=24)
-        submission = self.runtime.ledger.submit(job_id, VqaJob(question=question, sampling=sampling).resolved(job_id))
+        submission = self.process.ledger.submit(job_id, VqaJob(question=question, sampling=sampling).resolved(job_id))
         assert submission
         return job_id
 
@@ -79,18 +79,18 @@ class Worker:
     def stop(self) -> None:
         self._is_over.set()
         self._receiver.join(20)
-        self.runtime.stop()
+        self.process.stop()
         self._threads.shutdown(cancel_futures=True)
 
     def _view(self, job_id: str) -> JobView:
-        view = self.runtime.ledger.view(job_id)
+        view = self.process.ledger.view(job_id)
         assert view is not None
         return view
 
-    def _handle(self, knock: Knock) -> None:
-        accepted = self.runtime.intake.accept(knock)
-        if accepted is not None:
-            self.runtime.pipeline.run(accepted)
+    def _handle(self, message: JobMessage) -> None:
+        claimed = self.process.claimer.claim(message)
+        if claimed is not None:
+            self.process.pipeline.run(claimed)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tests.servers import S3Server, eventually
 from worker.bootstrap import build
 from worker.broker.tasks import _JobTask
 from worker.jobs.entry import Entry
-from worker.lifecycle.process import Runtime
+from worker.lifecycle.process import WorkerProcess
 from worker.media import decoders
 from worker.models.loader import load
 from worker.settings import WorkerSettings
@@ -51,14 +51,14 @@ class Device:
 class Worker:
     """A whole worker in this process; instead of Celery a thread takes messages off the lists."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._task = _JobTask(TaskName.VQA, runtime, lambda: None)
-        self._threads = ThreadPoolExecutor(runtime.settings.concurrency)
+    def __init__(self, process: WorkerProcess) -> None:
+        self.process = process
+        self._task = _JobTask(TaskName.VQA, process, lambda: None)
+        self._threads = ThreadPoolExecutor(process.settings.concurrency)
         self._is_over = threading.Event()
         self._receiver = threading.Thread(target=self._receive, daemon=True)
-        runtime.start()
-        runtime.on_ready()
+        process.start()
+        process.on_ready()
         self._receiver.start()
 
     def ask(self, number: int, question: str = "hello") -> str:
@@ -66,11 +66,11 @@ class Worker:
         job_id = str(uuid.uuid4())
         media = (f"s3://media/sick/{number}.png",)
         job = VqaJob(media=media, question=question, sampling=SamplingParams(max_new_tokens=2))
-        self.runtime.ledger.submit(job_id, job.resolved(job_id))
+        self.process.ledger.submit(job_id, job.resolved(job_id))
         return job_id
 
     def view(self, job_id: str) -> JobView:
-        view = self.runtime.ledger.view(job_id)
+        view = self.process.ledger.view(job_id)
         assert view is not None
         return view
 
@@ -80,15 +80,15 @@ class Worker:
     def stop(self) -> None:
         self._is_over.set()
         self._receiver.join(20)
-        self.runtime.stop()
+        self.process.stop()
         self._threads.shutdown(cancel_futures=True)
 
     def _receive(self) -> None:
         lists = [names.queue_list("default", step) for step in names.PRIORITY_STEPS]
         while not self._is_over.is_set():
-            if not self.runtime.circuit.may_take:
+            if not self.process.circuit.may_take:
                 self._is_over.wait(0.1)
-            elif (found := self.runtime.ledger.client.brpop(lists, timeout=0.2)) is not None:
+            elif (found := self.process.ledger.client.brpop(lists, timeout=0.2)) is not None:
                 self._threads.submit(self._handle, *found)
 
     def _handle(self, place: str, message: str) -> None:
@@ -98,7 +98,7 @@ class Worker:
         except Ignore:
             pass
         except Reject:
-            self.runtime.ledger.client.rpush(place, message)
+            self.process.ledger.client.rpush(place, message)
 
 
 @pytest.fixture

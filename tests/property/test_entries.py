@@ -33,6 +33,6 @@ def test_the_check_itself_finds_an_entry_that_breaks_the_receiver(
     def broken(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr("tests.fuzz_entries.read_knock", broken)
+    monkeypatch.setattr("tests.fuzz_entries.read_message", broken)
     with pytest.raises(AssertionError):
         receive(redis_url, 100, seed=1, notes=False)

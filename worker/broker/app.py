@@ -20,7 +20,7 @@ from api_stub.contract import names
 from api_stub.ledger.settings import HEALTH_CHECK_S, queue_options, tls_options
 from worker.jobs.entry import DropReason
 from worker.lifecycle.drain import Consumption, Drain
-from worker.lifecycle.process import Runtime
+from worker.lifecycle.process import WorkerProcess
 from worker.settings import WorkerSettings
 
 SOCKET_TIMEOUT_S: Final = 5.0
@@ -142,22 +142,22 @@ def consumption_step(consumption: Consumption, drain: Drain) -> type[bootsteps.S
     return Consuming
 
 
-def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
+def serve(app: Celery, settings: WorkerSettings, process: WorkerProcess) -> int:
     """Consume until SIGTERM; return the process's exit status. Blocks the main thread."""
 
     def on_ready(**_: object) -> None:
-        runtime.on_ready()
+        process.on_ready()
 
     def on_shutting_down(**_: object) -> None:
-        runtime.drain.begin()
+        process.drain.begin()
 
     logging.getLogger("celery.worker.consumer.consumer").addFilter(without_bodies)
     logging.getLogger("celery.app.trace").addFilter(without_rejections)
     signals.worker_ready.connect(on_ready)
     signals.worker_shutting_down.connect(on_shutting_down)
-    app.steps["consumer"].add(consumption_step(runtime.consumption, runtime.drain))
+    app.steps["consumer"].add(consumption_step(process.consumption, process.drain))
     worker: Worker = app.Worker(
-        hostname=runtime.worker_name,
+        hostname=process.worker_name,
         pool="threads",
         concurrency=settings.concurrency,
         queues=[names.queue(settings.model_name)],
@@ -167,4 +167,4 @@ def serve(app: Celery, settings: WorkerSettings, runtime: Runtime) -> int:
         quiet=True,
     )
     worker.start()
-    return runtime.exit_status or int(worker.exitcode or 0)
+    return process.exit_status or int(worker.exitcode or 0)

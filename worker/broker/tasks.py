@@ -19,19 +19,19 @@ from celery.exceptions import Ignore, Reject
 
 from api_stub.contract.job import TaskName
 from worker.jobs.entry import Entry, Unreadable
-from worker.jobs.message import read_knock
-from worker.lifecycle.process import Runtime
+from worker.jobs.message import read_message
+from worker.lifecycle.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
 
-def register(app: Celery, runtime: Runtime, on_linked: Callable[[], None]) -> None:
-    """Give the app the three tasks of the contract, served by `runtime`.
+def register(app: Celery, process: WorkerProcess, on_linked: Callable[[], None]) -> None:
+    """Give the app the three tasks of the contract, served by `process`.
 
     `on_linked` is called after a message that wants something sent when its job is over.
     """
     for name in TaskName:
-        app.register_task(_JobTask(name, runtime, on_linked))
+        app.register_task(_JobTask(name, process, on_linked))
 
 
 class _JobTask(Task[Any, Any]):
@@ -40,10 +40,10 @@ class _JobTask(Task[Any, Any]):
     ignore_result = True
     acks_late = True
 
-    def __init__(self, task: TaskName, runtime: Runtime, on_linked: Callable[[], None]) -> None:
+    def __init__(self, task: TaskName, process: WorkerProcess, on_linked: Callable[[], None]) -> None:
         self.name = task.value
         self._task = task
-        self._runtime = runtime
+        self._process = process
         self._on_linked = on_linked
 
     def run(self, entry: str) -> None:
@@ -51,11 +51,11 @@ class _JobTask(Task[Any, Any]):
         said = Entry.from_json(entry)
         facts = {"action": "knock", "job_id": said.job_id}
         try:
-            with self._runtime.consumption.taken():
+            with self._process.consumption.taken():
                 self._handle(said)
         except Unreadable as error:
             logger.error("message dropped", extra=facts | {"reason": error.reason.value})
-            self._runtime.metrics.count_dropped(error.reason)
+            self._process.metrics.count_dropped(error.reason)
         except redis.RedisError as error:
             logger.warning("message not handled", extra=facts | {"error": type(error).__name__})
             if not said.is_doorbell:  # a plain message is the only copy of its job until it is adopted
@@ -67,27 +67,27 @@ class _JobTask(Task[Any, Any]):
         raise Ignore
 
     def _handle(self, entry: Entry) -> None:
-        if self._runtime.drain.is_draining:
+        if self._process.drain.is_draining:
             logger.info("message put back", extra={"action": "drain", "job_id": entry.job_id})
             self._put_back(entry)
             return
         name = entry.job_id or ""
-        if not self._runtime.circuit.begin(name):
+        if not self._process.circuit.begin(name):
             logger.info("message put back", extra={"action": "circuit", "job_id": entry.job_id})
             self._put_back(entry)
             return
         try:
-            knock = read_knock(entry)
-            accepted = self._runtime.intake.accept(knock)
-            if accepted is not None:
-                self._runtime.pipeline.run(accepted)
-            if knock.links is not None:
+            message = read_message(entry)
+            claimed = self._process.claimer.claim(message)
+            if claimed is not None:
+                self._process.pipeline.run(claimed)
+            if message.links is not None:
                 self._on_linked()
         finally:
-            self._runtime.circuit.end(name)
+            self._process.circuit.end(name)
 
     def _put_back(self, entry: Entry) -> None:
         """Leave a message to another worker, which takes it at once."""
         if not entry.is_doorbell or entry.job_id is None:
             raise Reject(reason="not taken here", requeue=True)
-        self._runtime.intake.decline([entry.job_id])
+        self._process.claimer.decline([entry.job_id])

@@ -1,7 +1,7 @@
-"""From a Celery message to a claim: look the job up, adopt it if it came as a plain message, claim it.
+"""Claims the job of a message in the ledger.
 
-A doorbell carries nothing but an id. A plain message carries the job itself and is written into the ledger first,
-so that from here on both are the same. Knows no Celery: tasks.py hands over what the message said.
+A doorbell carries only the id of a job that the ledger has. A plain message carries the job itself, which is adopted
+(written into the ledger) first; from there on both are the same. Knows no Celery: worker.broker.tasks passes messages.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim, JobConflict, Refusal, RefusalReason
 from api_stub.ledger.verdicts import is_passing
 from worker.jobs.entry import DropReason, Unreadable
-from worker.jobs.message import Knock
+from worker.jobs.message import JobMessage
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Waits between tries of a claim while Redis is away; after the last the reaper brings the job back.
+#: Pauses between tries of a claim while Redis is away. After the last one the message is given up; a sweep of the
+#: reaper rings again for the job.
 PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class ClaimedJob:
     """A claimed job. `problem` says what is wrong with a plain message that is no valid job."""
 
     claim: Claim
     problem: str | None = None
 
 
-class Intake:
-    """Turns knocks into claims for one worker that serves one model name."""
+class Claimer:
+    """Claims jobs for one worker that serves one model name. Any thread.
+
+    on_refusal: called with the ledger's reason whenever a job cannot be claimed (taken, finished, unknown, …).
+    """
 
     def __init__(
         self, ledger: Ledger, *, worker: str, model: str, on_refusal: Callable[[RefusalReason], None] | None = None
@@ -49,28 +53,29 @@ class Intake:
         self._on_refusal = on_refusal
         self._stopping = threading.Event()
 
-    def accept(self, knock: Knock) -> Accepted | None:
-        """Claim the job of a message; None when there is nothing to do.
+    def claim(self, message: JobMessage) -> ClaimedJob | None:
+        """Claim the job of a message; None when the ledger refuses, because the job is taken, over or unknown.
 
-        Raises redis.RedisError when Redis stays away, Unreadable when the id belongs to another job.
+        Raises redis.RedisError when Redis stays away for all of `PAUSES_S`, Unreadable when a plain message's id
+        belongs to a job with another body.
         """
         problem = None
-        if knock.fields is not None:
-            job, problem = self._read(knock, knock.fields)
-            self._adopt(knock, job)
-        token = uuid.uuid4().hex  # a claim whose reply was lost is the same claim when it is repeated
-        claim = self._again(lambda: self._ledger.claim(knock.job_id, self._worker, token))
+        if message.fields is not None:
+            job, problem = self._read(message, message.fields)
+            self._adopt(message, job)
+        token = uuid.uuid4().hex  # makes a repeated claim, whose first reply was lost, the same claim
+        claim = self._again(lambda: self._ledger.claim(message.job_id, self._worker, token))
         if isinstance(claim, Refusal):
-            logger.info("no claim", extra={"action": "claim", "job_id": knock.job_id, "reason": claim.reason.value})
+            logger.info("no claim", extra={"action": "claim", "job_id": message.job_id, "reason": claim.reason.value})
             if self._on_refusal is not None:
                 self._on_refusal(claim.reason)
             return None
-        return Accepted(claim, problem)
+        return ClaimedJob(claim, problem)
 
     def decline(self, job_ids: Sequence[str]) -> None:
-        """Have the ledger ring again, for another worker, for jobs whose doorbells were taken here. Any thread.
+        """Write the doorbells of unclaimed jobs again, for another worker: theirs were received here. Any thread.
 
-        Raises nothing: a doorbell that cannot be written now is found missing by a sweep.
+        Does not raise: a doorbell that cannot be written now is written by the next sweep of the reaper.
         """
         facts = {"action": "decline", "job_ids": list(job_ids)}
         try:
@@ -81,39 +86,39 @@ class Intake:
             logger.info("doorbells rung again", extra=facts | {"num_rung": num_rung})
 
     def close(self) -> None:
-        """Stop waiting for Redis."""
+        """End the pauses between tries, so that claims in progress fail or succeed at once."""
         self._stopping.set()
 
-    def _read(self, knock: Knock, fields: Mapping[str, object]) -> tuple[Job | None, str | None]:
-        if knock.problem is not None:
-            return None, knock.problem
+    def _read(self, message: JobMessage, fields: Mapping[str, object]) -> tuple[Job | None, str | None]:
+        if message.problem is not None:
+            return None, message.problem
         try:
-            job = parse_job({"model": self._model, "priority": knock.priority} | dict(fields), knock.task)
-            return job.resolved(knock.job_id), None
+            job = parse_job({"model": self._model, "priority": message.priority} | dict(fields), message.task)
+            return job.resolved(message.job_id), None
         except InvalidJob as error:
             return None, str(error)
         except Exception as error:  # noqa: BLE001 - a producer's own values, in libraries of others
-            facts = {"action": "adopt", "job_id": knock.job_id, "error": type(error).__name__}
+            facts = {"action": "adopt", "job_id": message.job_id, "error": type(error).__name__}
             logger.error("job cannot be read", extra=facts)
             return None, f"job: cannot be read ({type(error).__name__})"
 
-    def _adopt(self, knock: Knock, job: Job | None) -> None:
+    def _adopt(self, message: JobMessage, job: Job | None) -> None:
         try:
             self._again(
                 lambda: self._ledger.adopt(
-                    knock.job_id,
-                    task=knock.task,
+                    message.job_id,
+                    task=message.task,
                     model=self._model,
                     job=job,
                     priority=job.priority if job else 6,
-                    links=knock.links.to_json() if knock.links else "",
+                    links=message.links.to_json() if message.links else "",
                 )
             )
         except JobConflict as error:
             raise Unreadable(DropReason.ID_TAKEN) from error
 
     def _again(self, call: Callable[[], T]) -> T:
-        """Repeat a ledger call while Redis is away; raise its error after the last try, a lasting one at once."""
+        """Repeat a ledger call while Redis is away. Raises a lasting error at once, a passing one after the last try."""
         for pause_s in PAUSES_S:
             try:
                 return call()

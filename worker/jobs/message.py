@@ -1,7 +1,8 @@
-"""What a message says, whatever is wrong with it: a doorbell, a job, or something that is no job.
+"""Decodes a message's body: it is a doorbell, a plain message with a job, or a message that cannot become a job.
 
-In: an entry of the broker's list, from any producer in any language. Out: a `Knock`, or Unreadable when there is no id
-under which anybody could be answered. Decodes bodies, so it belongs on a thread. Knows no Celery.
+In: an `Entry` of the broker's list, from any producer in any language. Out: a `JobMessage`; Unreadable when the message
+has no job id, so that nobody can be answered. Inflates and parses bodies of up to `MAX_BODY_BYTES`, so it is called on
+a job's thread, never on the event loop. Knows no Celery.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ _CHARSETS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Knock:
-    """`fields` is None for a doorbell, else the kwargs of a plain message; `problem` says why they are no job.
+class JobMessage:
+    """A decoded message.
 
-    `links` is what Celery sends once the job is over, also when that is at once because it is none.
+    fields: the kwargs of a plain message; None for a doorbell, whose job is in the ledger already.
+    problem: why a plain message is no valid job; its fields are then empty.
+    links: the Celery signatures to send once the job is over, also when it is refused.
     """
 
     job_id: str
@@ -48,15 +51,15 @@ class Knock:
     links: Links | None = None
 
 
-def read_knock(entry: Entry) -> Knock:
-    """Read a message. Raises Unreadable when it has no id, not even in its body."""
+def read_message(entry: Entry) -> JobMessage:
+    """Decode an entry. Raises Unreadable when neither its headers nor its body have an id."""
     if entry.is_doorbell and entry.job_id is not None:
-        return Knock(entry.job_id, known_task(entry.task) or STAND_IN, entry.priority, None)
+        return JobMessage(entry.job_id, known_task(entry.task) or STAND_IN, entry.priority, None)
     body, problem = None, entry.problem
     if problem is None:
         try:
             body = _body(entry)
-        except _NotRead as error:
+        except _BadBody as error:
             problem = str(error)
     job_id, name = entry.job_id, entry.task
     if isinstance(body, Mapping) and name is None:
@@ -72,51 +75,54 @@ def read_knock(entry: Entry) -> Knock:
         problem = problem or unusable
     if task is None:
         problem = f"task: {_brief(name)} is not served here; send {', '.join(TaskName)}"
-    return Knock(job_id, task or STAND_IN, entry.priority, {} if problem else fields, problem, links)
+    return JobMessage(job_id, task or STAND_IN, entry.priority, {} if problem else fields, problem, links)
 
 
-class _NotRead(Exception):
-    """Raised when a body cannot be decoded. `str()` names the field."""
+class _BadBody(Exception):
+    """Raised when a body cannot be decoded. `str()` names the field, and what to send instead."""
 
 
 def _body(entry: Entry) -> object:
-    """Return the decoded body. Raises _NotRead."""
+    """Return the decoded body. Raises _BadBody."""
     if (entry.content_type or "application/json").lower() not in _JSON_TYPES:
-        raise _NotRead(f"content-type: {_brief(entry.content_type)} is not read; send application/json")
+        raise _BadBody(f"content-type: {_brief(entry.content_type)} is not read; send application/json")
     charset = _CHARSETS.get((entry.content_encoding or "utf-8").lower().replace("-", "").replace("_", ""))
     if charset is None:
-        raise _NotRead(f"content-encoding: {_brief(entry.content_encoding)} is not read; send utf-8")
+        raise _BadBody(f"content-encoding: {_brief(entry.content_encoding)} is not read; send utf-8")
     raw = _bytes(entry)
     if len(raw) > MAX_BODY_BYTES:
-        raise _NotRead(f"job: {len(raw)} bytes of JSON in the message, the limit is {MAX_BODY_BYTES}")
+        raise _BadBody(f"job: {len(raw)} bytes of JSON in the message, the limit is {MAX_BODY_BYTES}")
     try:
         return read_json(raw.decode(charset))
     except TooManyContainers as error:
-        raise _NotRead(f"job: {error}") from None
+        raise _BadBody(f"job: {error}") from None
     except RecursionError:
-        raise _NotRead("job: the message's body is nested too deep") from None
+        raise _BadBody("job: the message's body is nested too deep") from None
     except Exception as error:  # noqa: BLE001 - a codec or json, whatever they raise
-        raise _NotRead(f"job: the message's body is no JSON that can be read ({type(error).__name__})") from None
+        raise _BadBody(f"job: the message's body is no JSON that can be read ({type(error).__name__})") from None
 
 
 def _bytes(entry: Entry) -> bytes:
     encoding = (entry.body_encoding or "utf-8").lower()
     if encoding not in {"base64", "utf-8"}:
-        raise _NotRead(f"body_encoding: {_brief(entry.body_encoding)} is not read; send base64")
+        raise _BadBody(f"body_encoding: {_brief(entry.body_encoding)} is not read; send base64")
     try:
         raw = base64.b64decode(entry.body) if encoding == "base64" else entry.body.encode()
     except ValueError:  # also half a character, which UTF-8 has no bytes for
-        raise _NotRead(f"body_encoding: the body is no {encoding}") from None
+        raise _BadBody(f"body_encoding: the body is no {encoding}") from None
     if not entry.compression:
         return raw
     try:
         return inflate(raw, entry.compression, MAX_BODY_BYTES)
     except (ValueError, MemoryError) as error:
-        raise _NotRead(f"compression: {error}") from None
+        raise _BadBody(f"compression: {error}") from None
 
 
 def _fields(body: object) -> tuple[Mapping[str, object], str | None]:
-    """Return the kwargs of a body and what is wrong with it; protocol 1 names its parts, protocol 2 orders them."""
+    """Return the kwargs of a body and what is wrong with it.
+
+    Celery's protocol 1 sends an object with `args` and `kwargs`, protocol 2 a list `[args, kwargs, embed]`.
+    """
     if isinstance(body, Mapping):
         args, kwargs = body.get("args", []), body.get("kwargs", {})
     elif isinstance(body, list) and len(body) >= 2:
@@ -132,7 +138,7 @@ def _fields(body: object) -> tuple[Mapping[str, object], str | None]:
 
 
 def _links(body: object, root_id: str | None) -> tuple[Links | None, str | None]:
-    """Return what is to be sent when the job is over, and why that cannot be all; protocol 1 has it beside the rest."""
+    """Return the links of a body (protocol 1: of the object itself), and what is wrong with those left out."""
     embed = body[2] if isinstance(body, list) and len(body) > 2 else body
     try:
         return read_links(embed, root_id), None

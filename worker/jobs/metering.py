@@ -21,7 +21,7 @@ from worker.errors import Part
 from worker.jobs.attempt import Attempt, StopReason, Stopwatch
 from worker.jobs.entry import DropReason
 from worker.jobs.outcome import GiveBack
-from worker.media.budget import RoomStats
+from worker.media.budget import BudgetStats
 from worker.media.cache import MediaCacheStats
 from worker.observability.metrics import Metrics
 from worker.streaming.publisher import Outgoing
@@ -190,14 +190,14 @@ def engine_readings(engine: Engine) -> Mapping[str, float]:
     }
 
 
-def media_readings(stats: MediaCacheStats, room: RoomStats) -> Mapping[str, float]:
-    """Return what the cache of decoded media and the room for them count themselves."""
+def media_readings(stats: MediaCacheStats, budget: BudgetStats) -> Mapping[str, float]:
+    """Return what the cache of decoded media and their memory budget count themselves."""
     return {
         "mm_cache_queries_total": stats.hits + stats.misses,
         "mm_cache_hits_total": stats.hits,
         "mm_cache_evictions_total": stats.evictions,
         "mm_cache_bytes": stats.num_bytes,
-        "mm_room_bytes": room.num_bytes,
-        "mm_room_num_waiting": room.num_waiting,
-        "mm_room_waits_total": room.num_waited,
+        "mm_room_bytes": budget.num_bytes,
+        "mm_room_num_waiting": budget.num_waiting,
+        "mm_room_waits_total": budget.num_waited,
     }

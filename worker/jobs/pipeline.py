@@ -24,7 +24,7 @@ from worker.engine.request import Finish, GenerationRequest
 from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, Part
 from worker.jobs.attempt import Attempt, Attempts, Stopped, StopReason, Stopwatch
 from worker.jobs.circuit import Circuit
-from worker.jobs.claim import Accepted
+from worker.jobs.claim import ClaimedJob
 from worker.jobs.metering import JobMeter
 from worker.jobs.outcome import (
     MAX_RETRIES,
@@ -35,7 +35,7 @@ from worker.jobs.outcome import (
     stopped_body,
     used,
 )
-from worker.media.budget import Room
+from worker.media.budget import MemoryBudget
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
 from worker.models.inputs import ModelInputs
 from worker.observability.logging import job_context
@@ -82,7 +82,7 @@ class Pipeline:
         attempts: Attempts,
         answers: Answers,
         media: MediaCollector,
-        room: Room,
+        memory_budget: MemoryBudget,
         prompts: PromptBuilder,
         engine: EngineDoor,
         events: EventDoor,
@@ -96,7 +96,7 @@ class Pipeline:
         self._attempts = attempts
         self._answers = answers
         self._media = media
-        self._room = room
+        self._memory_budget = memory_budget
         self._prompts = prompts
         self._engine = engine
         self._events = events
@@ -106,20 +106,20 @@ class Pipeline:
         self._max_retries = max_retries
         self._pause = threading.Event()
 
-    def run(self, accepted: Accepted) -> None:
+    def run(self, claimed: ClaimedJob) -> None:
         """Bring one claimed job to its end. Raises only what no job may survive (KeyboardInterrupt and the like)."""
-        with job_context(accepted.claim.job_id, accepted.claim.attempt):
-            self._run(accepted)
+        with job_context(claimed.claim.job_id, claimed.claim.attempt):
+            self._run(claimed)
 
-    def _run(self, accepted: Accepted) -> None:
-        attempt = Attempt(accepted.claim)
+    def _run(self, claimed: ClaimedJob) -> None:
+        attempt = Attempt(claimed.claim)
         answer = self._answers.open(attempt.request_id, attempt.stream)
-        watch = Stopwatch(accepted.claim.queued_s, accepted.claim.age_s)
+        watch = Stopwatch(claimed.claim.queued_s, claimed.claim.age_s)
         logger.info("job started", extra=_facts(attempt))
         self._meter.begins(attempt)
         self._attempts.add(attempt)
         try:
-            body = self._ending(attempt, accepted.problem, answer, watch)
+            body = self._ending(attempt, claimed.problem, answer, watch)
             outcome = self._settle(attempt, body)
         finally:
             self._attempts.remove(attempt)
@@ -171,10 +171,10 @@ class Pipeline:
         num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
         most_bytes = self._media.most_decoded_bytes(parts, task=job.task, num_frames=num_frames)
         with watch.fetch:
-            held = self._room.take(most_bytes, should_stop=attempt.check)
-        with held:
+            reserved = self._memory_budget.reserve(most_bytes, should_stop=attempt.check)
+        with reserved:
             collected = self._collect(attempt, job, parts, num_frames, watch) if parts else NO_MEDIA
-            held.shrink(collected.num_decoded_bytes)
+            reserved.shrink(collected.num_decoded_bytes)
             with watch.prepare:
                 inputs = self._prompts.prepare(turns, collected.media, job.media_options)
         attempt.check()

@@ -64,11 +64,11 @@ class Report:
 class Health:
     """The health of one worker, from the first moment of its process on. Any thread.
 
-    redis_patience_s: a Redis that was silent for longer counts as away.
+    redis_timeout_s: Redis counts as away when it has confirmed no heartbeat for this long.
     """
 
-    def __init__(self, redis_patience_s: float) -> None:
-        self._redis_patience_s = redis_patience_s
+    def __init__(self, redis_timeout_s: float) -> None:
+        self._redis_timeout_s = redis_timeout_s
         self._vitals: Callable[[], Vitals] | None = None
         self._finding: Finding | None = None
         self._lock = threading.Lock()
@@ -106,7 +106,7 @@ class Health:
                 problems.append(f"sick of {vitals.sick_of}")
             if vitals.redis_refusal is not None:
                 problems.append(vitals.redis_refusal)
-            if vitals.redis_silent_s > self._redis_patience_s:
+            if vitals.redis_silent_s > self._redis_timeout_s:
                 problems.append(f"redis: silent for {vitals.redis_silent_s:.1f} s")
         return Report(_phase(vitals), tuple(problems), vitals)
 

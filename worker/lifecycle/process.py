@@ -20,7 +20,7 @@ from worker.engine.engine import Engine
 from worker.errors import CannotStart, WorkerError
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit
-from worker.jobs.claim import Intake
+from worker.jobs.claim import Claimer
 from worker.jobs.metering import StepMeter, TimedStep, TokenMeter, engine_readings, media_readings
 from worker.jobs.pipeline import Pipeline
 from worker.lifecycle.drain import Consumption, Drain
@@ -39,7 +39,7 @@ from worker.lifecycle.watchdog import (
     end_within,
     look_s,
 )
-from worker.media.budget import Room
+from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
 from worker.media.decoders import Decoders
 from worker.observability.metrics import Metrics
@@ -56,7 +56,7 @@ MIN_PUBLISHER_STALL_S: Final = 60.0
 
 
 @dataclass(slots=True)
-class Runtime:
+class WorkerProcess:
     """A worker's living parts."""
 
     worker_name: str
@@ -65,12 +65,12 @@ class Runtime:
     engine: Engine
     publisher: Publisher[TimedStep]
     pipeline: Pipeline
-    intake: Intake
+    claimer: Claimer
     circuit: Circuit
     drain: Drain
     heartbeat: Heartbeat
     media_cache: MediaCache
-    room: Room
+    memory_budget: MemoryBudget
     decoders: Decoders
     try_out: Callable[[], TriedOut]
     attempts: Attempts
@@ -129,7 +129,7 @@ class Runtime:
         One that goes on still has them on its threads.
         """
         if self.drain.is_draining:
-            self.intake.decline(job_ids)
+            self.claimer.decline(job_ids)
 
     def fail(self, finding: Finding) -> None:
         """End the process so that a supervisor restarts it: as SIGTERM does, but with a failing exit status.
@@ -174,7 +174,7 @@ class Runtime:
             "is_ready": self.health.readiness().is_good,
             "is_draining": self.drain.is_draining,
         }
-        media = media_readings(self.media_cache.stats(), self.room.stats())
+        media = media_readings(self.media_cache.stats(), self.memory_budget.stats())
         return own | dict(engine_readings(self.engine)) | dict(media)
 
     def _is_redis_there(self) -> bool:
@@ -191,7 +191,7 @@ class Runtime:
         self.watchdog.stop(STOP_TIMEOUT_S)
         if self.exit_status:
             end_within(LAST_RESORT_S)  # the watchdog has taken the timer along
-        self.intake.close()
+        self.claimer.close()
         self.decoders.close()
         self.engine.stop(STOP_TIMEOUT_S)
         self.publisher.stop(STOP_TIMEOUT_S)

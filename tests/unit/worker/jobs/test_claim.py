@@ -12,9 +12,9 @@ from api_stub.contract import names
 from api_stub.contract.job import TaskName, VqaJob, parse_job
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.settings import LedgerConfig
-from worker.jobs.claim import Intake
+from worker.jobs.claim import Claimer
 from worker.jobs.entry import DropReason, Unreadable
-from worker.jobs.message import Knock
+from worker.jobs.message import JobMessage
 
 
 @pytest.fixture
@@ -23,48 +23,48 @@ def ledger(redis_url: str) -> Ledger:
 
 
 @pytest.fixture
-def intake(ledger: Ledger) -> Intake:
-    return Intake(ledger, worker="worker-1", model="default")
+def claimer(ledger: Ledger) -> Claimer:
+    return Claimer(ledger, worker="worker-1", model="default")
 
 
-def knock(fields: dict[str, object] | None, job_id: str | None = None, problem: str | None = None) -> Knock:
-    return Knock(job_id or str(uuid.uuid4()), TaskName.VQA, priority=3, fields=fields, problem=problem)
+def message(fields: dict[str, object] | None, job_id: str | None = None, problem: str | None = None) -> JobMessage:
+    return JobMessage(job_id or str(uuid.uuid4()), TaskName.VQA, priority=3, fields=fields, problem=problem)
 
 
-def test_a_doorbell_claims_the_job_that_the_ledger_has(intake: Intake, ledger: Ledger) -> None:
+def test_a_doorbell_claims_the_job_that_the_ledger_has(claimer: Claimer, ledger: Ledger) -> None:
     job_id = str(uuid.uuid4())
     ledger.submit(job_id, VqaJob(question="hello").resolved(job_id))
-    accepted = intake.accept(knock(None, job_id))
-    assert accepted is not None
-    assert accepted.problem is None
-    assert parse_job(accepted.claim.body).question == "hello"
-    assert intake.accept(knock(None, job_id)) is None, "a second doorbell finds the job taken"
+    claimed = claimer.claim(message(None, job_id))
+    assert claimed is not None
+    assert claimed.problem is None
+    assert parse_job(claimed.claim.body).question == "hello"
+    assert claimer.claim(message(None, job_id)) is None, "a second doorbell finds the job taken"
 
 
-def test_a_doorbell_for_an_unknown_id_is_dropped(intake: Intake) -> None:
-    assert intake.accept(knock(None)) is None
+def test_a_doorbell_for_an_unknown_id_is_dropped(claimer: Claimer) -> None:
+    assert claimer.claim(message(None)) is None
 
 
 def test_a_plain_message_is_adopted_with_the_queue_s_model_and_the_message_s_priority(
-    intake: Intake, ledger: Ledger
+    claimer: Claimer, ledger: Ledger
 ) -> None:
-    accepted = intake.accept(knock({"question": "hello"}))
-    assert accepted is not None
-    job = parse_job(accepted.claim.body)
+    claimed = claimer.claim(message({"question": "hello"}))
+    assert claimed is not None
+    job = parse_job(claimed.claim.body)
     assert (job.model, job.priority, job.sampling.max_new_tokens) == ("default", 3, 256)
     assert job.sampling.seed is not None
-    view = ledger.view(accepted.claim.job_id)
+    view = ledger.view(claimed.claim.job_id)
     assert view is not None
     assert view.status == "in_progress"
 
 
-def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(intake: Intake, ledger: Ledger) -> None:
-    first = intake.accept(knock({"question": "hello"}))
+def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(claimer: Claimer, ledger: Ledger) -> None:
+    first = claimer.claim(message({"question": "hello"}))
     assert first is not None
     job_id = first.claim.job_id
-    assert intake.accept(knock({"question": "hello"}, job_id)) is None
+    assert claimer.claim(message({"question": "hello"}, job_id)) is None
     with pytest.raises(Unreadable) as raised:
-        intake.accept(knock({"question": "other"}, job_id))
+        claimer.claim(message({"question": "other"}, job_id))
     assert raised.value.reason is DropReason.ID_TAKEN
     view = ledger.view(job_id)
     assert view is not None
@@ -83,28 +83,28 @@ def test_the_same_plain_message_twice_is_one_job_and_another_body_is_dropped(int
     ],
 )
 def test_a_plain_message_that_is_no_job_is_claimed_with_its_problem(
-    fields: dict[str, object], problem: str | None, said: str, intake: Intake
+    fields: dict[str, object], problem: str | None, said: str, claimer: Claimer
 ) -> None:
-    accepted = intake.accept(knock(fields, problem=problem))
-    assert accepted is not None
-    assert accepted.claim.body == ""
-    assert accepted.problem is not None
-    assert said in accepted.problem
+    claimed = claimer.claim(message(fields, problem=problem))
+    assert claimed is not None
+    assert claimed.claim.body == ""
+    assert claimed.problem is not None
+    assert said in claimed.problem
 
 
 def test_a_lasting_fault_of_redis_is_raised_at_once(
-    intake: Intake, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+    claimer: Claimer, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     redis_client.set(names.job_key("spoilt"), "no job")
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-        intake.accept(knock(None, "spoilt"))
+        claimer.claim(message(None, "spoilt"))
     assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_a_redis_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("worker.jobs.claim.PAUSES_S", (0.01, 0.01))
     ledger = Ledger.connect("redis://127.0.0.1:1/0", LedgerConfig())
-    intake = Intake(ledger, worker="worker-1", model="default")
+    claimer = Claimer(ledger, worker="worker-1", model="default")
     with pytest.raises(redis.ConnectionError):
-        intake.accept(knock(None))
+        claimer.claim(message(None))
     assert [record.getMessage() for record in caplog.records] == ["ledger away"] * 2

@@ -12,27 +12,27 @@ import pytest
 from api_stub.contract.job import TaskName
 from worker.jobs.entry import MAX_BODY_BYTES, MAX_CONTAINERS, DropReason, Entry, Unreadable
 from worker.jobs.links import Links
-from worker.jobs.message import Knock, read_knock
+from worker.jobs.message import JobMessage, read_message
 
 ENTRY = Entry("1234", "visionq.vqa", 3)
 
 
-def read(body: object, **values: object) -> Knock:
-    return read_knock(replace(ENTRY, body=json.dumps(body), **values))  # type: ignore[arg-type]
+def read(body: object, **values: object) -> JobMessage:
+    return read_message(replace(ENTRY, body=json.dumps(body), **values))  # type: ignore[arg-type]
 
 
 def test_a_doorbell_has_no_fields() -> None:
-    assert read_knock(replace(ENTRY, is_doorbell=True)) == Knock("1234", TaskName.VQA, 3, None)
+    assert read_message(replace(ENTRY, is_doorbell=True)) == JobMessage("1234", TaskName.VQA, 3, None)
 
 
 def test_kwargs_become_the_fields() -> None:
-    knock = read([[], {"question": "hello", "self": 1}, {}])
-    assert (knock.fields, knock.problem) == ({"question": "hello", "self": 1}, None)
+    message = read([[], {"question": "hello", "self": 1}, {}])
+    assert (message.fields, message.problem) == ({"question": "hello", "self": 1}, None)
 
 
 def test_a_message_of_protocol_1_carries_id_and_task_in_its_body() -> None:
     said = {"id": "v1", "task": "visionq.caption", "args": [], "kwargs": {"question": "x"}}
-    assert read(said, job_id=None, task=None) == Knock("v1", TaskName.CAPTION, 3, {"question": "x"})
+    assert read(said, job_id=None, task=None) == JobMessage("v1", TaskName.CAPTION, 3, {"question": "x"})
 
 
 @pytest.mark.parametrize("said", [{}, {"id": "a\nb"}, {"id": None}, [[], {}, {}], "x"])
@@ -44,16 +44,16 @@ def test_a_message_without_an_id_anywhere_is_unreadable(said: object) -> None:
 
 @pytest.mark.parametrize("body", [None, [], ["x"], "x", [[], None], [[], []], [None, {}], [[1], {}], 1, {"kwargs": 1}])
 def test_what_is_no_job_says_why(body: object) -> None:
-    knock = read(body)
-    assert knock.problem
-    assert knock.fields == {}
+    message = read(body)
+    assert message.problem
+    assert message.fields == {}
 
 
 @pytest.mark.parametrize("task", ["no.such", "celery.map", "celery.chord_unlock", "visionq.VQA", None])
 def test_a_task_that_is_none_of_ours_is_refused_by_name(task: str | None) -> None:
-    knock = read([[], {"question": "hello"}, {}], task=task)
-    assert str(knock.problem).startswith(f"task: {task!r}" if task else "task: ")
-    assert "visionq.video_qa" in str(knock.problem)
+    message = read([[], {"question": "hello"}, {}], task=task)
+    assert str(message.problem).startswith(f"task: {task!r}" if task else "task: ")
+    assert "visionq.video_qa" in str(message.problem)
 
 
 @pytest.mark.parametrize("is_protocol_1", [False, True])
@@ -61,24 +61,24 @@ def test_what_celery_is_to_send_afterwards_is_kept_though_the_message_is_no_job(
     then = {"callbacks": [{"task": "notify"}]}
     for kwargs in ({"question": "hello"}, []):
         first = {"id": "v1", "task": "visionq.vqa", "args": [], "kwargs": kwargs} | then
-        knock = read(first, job_id=None, task=None) if is_protocol_1 else read([[], kwargs, then], root_id="root")
-        assert knock.links == Links(callbacks=({"task": "notify"},), root_id=None if is_protocol_1 else "root")
-        assert (knock.problem is None) == (kwargs != [])
+        message = read(first, job_id=None, task=None) if is_protocol_1 else read([[], kwargs, then], root_id="root")
+        assert message.links == Links(callbacks=({"task": "notify"},), root_id=None if is_protocol_1 else "root")
+        assert (message.problem is None) == (kwargs != [])
 
 
 @pytest.mark.parametrize("is_protocol_1", [False, True])
 def test_a_chord_is_refused_by_name_and_the_error_link_is_kept(is_protocol_1: bool) -> None:
     then = {"chord": {"task": "body"}, "errbacks": [{"task": "notify"}]}
     first = {"id": "v1", "task": "visionq.vqa", "args": [], "kwargs": {}} | then
-    knock = read(first, job_id=None, task=None) if is_protocol_1 else read([[], {"question": "hello"}, then])
-    assert str(knock.problem).startswith("chord: ")
-    assert knock.links == Links(errbacks=({"task": "notify"},))
+    message = read(first, job_id=None, task=None) if is_protocol_1 else read([[], {"question": "hello"}, then])
+    assert str(message.problem).startswith("chord: ")
+    assert message.links == Links(errbacks=({"task": "notify"},))
 
 
 @pytest.mark.parametrize("embed", [None, {}, {"callbacks": None, "errbacks": [], "chain": None, "chord": None}])
 def test_a_message_that_asks_for_nothing_afterwards_is_a_job(embed: object) -> None:
-    knock = read([[], {"question": "hello"}, embed])
-    assert (knock.problem, knock.links) == (None, None)
+    message = read([[], {"question": "hello"}, embed])
+    assert (message.problem, message.links) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -99,23 +99,25 @@ def test_a_message_that_asks_for_nothing_afterwards_is_a_job(embed: object) -> N
     ],
 )
 def test_a_body_that_cannot_be_read_names_the_part_that_is_at_fault(values: dict[str, object], said: str) -> None:
-    knock = read_knock(replace(ENTRY, **values))  # type: ignore[arg-type]
-    assert str(knock.problem).startswith(said)
-    assert (knock.job_id, knock.fields) == ("1234", {})
+    message = read_message(replace(ENTRY, **values))  # type: ignore[arg-type]
+    assert str(message.problem).startswith(said)
+    assert (message.job_id, message.fields) == ("1234", {})
 
 
 @pytest.mark.parametrize("charset", [None, "utf-8", "UTF8", "us-ascii", "binary", "utf-16", "latin-1"])
 def test_a_compressed_body_in_a_usual_charset_is_read(charset: str | None) -> None:
     text = json.dumps([[], {"question": "hello"}, {}]).encode(charset if charset not in (None, "binary") else "utf-8")
     body = base64.b64encode(zlib.compress(text)).decode()
-    knock = read_knock(replace(ENTRY, body=body, body_encoding="base64", compression="gzip", content_encoding=charset))
-    assert (knock.fields, knock.problem) == ({"question": "hello"}, None)
+    message = read_message(
+        replace(ENTRY, body=body, body_encoding="base64", compression="gzip", content_encoding=charset)
+    )
+    assert (message.fields, message.problem) == ({"question": "hello"}, None)
 
 
 def test_a_bomb_is_refused_with_the_limit() -> None:
     bomb = base64.b64encode(zlib.compress(bytes(50_000_000))).decode()
-    knock = read_knock(replace(ENTRY, body=bomb, body_encoding="base64", compression="gzip"))
-    assert knock.problem == f"compression: the body inflates to more than {MAX_BODY_BYTES} bytes"
+    message = read_message(replace(ENTRY, body=bomb, body_encoding="base64", compression="gzip"))
+    assert message.problem == f"compression: the body inflates to more than {MAX_BODY_BYTES} bytes"
 
 
 @pytest.mark.parametrize("text", ["[" * (MAX_CONTAINERS + 1), '"{' * MAX_CONTAINERS + "\\"])
@@ -124,6 +126,6 @@ def test_brackets_within_a_text_are_no_lists(text: str) -> None:
 
 
 def test_a_body_of_very_many_lists_is_refused_with_the_limit() -> None:
-    knock = read([[], {"metadata": [[]] * MAX_CONTAINERS}])
-    assert f"{MAX_CONTAINERS + 4} objects and lists" in str(knock.problem)
-    assert f"the limit is {MAX_CONTAINERS}" in str(knock.problem)
+    message = read([[], {"metadata": [[]] * MAX_CONTAINERS}])
+    assert f"{MAX_CONTAINERS + 4} objects and lists" in str(message.problem)
+    assert f"the limit is {MAX_CONTAINERS}" in str(message.problem)

@@ -214,11 +214,11 @@ from worker.lifecycle.health import Health
 from worker.lifecycle.watchdog import Finding, ThreadWatch, Trouble, Watchdog
 worker.lifecycle.process.LAST_RESORT_S = 1
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a shutdown that hangs
-runtime = worker.lifecycle.process.Runtime.__new__(worker.lifecycle.process.Runtime)
-runtime.health, runtime.drain, runtime.exit_status = Health(redis_patience_s=5), Drain(Attempts(), drain_s=60), 0
-runtime.fail(Finding(Trouble.ENGINE_DEAD, "a job has met it"))
+process = worker.lifecycle.process.WorkerProcess.__new__(worker.lifecycle.process.WorkerProcess)
+process.health, process.drain, process.exit_status = Health(redis_timeout_s=5), Drain(Attempts(), drain_s=60), 0
+process.fail(Finding(Trouble.ENGINE_DEAD, "a job has met it"))
 looked = threading.Event()
-Watchdog([ThreadWatch(Trouble.ENGINE_DEAD, lambda: looked.set())], runtime.fail, interval_s=0.1, frozen_s=60).start()
+Watchdog([ThreadWatch(Trouble.ENGINE_DEAD, lambda: looked.set())], process.fail, interval_s=0.1, frozen_s=60).start()
 looked.wait(20)
 time.sleep(20)
 """
