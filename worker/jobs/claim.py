@@ -118,7 +118,7 @@ class Claimer:
             raise Unreadable(DropReason.ID_TAKEN) from error
 
     def _again(self, call: Callable[[], T]) -> T:
-        """Repeat a ledger call while Redis is away. Raises a lasting error at once, a passing one after the last try."""
+        """Repeat a ledger call while Redis is away; raise a lasting error at once, a passing one after the last try."""
         for pause_s in PAUSES_S:
             try:
                 return call()
