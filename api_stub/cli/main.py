@@ -1,4 +1,4 @@
-"""`visionq`: submit jobs, follow them, ask about them, upload files, export the schemas, serve HTTP.
+"""`visionq`: submit jobs, follow them, ask about them, draw and upload files, export the schemas, serve HTTP.
 
 Exit status: 0 done, 1 the job failed, 2 wrong usage or job, 3 Redis or S3 away or the queue full, 4 --timeout passed,
 130 Ctrl-C. Ctrl-C and --timeout only stop watching: the job goes on, and its id is printed.
@@ -25,6 +25,7 @@ from api_stub.client.handle import JobHandle
 from api_stub.contract.job import DEFAULT_NUM_FRAMES
 from api_stub.contract.schema import asyncapi, schemas
 from api_stub.demo import run_demo
+from api_stub.demo.drawings import SUFFIXES, draw_files
 from api_stub.devstack import StackOptions, exit_status, run_up
 from api_stub.errors import InvalidRequest, InvalidSettings
 from api_stub.gateway.keys import digest_of, is_key_name, new_key
@@ -155,6 +156,26 @@ def upload(
         for file in files:
             uri = client.upload(file)
             print(json.dumps({"file": str(file), "uri": uri}) if as_json else uri, flush=True)
+
+
+@app.command()
+def draw(
+    files: Annotated[list[Path], typer.Argument(help="Files to draw: .png for a picture, .mp4 for a clip.")],
+    seed: Annotated[int | None, typer.Option(help="Another number, other drawings.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw pictures and clips to try things with, and print what is true about them. Needs visionq-worker."""
+    with reported(as_json):
+        for file in files:
+            if file.suffix not in SUFFIXES:
+                raise InvalidRequest(f"{file}: the name must end in one of {', '.join(SUFFIXES)}")
+        for drawing in draw_files(files, seed):
+            if as_json:
+                print(drawing.model_dump_json())
+                continue
+            print(drawing.path)
+            for question in drawing.questions:
+                print(f"  {question.text} → {question.answer}")
 
 
 @app.command()

@@ -13,14 +13,14 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from api_stub.client.client import Client
 from api_stub.client.handle import JobHandle
 from api_stub.contract.event import Event, FinalEvent, parse_event
 from api_stub.contract.job import TaskName
+from api_stub.demo.drawings import DRAW_S, Drawing, command_for, drawings_of
 from api_stub.devstack import Stack, StackFailed
-from api_stub.devstack.servers import worker_command
 from api_stub.errors import VisionqError
 
 SUBMIT_S = 30.0
@@ -82,7 +82,6 @@ def _connection(url: str, timeout_s: float | None) -> HTTPConnection:
 
 
 SEED = 7
-DRAW_S = 60.0
 LABELS = {TaskName.CAPTION: "caption", TaskName.VQA: "image question", TaskName.VIDEO_QA: "video question"}
 
 
@@ -120,35 +119,13 @@ class DemoTask(BaseModel):
         return client.video_qa(uri, question=self.text, model=model)
 
 
-class _Question(BaseModel):
-    task: str
-    text: str
-    answer: str
-
-
-class _Drawing(BaseModel):
-    path: Path
-    questions: tuple[_Question, ...]
-
-
-class _Drawings(BaseModel):
-    drawings: tuple[_Drawing, ...]
-
-
 def draw(stack: Stack, seed: int = SEED) -> tuple[DemoTask, ...]:
     """Have a picture and a clip drawn and return a caption, a question about each. Raises StackFailed."""
-    program = worker_command("worker.demo_model.draw")
-    output = stack.run_child(
-        "draw", [*program, "--out", str(stack.directory / "pictures"), "--seed", str(seed)], DRAW_S
-    )
-    try:
-        drawings = _Drawings.model_validate_json(output).drawings
-    except ValidationError as error:
-        raise StackFailed(f"the drawing program printed something else than drawings: {error}") from error
+    drawings = drawings_of(stack.run_child("draw", command_for(stack.directory / "pictures", seed), DRAW_S))
     return tuple(_first(drawings, task) for task in TaskName)
 
 
-def _first(drawings: tuple[_Drawing, ...], task: TaskName) -> DemoTask:
+def _first(drawings: tuple[Drawing, ...], task: TaskName) -> DemoTask:
     name = task.removeprefix("visionq.")
     for drawing in drawings:
         for question in drawing.questions:

@@ -137,12 +137,13 @@ def test_a_producer_with_a_worker_of_its_own_uses_visionq(bare: Path, redis_url:
     assert str(tmp_path / "venv") in done.stdout
 
 
-def test_visionq_runs_no_strangers_worker(bare: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["demo"], ["draw", "scene.png"]], ids=lambda command: command[0])
+def test_visionq_runs_no_strangers_worker(bare: Path, tmp_path: Path, command: list[str]) -> None:
     folder = tmp_path / "shop"
     (folder / "worker").mkdir(parents=True)
     for name in ("__init__", "cli", "demo_model"):
         (folder / "worker" / f"{name}.py").write_text(STRANGER)
-    done = run([bare.parent / "visionq", "demo"], folder, PYTHONPATH=str(folder))
+    done = run([bare.parent / "visionq", *command], folder, PYTHONPATH=str(folder))
     assert done.returncode != 0
     assert "visionq-worker is not installed" in done.stdout + done.stderr
     assert "stranger" not in done.stdout + done.stderr

@@ -1,8 +1,9 @@
-"""Draws pictures and clips to files and prints what is true about them: `python -m worker.demo_model.draw --out DIR`.
+"""Draws pictures and clips to files and prints what is true about them: `python -m worker.demo_model.draw scene.png`.
 
-Prints one JSON object, `{"seed": …, "drawings": [{"path", "kind": "image" | "video", "questions": [{"task", "kind",
-"text", "answer"}, …]}, …]}`. The same seed draws the same scenes; the captions of one call all differ. Imports
-neither torch nor transformers, so a producer may run it as a child process.
+Files are named, or a directory for numbered ones (`--out`). Prints one JSON object, `{"seed": …, "drawings": [{"path",
+"kind": "image" | "video", "questions": [{"task", "kind", "text", "answer"}, …]}, …]}`. The same seed draws the same
+scenes; the captions of one call's pictures all differ. Imports neither torch nor transformers, so a producer may run it
+as a child process: that is `visionq draw`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -25,6 +26,7 @@ CAPTION_PROMPT = "Describe this image."
 PICTURE_KINDS = ("colour", "count")
 CLIP_KINDS = ("motion", "colour_at_end")
 PICTURE_SIZE = 200
+PICTURE_SUFFIX = ".png"
 CLIP_FRAMES, CLIP_FPS = 24, 12.0
 CODECS = {"mp4": "mp4v", "avi": "MJPG"}
 
@@ -48,26 +50,30 @@ class Drawing:
     questions: tuple[Asked, ...]
 
 
-def draw_pictures(directory: Path, rng: Random, num: int) -> Iterator[Drawing]:
-    """Write `num` PNG files of different scenes; no two have the same caption."""
+def draw_files(paths: Iterable[Path], rng: Random) -> Iterator[Drawing]:
+    """Write each file, over what is there: a picture (.png), or a clip of two seconds in which one shape moves.
+
+    No two pictures have the same caption. Raises OSError when a file cannot be written.
+    """
+    scenes = _different_scenes(rng)
+    for path in paths:
+        if path.suffix == PICTURE_SUFFIX:
+            scene = next(scenes)
+            write_picture(path, scene)
+            yield Drawing(str(path), "image", _picture_questions(rng, scene))
+        else:
+            clip = make_clip(rng, CLIP_FRAMES, Action.MOVE, wobble=0.2)
+            write_clip(path, clip)
+            yield Drawing(str(path), "video", _clip_questions(rng, clip))
+
+
+def _different_scenes(rng: Random) -> Iterator[Scene]:
     captions: set[str] = set()
-    while len(captions) < num:
+    while True:
         scene = make_scene(rng, distinct_shapes=True)
-        if caption(scene) in captions:
-            continue
-        path = directory / f"picture-{len(captions):04d}.png"
-        captions.add(caption(scene))
-        write_picture(path, scene)
-        yield Drawing(str(path), "image", _picture_questions(rng, scene))
-
-
-def draw_clips(directory: Path, rng: Random, num: int, container: str = "mp4") -> Iterator[Drawing]:
-    """Write `num` clips of two seconds in which one shape moves. `container` is mp4 or avi."""
-    for i in range(num):
-        clip = make_clip(rng, CLIP_FRAMES, Action.MOVE, wobble=0.2)
-        path = directory / f"clip-{i:04d}.{container}"
-        write_clip(path, clip)
-        yield Drawing(str(path), "video", _clip_questions(rng, clip))
+        if caption(scene) not in captions:
+            captions.add(caption(scene))
+            yield scene
 
 
 def write_picture(path: Path, scene: Scene) -> None:
@@ -109,26 +115,40 @@ def _as_typed(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, then print the JSON."""
     args = _parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    rng = Random(args.seed)
-    num_clips = args.clips if args.clips is not None else int(args.count is None)
-    drawings = [
-        *draw_pictures(args.out, rng, 1 if args.count is None else args.count),
-        *draw_clips(args.out, rng, num_clips, args.container),
-    ]
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        drawings = list(draw_files(args.files or _numbered(args), Random(args.seed)))
+    except OSError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     json.dump({"seed": args.seed, "drawings": [asdict(drawing) for drawing in drawings]}, sys.stdout, indent=1)
     sys.stdout.write("\n")
     return 0
 
 
+def _numbered(args: argparse.Namespace) -> list[Path]:
+    num_pictures = 1 if args.count is None else args.count
+    num_clips = args.clips if args.clips is not None else int(args.count is None)
+    pictures = [args.out / f"picture-{i:04d}{PICTURE_SUFFIX}" for i in range(num_pictures)]
+    return [*pictures, *(args.out / f"clip-{i:04d}.{args.container}" for i in range(num_clips))]
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.demo_model.draw", description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="directory for the files, made when missing")
+    parser.add_argument("files", nargs="*", type=Path, help="files to draw: .png pictures; .mp4 or .avi clips")
+    parser.add_argument("--out", type=Path, help="directory for numbered files, made when missing; instead of names")
     parser.add_argument("--seed", type=int, default=285, help="the same seed draws the same files")
     parser.add_argument("--count", type=int, help="number of pictures (default: one picture and one clip)")
     parser.add_argument("--clips", type=int, help="number of clips (default: none when --count is given)")
     parser.add_argument("--container", choices=sorted(CODECS), default="mp4", help="file format of the clips")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.files) == (args.out is not None):
+        parser.error("name files, or a directory by --out")
+    known = {PICTURE_SUFFIX, *(f".{container}" for container in CODECS)}
+    if odd := [str(path) for path in args.files if path.suffix not in known]:
+        parser.error(f"{odd[0]}: the name must end in one of {', '.join(sorted(known))}")
+    return args
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from worker.demo_model.clips import Action, make_clip
-from worker.demo_model.draw import CLIP_FRAMES, draw_pictures, main, write_clip, write_picture
+from worker.demo_model.draw import CLIP_FRAMES, draw_files, main, write_clip, write_picture
 from worker.demo_model.scenes import make_scene
 
 
@@ -57,8 +57,9 @@ def test_a_clip_file_shows_the_motion_that_was_drawn(tmp_path: Path, container: 
 
 
 def test_pictures_of_one_call_are_all_different_and_the_same_next_time(tmp_path: Path) -> None:
-    first = list(draw_pictures(tmp_path, Random(7), 60))
-    again = list(draw_pictures(tmp_path, Random(7), 60))
+    paths = [tmp_path / f"{i}.png" for i in range(60)]
+    first = list(draw_files(paths, Random(7)))
+    again = list(draw_files(paths, Random(7)))
     assert first == again
     assert len(first) == 60
     assert len({drawing.questions[0].answer for drawing in first}) == 60
@@ -75,9 +76,36 @@ def test_a_count_draws_pictures_only_unless_clips_are_wanted(
     assert [Path(d["path"]).suffix for d in drawn] == [".png", ".avi", ".avi"]
 
 
-def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_named_files_are_the_default_drawings_under_other_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--out", str(tmp_path)])
+    numbered = json.loads(capsys.readouterr().out)["drawings"]
+    assert main([str(tmp_path / "scene.png"), str(tmp_path / "clip.mp4")]) == 0
+    named = json.loads(capsys.readouterr().out)["drawings"]
+    assert [d["path"] for d in named] == [str(tmp_path / "scene.png"), str(tmp_path / "clip.mp4")]
+    assert [d["questions"] for d in named] == [d["questions"] for d in numbered]
+    assert Path(named[0]["path"]).read_bytes() == Path(numbered[0]["path"]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "name files, or"), (["a.png", "--out", "."], "name files, or"), (["a.png", "b.jpg"], "b.jpg: the name must")],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "missing" / "scene.png"
     with pytest.raises(OSError, match="cannot write"):
-        write_picture(tmp_path / "missing" / "scene.png", make_scene(Random(0)))
+        write_picture(path, make_scene(Random(0)))
+    assert main([str(path)]) == 1
+    assert capsys.readouterr().err == f"cannot write {path}\n"
 
 
 def test_drawing_loads_neither_torch_nor_transformers() -> None:
