@@ -22,7 +22,7 @@ from api_stub.gateway.keys import KeyRing, Limits
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.queues import Queues
 from api_stub.gateway.reader import EventReaders
-from api_stub.gateway.remote_media import MediaFetcher, RemoteRules
+from api_stub.gateway.remote_media import RemoteFetcher, RemoteRules
 from api_stub.gateway.webhooks.sender import WebhookRules, WebhookSender
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
@@ -56,7 +56,7 @@ class Gateway:
     queues: Queues
     limits: Limits
     storage: Storage
-    media: MediaFetcher
+    remote: RemoteFetcher
     webhook_rules: WebhookRules
     _webhooks: WebhookSender
     _reaper: _ReaperThread
@@ -86,7 +86,7 @@ class Gateway:
             queues=Queues(commands, ledger, settings.known_models),
             limits=Limits(commands),
             storage=await asyncio.to_thread(Storage, settings),
-            media=MediaFetcher(RemoteRules.load(settings)),
+            remote=RemoteFetcher(RemoteRules.load(settings)),
             webhook_rules=rules,
             _webhooks=rules.sender(settings, keys, commands, metrics),
             _reaper=_ReaperThread(settings),

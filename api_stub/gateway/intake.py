@@ -1,6 +1,6 @@
-"""From a request's body to a job in the ledger: read, store what came inline, check, count, submit.
+"""From a request's body to a job in the ledger: read a draft, make the job of it, fetch, store, submit.
 
-Nothing is stored for a request that is refused: an inline object's name is known before it is sent.
+Nothing is fetched or stored for a request that is refused: media have names before they are sent.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final, NoReturn
 
@@ -17,18 +16,21 @@ from anyio import to_thread
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
+from starlette.types import Receive
 
 from api_stub.contract import names
 from api_stub.contract.error import InvalidJob
-from api_stub.contract.job import parse_job
+from api_stub.contract.job import Job, parse_job
 from api_stub.errors import InvalidRequest, UnknownJob, VisionqError
 from api_stub.gateway.access import check_allowed, check_known, media_of
+from api_stub.gateway.drafts import Attached, Draft, JsonDraft, Remote, Unstored
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.problems import FieldError, Problem, invalid
+from api_stub.gateway.resolve import Destination, NewObject, fetched, read_local, with_uris
 from api_stub.gateway.schemas import MAX_FILES, StoredReply
-from api_stub.gateway.uploads import Destination, InlineMedia, check_uploads, take_data_urls, take_files
-from api_stub.submit import checked, checked_id, submit_errors
+from api_stub.gateway.uploads import check_uploads
+from api_stub.submit import checked_id, submit_errors
 
 FORM_JOB: Final = "job"
 FORM_MEDIA: Final = "media"
@@ -39,49 +41,61 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
 _NAMESPACE: Final = uuid.UUID("6d1f5a0e-5a0b-4a52-9f0f-3f6f0b7c9d11")
 
 
-@dataclass(frozen=True, slots=True)
-class JobForm:
-    """A request to submit: a job's fields as JSON, and the files that came beside them.
-
-    `inline`: media that the fields name already and that are not stored yet.
-    """
-
-    fields: dict[str, Any]
-    files: Sequence[UploadFile] = field(default=())
-    inline: Sequence[InlineMedia] = field(default=())
-
-
-async def read_job(request: Request) -> JobForm:
+async def read_job(request: Request) -> JsonDraft:
     """Read a job from JSON or from a form with the field `job` and files `media`. Raises Problem."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
-        return JobForm(await _parsed(await request.body()))
+        return JsonDraft(await read_json(request))
     if content_type == "multipart/form-data":
         return await _of_form(request)
     detail = "send application/json, or multipart/form-data with a field `job` and files `media`"
     raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail)
 
 
+async def read_json(request: Request) -> Mapping[str, object]:
+    """Read a body that is a JSON object. Raises Problem."""
+    return await _parsed(await request.body())
+
+
 async def accept(
-    gateway: Gateway, caller: Caller, form: JobForm, idempotency_key: str | None = None, job_id: str | None = None
+    gateway: Gateway,
+    caller: Caller,
+    draft: Draft,
+    idempotency_key: str | None = None,
+    job_id: str | None = None,
+    receive: Receive | None = None,
 ) -> str:
     """Hand a job in for a caller and return its id.
 
     With an idempotency key the id follows from it, so that the ledger itself tells a repetition from a conflict.
+    `receive` is the request's, whose body has been read: a client that leaves ends the fetch of http(s) media.
     Raises Problem, InvalidRequest, QueueFull, StoreUnavailable, StorageRefused.
     """
-    fields = _for_tenant(form.fields, caller)
-    where = Destination(gateway.settings.media_bucket, str(fields.get("tenant", "")))
-    fields, inline = await to_thread.run_sync(_with_media, fields, form.files, where)
-    job = checked(fields)
+    tenant = _tenant_of(draft, caller)
+    where = Destination(gateway.settings.media_bucket, str(draft.tenant) if tenant is None else tenant)
+    sources = draft.sources
+    local = await to_thread.run_sync(read_local, sources, where)
+    remote = [source for source in sources if isinstance(source, Remote)]
+    placeholders: dict[Unstored, str] = {source: where.placeholder(number) for number, source in enumerate(remote)}
+    job = draft.job({source: new.uri for source, new in local.items()} | placeholders, tenant)
     check_allowed(caller, job)
     await check_known(gateway, job.model)
     gateway.webhook_rules.check(job, gateway.keys)
     await check_uploads(gateway, caller, media_of(job))
     job_id = checked_id(job_id) if idempotency_key is None else keyed_id(idempotency_key, job.tenant)
+    async with fetched(gateway, remote, where, receive) as found:
+        uris = {placeholders[source]: new.uri for source, new in zip(remote, found, strict=True)}
+        await _submit(gateway, caller, job_id, with_uris(job, uris), [*local.values(), *found], idempotency_key)
+    return job_id
+
+
+async def _submit(
+    gateway: Gateway, caller: Caller, job_id: str, job: Job, media: Sequence[NewObject], idempotency_key: str | None
+) -> None:
+    """Store a job's media and hand it in, counted among the caller's unfinished jobs."""
     await gateway.limits.reserve(caller, job_id)
     try:
-        await _store(gateway, [*inline, *form.inline])
+        await _store(gateway, media)
         await gateway.submit(job_id, job)
     except InvalidRequest as error:
         if idempotency_key is not None:
@@ -90,13 +104,12 @@ async def accept(
     except VisionqError:
         await gateway.limits.release(caller, job_id)
         raise
-    return job_id
 
 
 async def store_file(gateway: Gateway, caller: Caller, file: UploadFile) -> StoredReply:
     """Store a form's file for a caller. Raises Problem (no image or clip, too large), StorageRefused."""
     where = Destination(gateway.settings.media_bucket, caller.tenant)
-    (media,) = await to_thread.run_sync(take_files, [file], where)
+    (media,) = (await to_thread.run_sync(read_local, [Attached("media.0", file)], where)).values()
     await _store(gateway, [media])
     return StoredReply(uri=media.uri, content_type=media.content_type)
 
@@ -135,7 +148,7 @@ async def _check_again(gateway: Gateway, caller: Caller, job_id: str) -> None:
     await check_known(gateway, job.model)
 
 
-async def _parsed(body: bytes) -> dict[str, Any]:
+async def _parsed(body: bytes) -> Mapping[str, object]:
     try:
         parsed = _loaded(body) if len(body) <= _LARGE else await to_thread.run_sync(_loaded, body)
     except (ValueError, RecursionError) as error:
@@ -153,7 +166,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
-async def _of_form(request: Request) -> JobForm:
+async def _of_form(request: Request) -> JsonDraft:
     try:
         form = await request.form(max_files=MAX_FILES, max_fields=8, max_part_size=_MAX_JOB_FIELD)
     except MultiPartException as error:
@@ -169,36 +182,23 @@ async def _of_form(request: Request) -> JobForm:
     media = [file for file in files if isinstance(file, UploadFile)]
     if len(media) != len(files):
         raise invalid(FORM_MEDIA, "a file is required")
-    return JobForm(await _parsed(jobs[0].encode(errors="surrogatepass")), media)
+    return JsonDraft(await _parsed(jobs[0].encode(errors="surrogatepass")), media)
 
 
-def _for_tenant(fields: dict[str, Any], caller: Caller) -> dict[str, Any]:
-    """Put the caller's name on a job. Raises Problem (403) when it bears another's."""
+def _tenant_of(draft: Draft, caller: Caller) -> str | None:
+    """Return the tenant that a key puts on a job, None without keys. Raises Problem (403): it bears another's."""
     if caller.is_anonymous:
-        return fields
-    if fields.get("tenant", caller.tenant) not in ("", caller.tenant):
+        return None
+    if draft.tenant not in ("", caller.tenant):
         message = "a key submits for its own tenant only; leave it out"
         errors = [FieldError(field="tenant", message=message)]
         raise Problem(HTTPStatus.FORBIDDEN, "forbidden", f"tenant: {message}", errors=errors)
-    return fields | {"tenant": caller.tenant}
+    return caller.tenant
 
 
-def _with_media(
-    fields: dict[str, Any], files: Sequence[UploadFile], where: Destination
-) -> tuple[dict[str, Any], list[InlineMedia]]:
-    fields, inline = take_data_urls(fields, where)
-    attached = take_files(files, where)
-    if attached:
-        given = fields.get("media", [])
-        if not isinstance(given, list):
-            raise invalid("media", "a list is required")
-        fields = fields | {"media": [*given, *(media.uri for media in attached)]}
-    return fields, inline + attached
-
-
-async def _store(gateway: Gateway, inline: Sequence[InlineMedia]) -> None:
-    for media in inline:
-        await gateway.in_storage(lambda m=media: gateway.storage.put(m.uri, m.content, m.content_type))  # type: ignore[misc]
+async def _store(gateway: Gateway, media: Sequence[NewObject]) -> None:
+    for new in {new.uri: new for new in media}.values():
+        await gateway.in_storage(lambda new=new: gateway.storage.put(new.uri, new.content, new.content_type))  # type: ignore[misc]
 
 
 def keyed_id(idempotency_key: str, tenant: str) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from api_stub.contract.error import ErrorCode
 from api_stub.gateway.ssrf import literal_address
 
+MediaKind = Literal["image", "video"]
 MAX_URL_CHARS: Final = 8192
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80}
 _URL: Final = re.compile(r"(?P<scheme>https?)://(?P<authority>[^/?#]*)(?P<target>[^#]*)(?:#.*)?", re.IGNORECASE)

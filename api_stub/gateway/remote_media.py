@@ -13,14 +13,14 @@ import ssl
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import BinaryIO, Final, Literal, NoReturn
+from typing import BinaryIO, Final, NoReturn
 
 import httpcore
 from anyio import to_thread
 
 from api_stub.contract.error import ErrorCode
 from api_stub.errors import StoreUnavailable
-from api_stub.gateway.media_hosts import MediaAddress, MediaHosts
+from api_stub.gateway.media_hosts import MediaAddress, MediaHosts, MediaKind
 from api_stub.gateway.ssrf import (
     PinnedNetwork,
     Resolve,
@@ -31,16 +31,14 @@ from api_stub.gateway.ssrf import (
 )
 from api_stub.settings import GatewaySettings, parsed
 
-Kind = Literal["image", "video"]
-
 #: Fetches of one process at a time, all requests together; the others wait.
 MAX_FETCHING: Final = 32
 #: Written at once: a host chooses the size of its pieces, and every write is a thread's turn.
 MAX_GATHERED_BYTES: Final = 64 * 1024
 MAX_CONNECT_S: Final = 5.0
 MAX_SILENCE_S: Final = 10.0
-UNTOLD_TYPE: Final = "application/octet-stream"
-_UNTOLD: Final = frozenset({"", UNTOLD_TYPE, "binary/octet-stream"})
+UNKNOWN_TYPE: Final = "application/octet-stream"
+_UNKNOWN: Final = frozenset({"", UNKNOWN_TYPE, "binary/octet-stream"})
 _SUBTYPE: Final = r"[a-z0-9][a-z0-9.+-]{0,63}"
 
 
@@ -97,16 +95,16 @@ class Allowance:
         self.num_bytes += num_bytes
 
 
-class MediaFetcher:
-    """One event loop per instance. `ask` resolves names."""
+class RemoteFetcher:
+    """Fetches media over http(s), `MAX_FETCHING` at a time. One event loop per instance. `resolve` looks names up."""
 
-    def __init__(self, rules: RemoteRules, ask: Resolve | None = None) -> None:
+    def __init__(self, rules: RemoteRules, resolve: Resolve | None = None) -> None:
         self.rules = rules
         self._context = ssl.create_default_context()
-        self._network = PinnedNetwork(rules.policy, ask or SystemResolver())
-        self._room = asyncio.Semaphore(MAX_FETCHING)
+        self._network = PinnedNetwork(rules.policy, resolve or SystemResolver())
+        self._turns = asyncio.Semaphore(MAX_FETCHING)
 
-    async def fetch(self, address: MediaAddress, kind: Kind, sink: BinaryIO, allowance: Allowance) -> str:
+    async def fetch(self, address: MediaAddress, kind: MediaKind, sink: BinaryIO, allowance: Allowance) -> str:
         """GET an address into a file and return the media's type. Raises FetchRefused, StoreUnavailable (no disk)."""
         code = f"invalid_{kind}_url"
         try:
@@ -126,13 +124,13 @@ class MediaFetcher:
         except (httpcore.ProtocolError, ValueError) as error:
             raise FetchRefused(code, "its answer is no whole HTTP answer") from error
 
-    async def _received(self, address: MediaAddress, kind: Kind, sink: BinaryIO, allowance: Allowance) -> str:
+    async def _received(self, address: MediaAddress, kind: MediaKind, sink: BinaryIO, allowance: Allowance) -> str:
         # In parts: nobody reads the address a second time, and perhaps otherwise.
         url = httpcore.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
         headers = [
             ("Host", address.authority),
             ("User-Agent", "visionq"),
-            ("Accept", f"{kind}/*, {UNTOLD_TYPE};q=0.5"),
+            ("Accept", f"{kind}/*, {UNKNOWN_TYPE};q=0.5"),
             ("Accept-Encoding", "identity"),
             ("Connection", "close"),
         ]
@@ -140,7 +138,7 @@ class MediaFetcher:
         before = allowance.num_bytes
         # A pool of its own: httpcore loses a pool's place when asyncio cancels whoever was just given one.
         async with (
-            self._room,
+            self._turns,
             httpcore.AsyncConnectionPool(ssl_context=self._context, network_backend=self._network) as pool,
             pool.stream("GET", url, headers=headers, extensions={"timeout": limits}) as answer,
         ):
@@ -151,7 +149,7 @@ class MediaFetcher:
         return content_type
 
 
-def _checked_head(answer: httpcore.Response, kind: Kind, allowance: Allowance) -> str:
+def _checked_head(answer: httpcore.Response, kind: MediaKind, allowance: Allowance) -> str:
     """Return the type of what follows. Raises FetchRefused for what is not worth reading."""
     if answer.status != HTTPStatus.OK:
         what = ", and redirects are not followed" if 300 <= answer.status < 400 else ""
@@ -162,8 +160,8 @@ def _checked_head(answer: httpcore.Response, kind: Kind, allowance: Allowance) -
     length = _header(answer, b"content-length")
     allowance.check(int(length) if length.isdecimal() else 0)
     content_type = _header(answer, b"content-type").partition(";")[0].strip()
-    if content_type in _UNTOLD:
-        return UNTOLD_TYPE
+    if content_type in _UNKNOWN:
+        return UNKNOWN_TYPE
     if not re.fullmatch(f"{kind}/{_SUBTYPE}", content_type):
         _refuse_type(f"it sent {content_type[:40]!r}, {kind}/… is required")
     return content_type

@@ -19,14 +19,13 @@ from openai.types import Batch
 
 from api_stub.gateway.keys import ANYBODY, digest_of, new_key
 from api_stub.gateway.openai import files
+from api_stub.gateway.openai.batches import lines, runner
 from api_stub.gateway.openai.batches.store import (
     BATCH_PREFIX,
     BatchRequest,
     BatchStore,
     Lease,
     LeaseLost,
-    lines,
-    runner,
 )
 from tests.gateway.openai_stack import eager_worker, openai_client
 from tests.gateway.service import Service, serving

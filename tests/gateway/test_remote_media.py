@@ -20,7 +20,7 @@ from api_stub.contract.media import S3Object
 from api_stub.errors import InvalidSettings
 from api_stub.gateway.app import create_app
 from api_stub.gateway.keys import KeyRing
-from api_stub.gateway.remote_media import Allowance, FetchRefused, MediaFetcher, RemoteRules
+from api_stub.gateway.remote_media import Allowance, FetchRefused, RemoteFetcher, RemoteRules
 from api_stub.gateway.ssrf import Resolve
 from api_stub.settings import GatewaySettings
 from tests.gateway.conftest import CREDENTIALS
@@ -233,14 +233,14 @@ def fetch(url: str, ask: Resolve, **settings: str) -> None:
     """Fetch once, with names resolved by `ask`."""
 
     async def use() -> None:
-        fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), ask)
+        fetcher = RemoteFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), ask)
         with tempfile.TemporaryFile() as sink:
             await fetch_into(fetcher, url, cast("BinaryIO", sink))
 
     asyncio.run(use())
 
 
-async def fetch_into(fetcher: MediaFetcher, url: str, sink: BinaryIO) -> str:
+async def fetch_into(fetcher: RemoteFetcher, url: str, sink: BinaryIO) -> str:
     return await fetcher.fetch(fetcher.rules.hosts.address(url), "image", sink, Allowance(fetcher.rules))
 
 
@@ -273,7 +273,7 @@ def test_a_name_is_resolved_once_and_every_address_of_it_is_judged(host: MediaSe
 
 
 def test_fetches_that_were_cancelled_leave_room_for_the_next(host: MediaServer) -> None:
-    async def use(fetcher: MediaFetcher, silent: str, good: str) -> bytes:
+    async def use(fetcher: RemoteFetcher, silent: str, good: str) -> bytes:
         for num_turns in range(750):
             task = asyncio.create_task(fetch_into(fetcher, silent, io.BytesIO()))
             for _ in range(num_turns % 15):
@@ -288,7 +288,7 @@ def test_fetches_that_were_cancelled_leave_room_for_the_next(host: MediaServer) 
         port, good = silent.getsockname()[1], host.url("/scene.png", "a.cdn.example")
         hosts = f"http://a.cdn.example:{port}, http://a.cdn.example:{host.port}"
         settings = {"api_media_hosts": hosts, "api_media_networks": "127.0.0.1", "api_media_s": 20}
-        fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), Resolver(("127.0.0.1",)))
+        fetcher = RemoteFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)), Resolver(("127.0.0.1",)))
         assert asyncio.run(use(fetcher, f"http://a.cdn.example:{port}/", good)) == PNG
 
 
@@ -305,7 +305,7 @@ class CountedFile(io.BytesIO):
 def test_a_host_that_sends_single_bytes_costs_no_write_for_each(host: MediaServer) -> None:
     url, sink = host.url("/crumbling"), CountedFile()
     settings = {"api_media_hosts": f"http://127.0.0.1:{host.port}", "api_media_networks": "127.0.0.1"}
-    fetcher = MediaFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)))
+    fetcher = RemoteFetcher(RemoteRules.load(GatewaySettings.model_validate(settings)))
     asyncio.run(fetch_into(fetcher, url, sink))
     assert sink.getvalue() == CRUMBS + PIECE
     assert sink.num_writes <= 3

@@ -1,4 +1,4 @@
-"""A chat request, and the job that it stands for.
+"""A chat request as OpenAI's clients write it, checked field by field. `ChatDraft` (chat_draft.py) makes a job of it.
 
 What would change the answer and cannot be done is refused by its name; what makes no difference is passed over.
 """
@@ -6,18 +6,16 @@ What would change the answer and cannot be done is refused by its name; what mak
 from __future__ import annotations
 
 from collections.abc import Mapping
-from http import HTTPStatus
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from api_stub.contract.conversation import MAX_FRAMES
 from api_stub.contract.error import explain
-from api_stub.contract.job import MAX_DEADLINE_S, TaskName
+from api_stub.contract.job import MAX_DEADLINE_S
 from api_stub.contract.media import MediaOptions
 from api_stub.contract.sampling import MAX_STOP_STRINGS, StopString
-from api_stub.gateway.media_hosts import NO_HOSTS, AddressRefused, MediaAddress, MediaHosts
-from api_stub.gateway.problems import Problem, fields_of, invalid, wrong_field
+from api_stub.gateway.problems import Problem, fields_of, invalid
 
 MAX_MESSAGES: Final = 1024
 #: Taken and not looked at.
@@ -148,21 +146,27 @@ class ChatRequest(_Part):
     priority: int | None = Field(default=None, ge=0, le=9)
     deadline_s: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_S)
 
+    def with_defaults(self, priority: int, deadline_s: float) -> ChatRequest:
+        """Return the request with a priority and a deadline where it names none."""
+        given = {"priority": self.priority, "deadline_s": self.deadline_s}
+        defaults = {"priority": priority, "deadline_s": deadline_s}
+        return self.model_copy(update={name: v for name, v in defaults.items() if given[name] is None})
+
     @property
     def wants_usage(self) -> bool:
         """True when a stream shall end with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-def parse_chat(fields: Mapping[str, Any]) -> ChatRequest:
+def parse_chat(fields: Mapping[str, object]) -> ChatRequest:
     """Check a request. Raises Problem that names the field."""
     for name, neutral in _NEUTRAL.items():
         value = fields.get(name)
         if value is not None and not any(value == good and type(value) is type(good) for good in neutral):
             raise invalid(name, "not supported here")
     known = {name: value for name, value in fields.items() if name not in _IGNORED and name not in _NEUTRAL}
-    if isinstance(known.get("messages"), list):
-        known["messages"] = [_plain(message) for message in known["messages"]]
+    if isinstance(messages := known.get("messages"), list):
+        known["messages"] = [_plain(message) for message in messages]
     try:
         request = ChatRequest.model_validate(known)
     except ValidationError as error:
@@ -173,83 +177,6 @@ def parse_chat(fields: Mapping[str, Any]) -> ChatRequest:
     if request.media_options is not None and request.mm_processor_kwargs is not None:
         raise invalid("mm_processor_kwargs", "not beside media_options")
     return request
-
-
-def job_fields(request: ChatRequest, hosts: MediaHosts = NO_HOSTS) -> dict[str, Any]:
-    """Return the job of a request as a producer would write it, data URLs and those of `hosts` still inside.
-
-    Raises Problem.
-    """
-    messages = [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": [_part(part, f"messages.{at}.content.{i}", hosts) for i, part in enumerate(message.content)],
-        }
-        for at, message in enumerate(request.messages)
-    ]
-    has_video = any(isinstance(part, ChatVideoPart) for message in request.messages for part in message.content)
-    options: dict[str, object] = {
-        "metadata": request.metadata,
-        "priority": request.priority,
-        "deadline_s": request.deadline_s,
-    }
-    pixels = request.media_options or request.mm_processor_kwargs
-    if pixels is not None and not pixels.are_empty:
-        options["media_options"] = pixels.model_dump(exclude_none=True)
-    return {
-        "task": str(TaskName.VIDEO_QA if has_video else TaskName.VQA),
-        "model": request.model,
-        "messages": messages,
-        "sampling": _sampling(request),
-        **{name: value for name, value in options.items() if value is not None},
-    }
-
-
-def _sampling(request: ChatRequest) -> dict[str, object]:
-    given = {
-        "max_new_tokens": request.max_completion_tokens or request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "seed": None if request.seed is None else request.seed % 2**63,
-        "stop": request.stop,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _part(part: ChatTextPart | ChatImagePart | ChatVideoPart, place: str, hosts: MediaHosts) -> dict[str, object]:
-    if isinstance(part, ChatTextPart):
-        return {"type": "text", "text": part.text}
-    if isinstance(part, ChatImagePart):
-        return {"type": "image", "uri": _address(part.image_url.url, "image", f"{place}.image_url.url", hosts)}
-    video: dict[str, object] = {"type": "video"}
-    video["uri"] = _address(part.video_url.url, "video", f"{place}.video_url.url", hosts)
-    if part.video_url.num_frames is not None:
-        video["num_frames"] = part.video_url.num_frames
-    return video
-
-
-def listed_address(hosts: MediaHosts, url: str, place: str) -> MediaAddress | None:
-    """Return the address of http(s) media that may be fetched; None: it is no http(s) address. Raises Problem (400)."""
-    if not url[:8].lower().startswith(("http://", "https://")):
-        return None
-    try:
-        return hosts.address(url)
-    except AddressRefused as error:
-        raise wrong_field(HTTPStatus.BAD_REQUEST, error.code, place, str(error)) from error
-
-
-def _address(url: str, kind: str, place: str, hosts: MediaHosts) -> str:
-    if listed_address(hosts, url, place) is not None:
-        return url
-    head = url[:12].lower()
-    if head.startswith("data:") and not head.startswith(f"data:{kind}/"):
-        raise invalid(place, f"a data URL of {kind}/… is required")
-    if not head.startswith(("data:", "s3://")):
-        raise invalid(place, "a data URL or an s3:// address is required")
-    return url
 
 
 def _plain(message: object) -> object:

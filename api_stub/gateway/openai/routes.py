@@ -13,14 +13,14 @@ from api_stub.contract.error import ErrorCode
 from api_stub.gateway.abandoned import question_of
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.intake import accept, keyed_id, read_job
+from api_stub.gateway.intake import accept, keyed_id, read_json
 from api_stub.gateway.keys import Caller
 from api_stub.gateway.openai import files
 from api_stub.gateway.openai.batches.lines import is_text
 from api_stub.gateway.openai.batches.store import BatchRequest, BatchStore
-from api_stub.gateway.openai.chat import ChatRequest, job_fields, parse_chat
+from api_stub.gateway.openai.chat import ChatRequest, parse_chat
+from api_stub.gateway.openai.chat_draft import ChatDraft
 from api_stub.gateway.openai.completions import Asked, ChatStream, whole_answer
-from api_stub.gateway.openai.media import fetched_media
 from api_stub.gateway.openai.models import check_model, known_models
 from api_stub.gateway.openai.shapes import (
     BatchList,
@@ -60,7 +60,7 @@ async def complete_chat(
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", "send application/json")
-    chat = parse_chat((await read_job(request)).fields)
+    chat = parse_chat(await read_json(request))
     await check_model(gateway, caller, chat.model)
     keyed = None if idempotency_key is None else keyed_id(idempotency_key, caller.tenant)
     question = None if chat.stream or keyed else await to_thread.run_sync(question_of, await request.body())
@@ -84,9 +84,8 @@ async def _check_running(gateway: Gateway, model: str) -> None:
 async def _submitted(
     request: Request, gateway: Gateway, caller: Caller, chat: ChatRequest, idempotency_key: str | None
 ) -> str:
-    fields = job_fields(chat, gateway.media.rules.hosts)
-    async with fetched_media(gateway, caller, fields, request.receive) as form:
-        return await accept(gateway, caller, form, idempotency_key)
+    draft = ChatDraft.of(chat, gateway.remote.rules.hosts)
+    return await accept(gateway, caller, draft, idempotency_key, receive=request.receive)
 
 
 @router.get("/models")

@@ -15,7 +15,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import FinalEvent, JobCompleted
 from api_stub.errors import QueueFull, StoreUnavailable, UnknownJob, VisionqError
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.intake import JobForm, accept
+from api_stub.gateway.intake import accept
 from api_stub.gateway.openai.batches.lines import (
     BatchLineAnswer,
     BatchLineError,
@@ -26,7 +26,8 @@ from api_stub.gateway.openai.batches.lines import (
     request_id,
 )
 from api_stub.gateway.openai.batches.store import BatchOrder
-from api_stub.gateway.openai.chat import job_fields, parse_chat
+from api_stub.gateway.openai.chat import parse_chat
+from api_stub.gateway.openai.chat_draft import ChatDraft
 from api_stub.gateway.openai.completions import ending_of
 from api_stub.gateway.openai.models import check_model
 from api_stub.gateway.openai.shapes import ChatCompletion
@@ -113,12 +114,11 @@ class Lineup:
         request = parse_chat(asked.body)
         if request.stream:
             raise invalid("body.stream", "not in a batch")
-        fields = job_fields(request)
-        fields = {"priority": PRIORITY, "deadline_s": self._order.expires_at - self._order.created_at} | fields
+        draft = ChatDraft.of(request.with_defaults(PRIORITY, self._order.expires_at - self._order.created_at))
         while self._end is None:
             try:
                 await self._check_model(request.model)
-                await accept(self._gateway, self._caller, JobForm(fields), job_id=job_id)
+                await accept(self._gateway, self._caller, draft, job_id=job_id)
             except (VisionqError, redis.RedisError) as error:
                 await self._pause(_patience_s(error))
             else:

@@ -54,7 +54,7 @@ class BatchLine(BaseModel):
     custom_id: str = Field(min_length=1, max_length=512)
     method: Literal["POST"]
     url: Literal["/v1/chat/completions"]
-    body: dict[str, Any]
+    body: dict[str, object]
 
 
 class BatchLineError(BaseModel):
