@@ -35,8 +35,9 @@ from tests.unit.worker.engine.crowds import (
 )
 from tests.unit.worker.engine.harness import request
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, clip, image, user
+from worker.engine.config import PagedConfig
 from worker.engine.request import Request
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.dense import SlotRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.errors import CannotStart, InvalidRequest

@@ -12,10 +12,9 @@ import redis
 
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.settings import redis_address
-from worker.engine.engine import Engine, EngineConfig
+from worker.engine.config import EngineConfig, PagedConfig, VisionConfig
+from worker.engine.engine import Engine
 from worker.engine.request import RequestOutput
-from worker.engine.runner.build import PagedConfig
-from worker.engine.vision.stage import VisionConfig
 from worker.errors import CannotStart
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit

@@ -18,12 +18,12 @@ from worker.bench.engine import copy_bandwidth
 from worker.engine.attention.choose import choose_kernels
 from worker.engine.attention.kernels import SDPA
 from worker.engine.batch import Chunk
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.kv_cache.blocks import LayerShape
 from worker.engine.request import Request
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import SchedulerLimits
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from api_stub.contract.sampling import SamplingParams
+from worker.engine.config import SchedulerLimits
 from worker.engine.kv_cache.blocks import TRASH_BLOCK, BlockPool, BlockTables
 from worker.engine.request import GenerationRequest, Request, RequestState
-from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.scheduler import Scheduler
 from worker.models.inputs import ModelInputs
 
 LIMITS = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=9)

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import request
 from worker.engine.batch import NoRoom
+from worker.engine.config import SchedulerLimits
 from worker.engine.model_hooks import Entrances
 from worker.engine.request import Request
 from worker.engine.runner.dense import SlotRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.proof import reference
-from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.scheduler import Scheduler
 from worker.models.inputs import ModelInputs
 
 #: What reaches a decoder at every step and is compared by its effect, or says nothing about a prompt.

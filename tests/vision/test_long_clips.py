@@ -16,10 +16,10 @@ from tests.unit.worker.engine.test_parity import BACKENDS, Job, check_answers
 from tests.unit.worker.engine.test_parity import run_with_random_arrivals as run
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, image, user
 from tests.vision.test_parity import generate
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import SchedulerLimits
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.loader import LoadedModel
 from worker.prompting.prepare import PromptBuilder

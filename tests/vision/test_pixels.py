@@ -17,7 +17,7 @@ from tests.unit.worker.engine.harness import request, running_engine
 from tests.unit.worker.prompting import test_pixels as pixels
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, clip, image, metadata_of, user
 from tests.unit.worker.prompting.test_pixels import asked, found, with_words
-from worker.engine.runner.build import PagedConfig
+from worker.engine.config import PagedConfig
 from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedClip
 from worker.models.inputs import ModelInputs

@@ -35,7 +35,7 @@ from worker.bench.engine_runs import (
 from worker.bench.random_models import RANDOM_MODELS, build_random
 from worker.bench.report import SEQUENTIAL, STATIC, EngineReport, ModeReport, Setting
 from worker.bench.run import BenchJob, Mode, Run, make_jobs, measure
-from worker.engine.runner.build import PagedConfig
+from worker.engine.config import PagedConfig
 from worker.engine.step_times import Step
 from worker.models.loader import LoadedModel, load
 from worker.settings import WorkerSettings

@@ -16,9 +16,9 @@ from typing import Final
 
 from api_stub.contract.sampling import SamplingParams
 from worker.bench.run import Answer, Answering, BenchJob, long_job, percentile
-from worker.engine.engine import Engine, EngineConfig
+from worker.engine.config import EngineConfig, PagedConfig
+from worker.engine.engine import Engine
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
-from worker.engine.runner.build import PagedConfig
 from worker.engine.step_times import Stage, Step, StepTimes
 from worker.models.loader import LoadedModel
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from api_stub.contract.error import ErrorInfo
 from api_stub.contract.result import FinishReason
 from worker.engine.batch import Chunk, NoRoom, PrefixStats, Runner, StepLogits, VisionStats
+from worker.engine.config import SchedulerLimits
 from worker.engine.detokenizer import Detokenizer, DetokenizerFactory
 from worker.engine.pictures import Picture
 from worker.engine.request import (
@@ -33,7 +34,7 @@ from worker.engine.request import (
     is_out_of_memory,
 )
 from worker.engine.sampler import Chooser, Sampler
-from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.scheduler import Scheduler
 from worker.engine.step_times import Stage, StepClock
 from worker.engine.tensors import HostCopy
 from worker.models.generation_defaults import GenerationDefaults, eos_token_ids, read_generation_defaults

@@ -17,44 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from worker.engine.batch import PrefixStats, VisionStats
+from worker.engine.config import EngineConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.model_hooks import ModelClaim
 from worker.engine.pictures import Picture
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
-from worker.engine.runner.build import PagedConfig, build_runner
-from worker.engine.scheduler import SchedulerLimits
+from worker.engine.runner.build import build_runner
 from worker.engine.step_times import Stage, StepClock
-from worker.engine.vision.stage import VisionConfig
 from worker.errors import EngineDead, PromptTooLong
-from worker.models.generation_defaults import GenerationDefaults
 from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
 #: An idle engine shows a sign of life this often.
 IDLE_TICK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Bounds of one engine.
-
-    max_num_seqs: requests that decode together.
-    max_model_len: tokens of prompt and answer together; the length of a KV row.
-    max_num_batched_tokens: tokens fed in one step, see `SchedulerLimits`.
-    paged: sizes of a paged KV back end; None, or a model that is not suited, takes rows.
-    runs_ahead: see `EngineCore`; None does on a GPU, which would wait for Python otherwise.
-    vision: bounds of the vision tower and of what is kept of it; None takes the defaults.
-    generation: what holds where a request says nothing; None reads it from the model's generation config.
-    """
-
-    max_num_seqs: int
-    max_model_len: int
-    max_num_batched_tokens: int = 512
-    paged: PagedConfig | None = None
-    runs_ahead: bool | None = None
-    vision: VisionConfig | None = None
-    generation: GenerationDefaults | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,31 +8,12 @@ gives its space up and is read again later.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 from worker.engine.batch import Chunk
+from worker.engine.config import SchedulerLimits
 from worker.engine.request import Request, RequestState
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """max_num_seqs: requests that run together. max_num_batched_tokens: tokens fed in one step, prompts and streams
-    together; only a prompt that cannot be read in pieces may exceed it, and is then the only prompt of its step.
-
-    Raises ValueError when the streams alone would use the budget up.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens <= self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens of {self.max_num_batched_tokens} leaves nothing for prompts beside "
-                f"max_num_seqs of {self.max_num_seqs}"
-            )
 
 
 class KVSpace(Protocol):

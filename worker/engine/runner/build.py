@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from worker.engine.attention.choose import choose_kernels
 from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.attention.paged import LAYOUT, LayoutStep
+from worker.engine.config import PagedConfig, VisionConfig
 from worker.engine.kv_cache.blocks import LayerShape, PagedKV
 from worker.engine.kv_cache.dense import FULL, SLIDING
 from worker.engine.model_hooks import Entrances
@@ -28,7 +28,7 @@ from worker.engine.runner.forward import FlatForward
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.proof import Reference, first_line, prove, references, trial_length
 from worker.engine.tensors import computing_dtype
-from worker.engine.vision.stage import VisionConfig, VisionStage
+from worker.engine.vision.stage import VisionStage
 from worker.errors import CannotStart
 from worker.models.inputs import ModelInputs
 
@@ -36,27 +36,6 @@ logger = logging.getLogger(__name__)
 
 #: Tokens of the forward that tells the shapes of the layers.
 PROBE_TOKENS: Final = 12
-
-
-@dataclass(frozen=True, slots=True)
-class PagedConfig:
-    """Sizes of a paged back end.
-
-    block_size: tokens of a block. num_blocks: 0 takes what `max_num_seqs` full requests need, on a GPU at most
-    `memory_fraction` of the memory that is free. reads_whole, reuses_prefixes: see `PagedRunner`.
-    tries_kernels: look for better attention code than SDPA, see `choose_kernels`.
-    records: replay recorded decode steps on a GPU; None does where attention has a kernel, which reads no more than it
-        must. compiles: see `FlatForward`.
-    """
-
-    block_size: int = 16
-    num_blocks: int = 0
-    memory_fraction: float = 0.9
-    reads_whole: bool = False
-    reuses_prefixes: bool = True
-    tries_kernels: bool = True
-    records: bool | None = None
-    compiles: bool = False
 
 
 @torch.inference_mode()

@@ -19,9 +19,10 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.batch import NoRoom, Runner, StepLogits
+from worker.engine.config import SchedulerLimits
 from worker.engine.model_hooks import Entrances
 from worker.engine.request import GenerationRequest, Request, Unsuited
-from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.scheduler import Scheduler
 from worker.engine.tensors import TOLERANCE
 from worker.errors import CannotStart
 from worker.models.context import max_context

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.batch import NoRoom, VisionStats
+from worker.engine.config import MEBIBYTE, VisionConfig
 from worker.engine.model_hooks import Entrances
 from worker.engine.pictures import Cut, Picture, cut, tower_doors
 from worker.engine.request import Request
@@ -26,7 +27,6 @@ from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
-MEBIBYTE: Final = 1024 * 1024
 #: Features that may lie ready for waiting requests, beyond which only the first in line gets more: while blocks are
 #: short they would pile up beside the cache.
 MAX_READY_BYTES: Final = 512 * MEBIBYTE
@@ -35,18 +35,6 @@ MAX_FAILED_TRIALS: Final = 3
 
 #: Modalities of a prompt's pictures and how they were cut out of it.
 _Kind = frozenset[tuple[str, Cut]]
-
-
-@dataclass(frozen=True, slots=True)
-class VisionConfig:
-    """Bounds of the vision stage.
-
-    cache_bytes: features kept between requests.
-    max_pictures: pictures that the tower sees in one step, however many wait, so that streams go on between them.
-    """
-
-    cache_bytes: int = 256 * MEBIBYTE
-    max_pictures: int = 8
 
 
 class _Way(Enum):

@@ -16,12 +16,12 @@ from tests.tiny.families import CORPUS
 from tests.unit.worker.engine.harness import Outbox, request
 from tests.unit.worker.engine.test_parity import LIMITS, Job, check_answers, run_with_random_arrivals
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, assistant, clip, image, upstream, user
+from worker.engine.config import PagedConfig, VisionConfig
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.dense import SlotRunner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.vision.stage import VisionConfig
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel

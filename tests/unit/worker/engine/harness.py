@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from api_stub.contract.sampling import SamplingParams
 from tests.tiny.jobs import TinyModel
-from worker.engine.engine import Engine, EngineConfig
+from worker.engine.config import EngineConfig, PagedConfig
+from worker.engine.engine import Engine
 from worker.engine.request import Finish, GenerationRequest, RequestOutput
-from worker.engine.runner.build import PagedConfig
 from worker.models.inputs import ModelInputs
 
 TIMEOUT_S = 60.0

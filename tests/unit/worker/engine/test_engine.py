@@ -17,9 +17,9 @@ from tests.servers import eventually
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import TIMEOUT_S, Outbox, request, running_engine
-from worker.engine.engine import Engine, EngineConfig
+from worker.engine.config import EngineConfig, PagedConfig
+from worker.engine.engine import Engine
 from worker.engine.request import Ended, GenerationRequest
-from worker.engine.runner.build import PagedConfig
 from worker.errors import CannotStart, EngineDead, PromptTooLong
 from worker.models.inputs import ModelInputs
 

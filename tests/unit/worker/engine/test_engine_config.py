@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from worker.bootstrap import engine_config
-from worker.engine.runner.build import PagedConfig
+from worker.engine.config import PagedConfig
 from worker.errors import CannotStart
 from worker.models.loader import LoadedModel, load
 from worker.settings import WorkerSettings

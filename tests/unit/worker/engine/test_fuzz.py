@@ -13,12 +13,12 @@ import torch
 
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.dense import SlotRunner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import SchedulerLimits
 from worker.models.inputs import ModelInputs
 
 SEEDS = range(4)

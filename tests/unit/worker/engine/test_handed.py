@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from tests.tiny.families import FAMILIES
 from tests.tiny.handed import handed_by_engine, handed_by_generate
 from tests.tiny.jobs import TinyModel, mixed_inputs
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.config import PagedConfig
+from worker.engine.runner.build import build_runner
 from worker.models.inputs import ModelInputs
 
 BACKENDS = {"paged": PagedConfig(block_size=8), "slots": None}

@@ -22,9 +22,10 @@ from worker.engine.attention.choose import (
 )
 from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.batch import Chunk
+from worker.engine.config import PagedConfig
 from worker.engine.kv_cache.blocks import LayerShape
 from worker.engine.request import Request
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.forward import FlatForward
 from worker.engine.runner.paged import PagedRunner
 

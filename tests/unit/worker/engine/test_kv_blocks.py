@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from worker.engine.config import PagedConfig
 from worker.engine.kv_cache.blocks import TRASH_BLOCK, BlockPool, BlockTables, LayerShape, PagedKV
-from worker.engine.runner.build import PagedConfig, count_blocks
+from worker.engine.runner.build import count_blocks
 from worker.errors import CannotStart
 
 SHAPE = LayerShape(num_heads=2, key_dim=3, value_dim=5, dtype=torch.float32, device=torch.device("cpu"))

@@ -14,12 +14,12 @@ from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
 from worker.engine import sampler
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, Request
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.dense import SlotRunner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import SchedulerLimits
 
 NUM_TOKENS = 20
 LIMITS = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=400)

@@ -16,14 +16,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request, running_engine
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.kv_cache.blocks import PagedKV
 from worker.engine.model_hooks import Entrances
 from worker.engine.request import Request
-from worker.engine.runner.build import PagedConfig, Unsuited, build_runner, probe
+from worker.engine.runner.build import Unsuited, build_runner, probe
 from worker.engine.runner.forward import DecodeInputs, FlatForward
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import SchedulerLimits
 from worker.errors import CannotStart
 from worker.models.inputs import ModelInputs
 

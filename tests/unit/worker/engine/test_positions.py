@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import request
 from worker.engine.batch import Chunk
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.request import Request
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import Scheduler, SchedulerLimits
+from worker.engine.scheduler import Scheduler
 from worker.models.inputs import ModelInputs
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99

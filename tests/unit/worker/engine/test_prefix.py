@@ -10,12 +10,12 @@ import torch
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.model_hooks import Entrances
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.prefill import PrefixKeys, Prompt, capture
-from worker.engine.scheduler import SchedulerLimits
 from worker.models.inputs import ModelInputs
 
 

@@ -23,9 +23,10 @@ from tests.tiny.families import FAMILIES, picture, save
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import request
 from tests.unit.worker.engine.test_parity import LIMITS, Job, check_answers, run_with_random_arrivals
+from worker.engine.config import PagedConfig
 from worker.engine.core import EngineCore
 from worker.engine.model_hooks import Entrances
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.dense import SlotRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.proof import reference

@@ -12,11 +12,11 @@ from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.unit.worker.engine.harness import Outbox, request
 from tests.unit.worker.engine.test_paged import fed_tokens
+from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
-from worker.engine.runner.build import PagedConfig, build_runner
+from worker.engine.runner.build import build_runner
 from worker.engine.runner.paged import PagedRunner
-from worker.engine.scheduler import SchedulerLimits
 from worker.engine.tensors import HostCopy
 
 SAMPLED = [

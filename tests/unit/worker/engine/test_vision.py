@@ -18,12 +18,11 @@ from tests.tiny.families import idefics2 as make_idefics2
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
 from worker.engine.batch import VisionStats
+from worker.engine.config import PagedConfig, SchedulerLimits, VisionConfig
 from worker.engine.core import EngineCore
 from worker.engine.pictures import cut, tower_doors
 from worker.engine.request import Ended, Request, RequestOutput
-from worker.engine.runner.build import PagedConfig, build_runner
-from worker.engine.scheduler import SchedulerLimits
-from worker.engine.vision.stage import VisionConfig
+from worker.engine.runner.build import build_runner
 from worker.models.inputs import ModelInputs
 
 PAGED = PagedConfig(block_size=4)

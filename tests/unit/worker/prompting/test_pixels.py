@@ -18,7 +18,7 @@ from tests.tiny.families import IDEFICS_TURNS, new_tokenizer
 from tests.unit.worker.engine.harness import request, running_engine
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, clip, image, user
 from worker.check import check
-from worker.engine.runner.build import PagedConfig
+from worker.engine.config import PagedConfig
 from worker.errors import CannotStart, InvalidRequest, PromptTooLong
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
