@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from typing import Final
 
 import redis
@@ -14,12 +13,11 @@ from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.settings import redis_address
 from worker.engine.config import EngineConfig, PagedConfig, VisionConfig
 from worker.engine.engine import Engine
-from worker.engine.request import RequestOutput
 from worker.errors import CannotStart
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit
 from worker.jobs.claim import Claimer
-from worker.jobs.metering import JobMeter, StepMeter, TimedStep, TokenMeter
+from worker.jobs.metering import JobMeter, StepMeter
 from worker.jobs.pipeline import Pipeline
 from worker.lifecycle.drain import Consumption, Drain
 from worker.lifecycle.health import Health
@@ -38,8 +36,8 @@ from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
 from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Attention, KVBackend, Switch, WorkerSettings
-from worker.streaming.output import Answers
 from worker.streaming.publisher import Publisher
+from worker.streaming.token_meter import TokenMeter
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +54,14 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
     make_known(ledger, settings.model_name)
     loaded = load(settings)
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
-    attempts, answers, prompts = Attempts(), Answers(), prompt_builder(settings, loaded)
-    step_meter, token_meter, job_meter = StepMeter(metrics), TokenMeter(metrics), JobMeter(metrics)
-    publisher: Publisher[TimedStep] = Publisher(ledger, token_meter.watching(answers.translate))
-
-    def outbox(outputs: list[RequestOutput]) -> None:
-        publisher.put_step(TimedStep(outputs, time.monotonic()))
-
+    attempts, prompts = Attempts(), prompt_builder(settings, loaded)
+    step_meter, job_meter = StepMeter(metrics), JobMeter(metrics)
+    publisher = Publisher(ledger, TokenMeter(metrics))
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
         engine_config(settings, loaded),
-        outbox,
+        publisher.put_step,
         step_meter,
         trial_prompts(prompts, loaded.capabilities),
     )
@@ -83,7 +77,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         retries=settings.storage_retries,
     )
     circuit = Circuit(
-        Proofs(fetcher, decoders, policy, lambda timeout_s: try_out(engine, prompts, answers, timeout_s)),
+        Proofs(fetcher, decoders, policy, lambda timeout_s: try_out(engine, prompts, timeout_s)),
         job_meter.fell_sick,
     )
     process = WorkerProcess(
@@ -96,12 +90,11 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             model=settings.model_name,
             ledger=ledger,
             attempts=attempts,
-            answers=answers,
             media=MediaCollector(fetcher, policy, media_cache, decoders),
             memory_budget=memory_budget,
             prompts=prompts,
             engine=engine,
-            events=publisher,
+            publisher=publisher,
             meter=job_meter,
             circuit=circuit,
             on_engine_dead=lambda: process.fail(Finding(Trouble.ENGINE_DEAD, "a job met a dead engine")),
@@ -110,13 +103,12 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         media_cache=media_cache,
         memory_budget=memory_budget,
         decoders=decoders,
-        try_out=lambda: try_out(engine, prompts, answers),
+        try_out=lambda: try_out(engine, prompts),
         attempts=attempts,
         consumption=Consumption(settings.concurrency),
         health=health,
         metrics=metrics,
         step_meter=step_meter,
-        token_meter=token_meter,
         claimer=Claimer(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
         circuit=circuit,
         drain=Drain(attempts, settings.drain_s),

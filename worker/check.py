@@ -9,7 +9,6 @@ import torch
 
 from worker.bootstrap import engine_config, prompt_builder
 from worker.engine.engine import Engine
-from worker.engine.request import RequestOutput
 from worker.errors import CannotStart, WorkerError
 from worker.lifecycle.self_test import PLAIN_SIZE, TriedOut, try_out
 from worker.models.generation_defaults import GenerationDefaults
@@ -17,7 +16,6 @@ from worker.models.loader import LoadedModel, load
 from worker.models.quantization import describe_layers, weight_bytes
 from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Quantization, WorkerSettings
-from worker.streaming.output import Answers
 
 MEBIBYTE = 1024 * 1024
 STOP_TIMEOUT_S = 10.0
@@ -26,18 +24,12 @@ STOP_TIMEOUT_S = 10.0
 def check(settings: WorkerSettings) -> str:
     """Load the model, ask it about one picture, return a report. Raises CannotStart when any of it fails."""
     loaded = load(settings)
-    answers, prompts = Answers(), prompt_builder(settings, loaded)
-
-    def deliver(step: list[RequestOutput]) -> None:
-        for outgoing in answers.translate(step):
-            if outgoing.on_sent is not None:
-                outgoing.on_sent()
-
+    prompts = prompt_builder(settings, loaded)
     trials = trial_prompts(prompts, loaded.capabilities)
-    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), deliver, trials=trials)
+    engine = Engine(loaded.model, loaded.tokenizer, engine_config(settings, loaded), trials=trials)
     engine.start()
     try:
-        tried = try_out(engine, prompts, answers)
+        tried = try_out(engine, prompts)
     except WorkerError as error:
         raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
     finally:

@@ -4,14 +4,13 @@ streams, and many rows at once.
 
 from __future__ import annotations
 
-import queue
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Final
 
 from api_stub.contract.sampling import SamplingParams
@@ -26,7 +25,8 @@ from worker.models.loader import LoadedModel
 BACK_ENDS: Final[Mapping[str, PagedConfig | None]] = {"slots": None, "paged": PagedConfig(reuses_prefixes=False)}
 #: The same as a worker runs it, which keeps what it can.
 REUSING: Final = "paged-reuse"
-TIMEOUT_S: Final = 600.0
+#: For all jobs of one run.
+TIMEOUT_S: Final = 3600.0
 #: Tokens of a request of the engine that is only asked for its back end.
 PROBE_LENGTH: Final = 64
 #: Tokens fed in one step, prompts and streams together.
@@ -37,49 +37,18 @@ TOKENS_BEFORE, STREAM_TOKENS = 8, 96
 OVERHEAD: Final = (Stage.SCHEDULE, Stage.DETOKENISE, Stage.HAND_OVER)
 
 
-@dataclass(slots=True)
-class _Reader:
-    """What came out of an engine. `put` is its outbox."""
-
-    came: queue.SimpleQueue[tuple[float, list[RequestOutput]]] = field(default_factory=queue.SimpleQueue)
-    answers: dict[str, Answer] = field(default_factory=dict)
-    ended: set[str] = field(default_factory=set)
-
-    def put(self, outputs: list[RequestOutput]) -> None:
-        self.came.put((time.perf_counter(), outputs))
-
-    def read(self) -> None:
-        """Wait for the outputs of a step. Raises RuntimeError when a job failed, queue.Empty when nothing comes."""
-        now, outputs = self.came.get(timeout=TIMEOUT_S)
-        for output in outputs:
-            answer = self.answers.setdefault(output.request_id, Answer())
-            answer.text += output.text
-            answer.num_tokens += output.num_tokens
-            if output.num_tokens or output.is_first:
-                answer.told_at.append(now)
-            if output.finish is not None:
-                if isinstance(output.finish.reason, Ended):
-                    raise RuntimeError(f"{output.request_id} {output.finish.reason}: {output.finish.error}")
-                self.ended.add(output.request_id)
-
-    def read_all(self, num_jobs: int) -> None:
-        """Read until so many jobs have ended."""
-        while len(self.ended) < num_jobs:
-            self.read()
-
-
 @contextmanager
 def serving(
     loaded: LoadedModel, back_end: PagedConfig | None, num_seqs: int, jobs: Sequence[BenchJob]
 ) -> Iterator[Answering]:
     """Answer all jobs that come, `num_seqs` at a time, in an engine sized for `jobs`."""
-    with _running(loaded, _config(back_end, num_seqs, jobs)) as (running, reader, times):
-        yield partial(_serve, running, reader, times)
+    with _running(loaded, _config(back_end, num_seqs, jobs)) as (running, times):
+        yield partial(_serve, running, times)
 
 
 def automatic_back_end(loaded: LoadedModel) -> tuple[str, str | None]:
     """Return the KV back end that a worker takes for a model unless told otherwise, and why not paged if so."""
-    engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(1, PROBE_LENGTH, paged=PagedConfig()), lambda _: None)
+    engine = Engine(loaded.model, loaded.tokenizer, EngineConfig(1, PROBE_LENGTH, paged=PagedConfig()))
     engine.stop(TIMEOUT_S)
     return engine.kv_backend, engine.why_not_paged
 
@@ -115,18 +84,22 @@ def long_prompt(
     streams = [BenchJob(job.job_id, job.inputs, STREAM_TOKENS) for job in streams]
     late = long_job(loaded, num_tokens, max_new_tokens=2)
     config = _config(back_end, len(streams) + 1, [*streams, late])
-    with _running(loaded, config) as (running, reader, times):
-        for job in streams:
-            running.submit(_request(job))
-        while any(_is_young(reader, job) for job in streams):
-            reader.read()
+    answers: dict[str, Answer] = {}
+    with _running(loaded, config) as (running, times):
+        outputs = running.generate([_request(job) for job in streams], TIMEOUT_S)
+        young = {job.job_id for job in streams}
+        while young:
+            output = _add(next(outputs), answers)
+            if output.finish is not None or answers[output.request_id].num_tokens >= TOKENS_BEFORE:
+                young.discard(output.request_id)
         arrived_at = time.perf_counter()
-        running.submit(_request(late))
-        reader.read_all(len(streams) + 1)
+        late_outputs = running.generate([_request(late)], TIMEOUT_S)
+        for output in chain(outputs, late_outputs):
+            _add(output, answers)
     reading = [step for step in times.steps if step.num_prompt_tokens and step.at_s + step.total_s > arrived_at]
     decoding = [step.total_s for step in times.steps if step.num_streams and not step.num_prompt_tokens]
     largest = max(step.num_prompt_tokens for step in reading)
-    seen = [gap for job in streams for gap in _gaps_during(reader.answers[job.job_id].told_at, reading)]
+    seen = [gap for job in streams for gap in _gaps_during(answers[job.job_id].told_at, reading)]
     return LongPrompt(
         name=name,
         num_prompt_tokens=late.inputs.num_prompt_tokens,
@@ -172,24 +145,33 @@ def mean_stages(steps: Sequence[Step]) -> Mapping[Stage, float]:
     return {stage: sum(step.stage_s.get(stage, 0.0) for step in steps) / max(len(steps), 1) for stage in Stage}
 
 
-def _serve(
-    running: Engine, reader: _Reader, times: StepTimes, jobs: Sequence[BenchJob]
-) -> tuple[Mapping[str, Answer], Sequence[Step]]:
-    reader.answers, reader.ended = {}, set()
+def _serve(running: Engine, times: StepTimes, jobs: Sequence[BenchJob]) -> tuple[Mapping[str, Answer], Sequence[Step]]:
+    answers: dict[str, Answer] = {}
     num_before = len(times.steps)
-    for job in jobs:
-        running.submit(_request(job))
-    reader.read_all(len(jobs))
-    return reader.answers, times.steps[num_before:]
+    for output in running.generate([_request(job) for job in jobs], TIMEOUT_S):
+        _add(output, answers)
+    return answers, times.steps[num_before:]
+
+
+def _add(output: RequestOutput, answers: dict[str, Answer]) -> RequestOutput:
+    """Add an output that has just come to its job's answer; return it. Raises RuntimeError for a job that failed."""
+    answer = answers.setdefault(output.request_id, Answer())
+    answer.text += output.text
+    answer.num_tokens += output.num_tokens
+    if output.num_tokens or output.is_first:
+        answer.told_at.append(time.perf_counter())
+    if output.finish is not None and isinstance(output.finish.reason, Ended):
+        raise RuntimeError(f"{output.request_id} {output.finish.reason}: {output.finish.error}")
+    return output
 
 
 @contextmanager
-def _running(loaded: LoadedModel, config: EngineConfig) -> Iterator[tuple[Engine, _Reader, StepTimes]]:
-    reader, times = _Reader(), StepTimes()
-    running = Engine(loaded.model, loaded.tokenizer, config, reader.put, times)
+def _running(loaded: LoadedModel, config: EngineConfig) -> Iterator[tuple[Engine, StepTimes]]:
+    times = StepTimes()
+    running = Engine(loaded.model, loaded.tokenizer, config, clock=times)
     running.start()
     try:
-        yield running, reader, times
+        yield running, times
     finally:
         running.stop(TIMEOUT_S)
 
@@ -205,11 +187,6 @@ def _config(back_end: PagedConfig | None, num_seqs: int, jobs: Sequence[BenchJob
 
 def _request(job: BenchJob) -> GenerationRequest:
     return GenerationRequest(job.job_id, job.inputs, SamplingParams(max_new_tokens=job.max_new_tokens, seed=0))
-
-
-def _is_young(reader: _Reader, job: BenchJob) -> bool:
-    answer = reader.answers.get(job.job_id)
-    return job.job_id not in reader.ended and (answer is None or answer.num_tokens < TOKENS_BEFORE)
 
 
 def _gaps_during(times: Sequence[float], steps: Sequence[Step]) -> list[float]:

@@ -9,8 +9,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,10 +22,10 @@ from worker.engine.config import EngineConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.model_hooks import ModelClaim
 from worker.engine.pictures import Picture
-from worker.engine.request import Ended, GenerationRequest, RequestOutput
+from worker.engine.request import Ended, GenerationRequest, RequestOutput, check_length
 from worker.engine.runner.build import build_runner
 from worker.engine.step_times import Stage, StepClock
-from worker.errors import EngineDead, PromptTooLong
+from worker.errors import EngineDead
 from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,16 @@ logger = logging.getLogger(__name__)
 #: An idle engine shows a sign of life this often.
 IDLE_TICK_S = 1.0
 
+#: The outputs of one call of `generate`.
+_Reader: TypeAlias = queue.SimpleQueue[RequestOutput]
+
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
     generation: GenerationRequest
     submitted_at: float
     pictures: Sequence[Picture]
+    reader: _Reader | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,10 @@ class _Stop:
 class Engine:
     """Serves one model, alone. `start` it once, `submit` and `cancel` from any thread, `stop` it once.
 
-    `outbox` is called on the engine thread with all outputs of one step and must return at once: decoding waits for
-    it. Every submitted request gets exactly one output with `finish`, also when it is cancelled, when the engine
-    stops and when it dies. `clock` is told where the time of the steps goes. About `trials` the engine must answer as
-    the model's own `generate` does. Raises CannotStart, see `build_runner`.
+    `outbox` is called on the engine thread with all outputs of one step, those of `generate` excepted, and must return
+    at once: decoding waits for it. Every submitted request gets exactly one output with `finish`, also when it is
+    cancelled, when the engine stops and when it dies. `clock` is told where the time of the steps goes. About `trials`
+    the engine must answer as the model's own `generate` does. Raises CannotStart, see `build_runner`.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         config: EngineConfig,
-        outbox: Callable[[list[RequestOutput]], None],
+        outbox: Callable[[Sequence[RequestOutput]], None] | None = None,
         clock: StepClock | None = None,
         trials: Sequence[ModelInputs] = (),
     ) -> None:
@@ -86,10 +91,11 @@ class Engine:
         )
         self._outbox = outbox
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
-        # Guards `_is_open` and `_request_ids`: nothing may enter the inbox after its last reading, or twice.
-        self._door = threading.Lock()
+        # Guards `_is_open` and `_readers`: nothing may enter the inbox after its last reading, or twice.
+        self._lock = threading.Lock()
         self._is_open = True
-        self._request_ids: set[str] = set()
+        # Requests that have not ended, and who gets their outputs; None: the outbox.
+        self._readers: dict[str, _Reader | None] = {}
         self._last_step_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -162,43 +168,68 @@ class Engine:
         Raises PromptTooLong when prompt and `max_new_tokens` do not fit, EngineDead when nobody would serve it and
         ValueError for sampling that is not resolved or an id that another request has which has not ended.
         """
-        if request.sampling.max_new_tokens is None or request.sampling.seed is None:
-            raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
-        self._check_length(request.inputs, request.sampling.max_new_tokens)
-        # Here, on the caller's thread: it reads every pixel.
-        pictures = self._core.cut(request.inputs)
-        if not self._post(_Submit(request, time.monotonic(), pictures)):
-            raise EngineDead("the engine has ended")
+        self._submit(request, None)
+
+    def generate(self, requests: Sequence[GenerationRequest], timeout_s: float) -> Iterator[RequestOutput]:
+        """Submit requests and return their outputs as they come, of each up to the one with `finish`.
+
+        For callers that wait themselves: the outbox gets none of these. Raises what `submit` raises, and EngineDead
+        when not all has come within `timeout_s`. What has not ended then, or when the iterator is closed, is cancelled.
+        """
+        give_up_at = time.monotonic() + timeout_s
+        reader: _Reader = queue.SimpleQueue()
+        unfinished: set[str] = set()
+        try:
+            for request in requests:
+                self._submit(request, reader)
+                unfinished.add(request.request_id)
+        except BaseException:
+            self._cancel_all(unfinished)
+            raise
+        return self._read(reader, unfinished, give_up_at, timeout_s)
 
     def cancel(self, request_id: str) -> None:
         """End a request between two steps, waiting or running. An unknown or finished one is left alone."""
         self._post(_Cancel(request_id))
 
+    def _submit(self, request: GenerationRequest, reader: _Reader | None) -> None:
+        if request.sampling.max_new_tokens is None or request.sampling.seed is None:
+            raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
+        check_length(request.inputs, request.sampling.max_new_tokens, self._row_length, self._context_length)
+        # Here, on the caller's thread: it reads every pixel.
+        pictures = self._core.cut(request.inputs)
+        if not self._post(_Submit(request, time.monotonic(), pictures, reader)):
+            raise EngineDead("the engine has ended")
+
+    def _read(
+        self, reader: _Reader, unfinished: set[str], give_up_at: float, timeout_s: float
+    ) -> Iterator[RequestOutput]:
+        try:
+            while unfinished:
+                output = reader.get(timeout=max(0.0, give_up_at - time.monotonic()))
+                if output.finish is not None:
+                    unfinished.discard(output.request_id)
+                yield output
+        except queue.Empty:
+            raise EngineDead(f"no answer within {timeout_s:.0f} s") from None
+        finally:
+            self._cancel_all(unfinished)
+
+    def _cancel_all(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self.cancel(request_id)
+
     def _post(self, message: _Submit | _Cancel | _Stop) -> bool:
         """Put a message into the inbox unless its last reading is over; return whether it is in."""
-        with self._door:
+        with self._lock:
             if self._is_open:
                 if isinstance(message, _Submit):
-                    self._enter(message.generation.request_id)
+                    request_id = message.generation.request_id
+                    if request_id in self._readers:
+                        raise ValueError(f"a request with the id {request_id} has not ended yet")
+                    self._readers[request_id] = message.reader
                 self._inbox.put(message)
             return self._is_open
-
-    def _enter(self, request_id: str) -> None:
-        if request_id in self._request_ids:
-            raise ValueError(f"a request with the id {request_id} has not ended yet")
-        self._request_ids.add(request_id)
-
-    def _check_length(self, inputs: ModelInputs, max_new_tokens: int) -> None:
-        num_tokens = inputs.num_prompt_tokens + max_new_tokens
-        limits = [(self._row_length, "the engine's rows of {} tokens")]
-        if self._context_length is not None:
-            limits.append((self._context_length, "the model's context of {} tokens"))
-        limit, name = min(limits)
-        if num_tokens > limit:
-            raise PromptTooLong(
-                f"prompt of {inputs.num_prompt_tokens} tokens and max_new_tokens of {max_new_tokens} make "
-                f"{num_tokens}, more than {name.format(limit)}{inputs.cost_of_media}"
-            )
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -206,7 +237,7 @@ class Engine:
         try:
             while not self._core.is_dead and self._take_messages():
                 if not self._core.scheduler.is_idle:
-                    self._tell(self._core.step())
+                    self._emit(self._core.step())
                     self._clock.lap(Stage.HAND_OVER)
                 self._last_step_at = time.monotonic()
         except Exception:
@@ -236,21 +267,28 @@ class Engine:
             return
         request = self._core.scheduler.find(message.request_id)
         if request is not None:
-            self._tell([self._core.end(request, Ended.CANCELLED)])
+            self._emit([self._core.end(request, Ended.CANCELLED)])
 
-    def _tell(self, outputs: list[RequestOutput]) -> None:
-        if not outputs:
-            return
-        ended = [output.request_id for output in outputs if output.finish is not None]
-        if ended:
-            # Before anybody is told, who may then use the id again.
-            with self._door:
-                self._request_ids.difference_update(ended)
-        self._outbox(outputs)
+    def _emit(self, outputs: Sequence[RequestOutput]) -> None:
+        """Give each output to whoever waits for its request, what is left to the outbox."""
+        others: list[RequestOutput] = []
+        for output in outputs:
+            if output.finish is None:
+                reader = self._readers[output.request_id]
+            else:
+                # Before the caller gets it, who may then use the id again.
+                with self._lock:
+                    reader = self._readers.pop(output.request_id)
+            if reader is None:
+                others.append(output)
+            else:
+                reader.put(output)
+        if others and self._outbox is not None:
+            self._outbox(others)
 
     def _close(self, reason: Ended, error: ErrorInfo | None) -> None:
         """Report every request that has no end yet, those still in the inbox included."""
-        with self._door:
+        with self._lock:
             self._is_open = False
         while True:
             try:
@@ -259,4 +297,4 @@ class Engine:
                 break
             if isinstance(message, _Submit):
                 self._core.add(message.generation, message.submitted_at, message.pictures)
-        self._tell([self._core.end(request, reason, error) for request in self._core.scheduler.everything()])
+        self._emit([self._core.end(request, reason, error) for request in self._core.scheduler.everything()])

@@ -20,7 +20,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.result import FinishReason
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.pictures import Picture
-from worker.errors import WorkerError
+from worker.errors import PromptTooLong, WorkerError
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults
 from worker.models.inputs import ModelInputs
 
@@ -87,6 +87,20 @@ class Sampling:
             min_p=params.min_p,
             seed=params.seed,
             repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+        )
+
+
+def check_length(inputs: ModelInputs, max_new_tokens: int, row_length: int, context_length: int | None) -> None:
+    """Raise PromptTooLong when prompt and answer do not fit the engine's rows or the model's context."""
+    num_tokens = inputs.num_prompt_tokens + max_new_tokens
+    limits = [(row_length, "the engine's rows of {} tokens")]
+    if context_length is not None:
+        limits.append((context_length, "the model's context of {} tokens"))
+    limit, name = min(limits)
+    if num_tokens > limit:
+        raise PromptTooLong(
+            f"prompt of {inputs.num_prompt_tokens} tokens and max_new_tokens of {max_new_tokens} make "
+            f"{num_tokens}, more than {name.format(limit)}{inputs.cost_of_media}"
         )
 
 

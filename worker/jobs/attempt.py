@@ -14,7 +14,7 @@ from types import TracebackType
 from api_stub.contract.result import Timings
 from api_stub.ledger.rows import Claim
 from worker.engine.request import Finish
-from worker.streaming.publisher import AttemptStream
+from worker.streaming.output import AttemptStream
 
 
 class Lap:

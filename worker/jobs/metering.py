@@ -1,21 +1,19 @@
-"""Moves the metrics: what the engine's steps, its tokens and the ends of jobs say, in the terms of metrics.py.
+"""Counts the engine's steps and how jobs begin and end, in the terms of observability/metrics.py.
 
-Nothing here decides anything. Engine steps are counted on the engine thread (a few microseconds), tokens on the
-publisher's, jobs on their own.
+Nothing here decides anything. Engine steps are counted on the engine thread (a few microseconds), jobs on their own;
+tokens are counted by `streaming.token_meter`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import CompletedBody, FinalBody, RetryReason
 from api_stub.contract.result import FinishReason
 from api_stub.ledger.rows import RefusalReason
 from worker.engine.engine import Engine
-from worker.engine.request import Finish, RequestOutput
 from worker.engine.step_times import Stage, StepClock
 from worker.errors import Part
 from worker.jobs.attempt import Attempt, StopReason, Stopwatch
@@ -24,7 +22,6 @@ from worker.jobs.outcome import GiveBack
 from worker.media.budget import BudgetStats
 from worker.media.cache import MediaCacheStats
 from worker.observability.metrics import Metrics
-from worker.streaming.publisher import Outgoing
 
 
 class StepMeter(StepClock):
@@ -47,69 +44,6 @@ class StepMeter(StepClock):
         self._lapped_at = now
         if stage is Stage.HAND_OVER:
             self._step.observe(now - self._began_at)
-
-
-@dataclass(frozen=True, slots=True)
-class TimedStep:
-    """The outputs of one engine step and the monotonic time at which they left the engine."""
-
-    outputs: list[RequestOutput]
-    at: float
-
-
-@dataclass(slots=True)
-class _Spoken:
-    num_tokens: int
-    last_at: float
-
-
-class TokenMeter:
-    """Counts tokens and the time between them, once `is_on`. `note` belongs to one thread."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.is_on = False
-        self._metrics = metrics
-        self._spoken: dict[str, _Spoken] = {}
-
-    def watching(
-        self, translate: Callable[[list[RequestOutput]], Iterable[Outgoing]]
-    ) -> Callable[[TimedStep], Iterable[Outgoing]]:
-        """Return `translate` for timed steps, each of them noted first."""
-
-        def translate_noted(step: TimedStep) -> Iterable[Outgoing]:
-            if self.is_on:
-                self.note(step)
-            return translate(step.outputs)
-
-        return translate_noted
-
-    def note(self, step: TimedStep) -> None:
-        """Count what one step said."""
-        for output in step.outputs:
-            self._note(output, step.at)
-
-    def _note(self, output: RequestOutput, at: float) -> None:
-        spoken = self._spoken.get(output.request_id)
-        if spoken is None:
-            spoken = self._spoken[output.request_id] = _Spoken(0, at)
-        elif output.num_tokens:
-            # Tokens that were held back arrive together.
-            gap_s = (at - spoken.last_at) / output.num_tokens
-            for _ in range(output.num_tokens):
-                self._metrics.inter_token_latency.observe(gap_s)
-        if output.num_tokens:
-            spoken.num_tokens += output.num_tokens
-            spoken.last_at = at
-            self._metrics.generation_tokens.inc(output.num_tokens)
-        if output.finish is not None:
-            del self._spoken[output.request_id]
-            self._end(output.finish, spoken)
-
-    def _end(self, finish: Finish, spoken: _Spoken) -> None:
-        if finish.num_completion_tokens:
-            # Some tokens make no text of their own, the one that ends an answer for instance.
-            self._metrics.generation_tokens.inc(max(0, finish.num_completion_tokens - spoken.num_tokens))
-            self._metrics.prompt_tokens.inc(finish.num_prompt_tokens)
 
 
 class JobMeter:

@@ -1,4 +1,4 @@
-"""How an attempt ends when it does not end with an answer."""
+"""How an attempt ends when it does not end with a complete answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from api_stub.ledger.rows import Claim
 from worker.errors import DiskFailed, MediaRefused, OutOfMemory, Unforeseen, WorkerError
 from worker.jobs.attempt import StopReason
 from worker.models.inputs import ModelInputs
-from worker.streaming.output import Answer
+from worker.streaming.output import AttemptOutput
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
     )
 
 
-def failed_body(info: ErrorInfo, answer: Answer, usage: Usage) -> FailedBody:
+def failed_body(info: ErrorInfo, output: AttemptOutput, usage: Usage) -> FailedBody:
     """Return the end of a job that failed for `info`, with what it had said by then."""
-    return FailedBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+    return FailedBody(error=info, partial_text=output.text, usage=_spent(output, usage))
 
 
 def as_worker_error(error: Exception) -> WorkerError:
@@ -75,7 +75,7 @@ class GiveBack:
 
 
 def retried_or_failed(
-    claim: Claim, error: WorkerError, answer: Answer, usage: Usage, max_retries: int = MAX_RETRIES
+    claim: Claim, error: WorkerError, output: AttemptOutput, usage: Usage, max_retries: int = MAX_RETRIES
 ) -> FailedBody | GiveBack:
     """Return the end of an attempt that met an error, on a worker that does well.
 
@@ -89,16 +89,18 @@ def retried_or_failed(
         return GiveBack(RetryReason.OUT_OF_MEMORY, OOM_PAUSE_S * (num_retries + 1), is_charged=True)
     if error.part is not None and info.code is not ErrorCode.STORAGE_UNAVAILABLE and num_retries < MAX_TRIES - 1:
         return GiveBack(RetryReason.GIVEN_BACK, DOUBT_PAUSE_S, is_charged=True)
-    return failed_body(info, answer, usage)
+    return failed_body(info, output, usage)
 
 
-def given_back_by_the_sick(claim: Claim, error: WorkerError, answer: Answer, usage: Usage) -> FailedBody | GiveBack:
+def given_back_by_the_sick(
+    claim: Claim, error: WorkerError, output: AttemptOutput, usage: Usage
+) -> FailedBody | GiveBack:
     """Return the end of an attempt that met an error on a worker that fails all jobs: it costs the job nothing.
 
     Only where nobody can tell whether the worker or the job is refused the job still pays, else it would never end.
     """
     if isinstance(error, MediaRefused):
-        return retried_or_failed(claim, error, answer, usage)
+        return retried_or_failed(claim, error, output, usage)
     return GiveBack(RetryReason.GIVEN_BACK)
 
 
@@ -111,7 +113,7 @@ def storage_pause_s(num_retries: int) -> float:
     return longest_s * random.uniform(0.5, 1.0)
 
 
-def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody | GiveBack | None:
+def stopped_body(reason: StopReason, output: AttemptOutput, usage: Usage) -> FinalBody | GiveBack | None:
     """Return the end of a stopped attempt: a final body, a give-back, None when the job is not ours."""
     match reason:
         case StopReason.LOST:
@@ -120,11 +122,11 @@ def stopped_body(reason: StopReason, answer: Answer, usage: Usage) -> FinalBody 
             return GiveBack(RetryReason.GIVEN_BACK)
         case StopReason.CANCELLED:
             info = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled while running")
-            return CancelledBody(error=info, partial_text=answer.text, usage=_spent(answer, usage))
+            return CancelledBody(error=info, partial_text=output.text, usage=_spent(output, usage))
         case StopReason.DEADLINE:
             info = ErrorInfo.of(ErrorCode.DEADLINE_EXCEEDED, "the job's deadline passed while it was running")
-            return failed_body(info, answer, usage)
+            return failed_body(info, output, usage)
 
 
-def _spent(answer: Answer, usage: Usage) -> Usage:
-    return usage.model_copy(update={"completion_tokens": answer.num_tokens})
+def _spent(output: AttemptOutput, usage: Usage) -> Usage:
+    return usage.model_copy(update={"completion_tokens": output.num_tokens})

@@ -40,8 +40,7 @@ from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_
 from worker.models.inputs import ModelInputs
 from worker.observability.logging import job_context
 from worker.prompting.prepare import PromptBuilder
-from worker.streaming.output import Answer, Answers
-from worker.streaming.publisher import Outgoing
+from worker.streaming.output import AttemptOutput, AttemptStream, Outgoing
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +50,10 @@ NO_MEDIA: Final = Collected([], 0.0, 0)
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
 #: How long an attempt that has to stop waits for the rest of its text to reach Redis.
-PATIENCE_S: Final = 5.0
+FLUSH_TIMEOUT_S: Final = 5.0
 
 
-class EngineDoor(Protocol):
+class GenerationEngine(Protocol):
     """What the pipeline needs of an engine."""
 
     @property
@@ -63,12 +62,15 @@ class EngineDoor(Protocol):
     def cancel(self, request_id: str) -> None: ...
 
 
-class EventDoor(Protocol):
+class EventPublisher(Protocol):
     """What the pipeline needs of a publisher."""
 
     @property
     def is_alive(self) -> bool: ...
+    def open(self, request_id: str, stream: AttemptStream) -> AttemptOutput: ...
+    def close(self, output: AttemptOutput) -> None: ...
     def put(self, outgoing: Outgoing) -> None: ...
+    def flush(self) -> threading.Event: ...
 
 
 class Pipeline:
@@ -80,12 +82,11 @@ class Pipeline:
         model: str,
         ledger: Ledger,
         attempts: Attempts,
-        answers: Answers,
         media: MediaCollector,
         memory_budget: MemoryBudget,
         prompts: PromptBuilder,
-        engine: EngineDoor,
-        events: EventDoor,
+        engine: GenerationEngine,
+        publisher: EventPublisher,
         meter: JobMeter,
         circuit: Circuit,
         on_engine_dead: Callable[[], None],
@@ -94,12 +95,11 @@ class Pipeline:
         self._model = model
         self._ledger = ledger
         self._attempts = attempts
-        self._answers = answers
         self._media = media
         self._memory_budget = memory_budget
         self._prompts = prompts
         self._engine = engine
-        self._events = events
+        self._publisher = publisher
         self._meter = meter
         self._circuit = circuit
         self._on_engine_dead = on_engine_dead
@@ -113,22 +113,22 @@ class Pipeline:
 
     def _run(self, claimed: ClaimedJob) -> None:
         attempt = Attempt(claimed.claim)
-        answer = self._answers.open(attempt.request_id, attempt.stream)
+        output = self._publisher.open(attempt.request_id, attempt.stream)
         watch = Stopwatch(claimed.claim.queued_s, claimed.claim.age_s)
         logger.info("job started", extra=_facts(attempt))
         self._meter.begins(attempt)
         self._attempts.add(attempt)
         try:
-            body = self._ending(attempt, claimed.problem, answer, watch)
+            body = self._ending(attempt, claimed.problem, output, watch)
             outcome = self._settle(attempt, body)
         finally:
             self._attempts.remove(attempt)
-            self._answers.close(answer)
+            self._publisher.close(output)
         self._meter.ends(attempt, body, outcome, watch)
         logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
 
     def _ending(
-        self, attempt: Attempt, problem: str | None, answer: Answer, watch: Stopwatch
+        self, attempt: Attempt, problem: str | None, output: AttemptOutput, watch: Stopwatch
     ) -> FinalBody | GiveBack | None:
         """Return how the job ends: a final body, a give-back, or None when it is no longer ours."""
         usage = Usage()
@@ -136,12 +136,12 @@ class Pipeline:
             job = self._read(attempt, problem)
             inputs = self._prepare(attempt, job, watch)
             usage = used(job, inputs, 0)
-            finish = self._generate(attempt, job, inputs, answer, watch)
+            finish = self._generate(attempt, job, inputs, output, watch)
             self._circuit.success(Part.ENGINE, Part.PROGRAM)
             self._meter.answered(watch.first_token_s(finish))
-            return CompletedBody(result=self._result(attempt, job, inputs, finish, answer, watch))
+            return CompletedBody(result=self._result(attempt, job, inputs, finish, output, watch))
         except Stopped as stopped:
-            return stopped_body(stopped.reason, answer, usage)
+            return stopped_body(stopped.reason, output, usage)
         except EngineDead as error:
             logger.error("engine is dead", extra=_facts(attempt) | {"error": str(error)})
             self._on_engine_dead()
@@ -151,8 +151,8 @@ class Pipeline:
         if fault.part is not None:
             words, job_id = str(fault), attempt.claim.job_id
             if self._circuit.fault(fault.part, job_id, words, is_proven=fault.is_proven):
-                return given_back_by_the_sick(attempt.claim, fault, answer, usage)
-        return retried_or_failed(attempt.claim, fault, answer, usage, self._max_retries)
+                return given_back_by_the_sick(attempt.claim, fault, output, usage)
+        return retried_or_failed(attempt.claim, fault, output, usage, self._max_retries)
 
     def _read(self, attempt: Attempt, problem: str | None) -> Job:
         if problem is not None or not attempt.claim.body:
@@ -198,13 +198,15 @@ class Pipeline:
         self._progress(attempt, Stage.PREPARING, 0, len(parts))
         return collected
 
-    def _generate(self, attempt: Attempt, job: Job, inputs: ModelInputs, answer: Answer, watch: Stopwatch) -> Finish:
+    def _generate(
+        self, attempt: Attempt, job: Job, inputs: ModelInputs, output: AttemptOutput, watch: Stopwatch
+    ) -> Finish:
         """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""
         self._progress(attempt, Stage.PREFILL, 0, inputs.num_prompt_tokens)
         with watch.generate:
             self._engine.submit(GenerationRequest(attempt.request_id, inputs, job.sampling))
             attempt.when_stopped(lambda: self._engine.cancel(attempt.request_id))
-            finish = self._wait(attempt, answer)
+            finish = self._wait(attempt, output)
         if not isinstance(finish.reason, FinishReason):
             attempt.check()
             if finish.error is None or not self._engine.is_alive:
@@ -212,26 +214,26 @@ class Pipeline:
             raise GenerationFailed(finish.error)
         return finish
 
-    def _wait(self, attempt: Attempt, answer: Answer) -> Finish:
+    def _wait(self, attempt: Attempt, output: AttemptOutput) -> Finish:
         stopped_s = 0.0
-        while (finish := answer.wait(WAIT_S)) is None:
-            if not self._engine.is_alive or not self._events.is_alive:
+        while (finish := output.wait(WAIT_S)) is None:
+            if not self._engine.is_alive or not self._publisher.is_alive:
                 raise EngineDead("the engine or the publisher ended while a request was running")
             reason = attempt.stop_reason
-            if reason is StopReason.LOST or (reason is not None and stopped_s >= PATIENCE_S):
+            if reason is StopReason.LOST or (reason is not None and stopped_s >= FLUSH_TIMEOUT_S):
                 raise Stopped(reason)
             stopped_s += WAIT_S if reason is not None else 0.0
         return finish
 
     def _result(
-        self, attempt: Attempt, job: Job, inputs: ModelInputs, finish: Finish, answer: Answer, watch: Stopwatch
+        self, attempt: Attempt, job: Job, inputs: ModelInputs, finish: Finish, output: AttemptOutput, watch: Stopwatch
     ) -> Result:
         assert isinstance(finish.reason, FinishReason)
         return Result(
             job_id=attempt.claim.job_id,
             task=job.task,
             model=job.model,
-            text=answer.text,
+            text=output.text,
             finish_reason=finish.reason,
             usage=used(job, inputs, finish.num_completion_tokens),
             timings=watch.timings(finish),
@@ -274,14 +276,13 @@ class Pipeline:
 
         Not for ever: a Redis that is full takes an ending and no events, and the ending carries the text anyway.
         """
-        sent = threading.Event()
-        self._events.put(Outgoing(attempt.stream, None, on_sent=sent.set))
-        give_up_at = time.monotonic() + PATIENCE_S
+        sent = self._publisher.flush()
+        give_up_at = time.monotonic() + FLUSH_TIMEOUT_S
         while not sent.wait(WAIT_S) and attempt.stop_reason is not StopReason.LOST and time.monotonic() < give_up_at:
             pass
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
-        self._events.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
+        self._publisher.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
 
 
 def _facts(attempt: Attempt) -> dict[str, object]:

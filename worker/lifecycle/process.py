@@ -21,7 +21,7 @@ from worker.errors import CannotStart, WorkerError
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit
 from worker.jobs.claim import Claimer
-from worker.jobs.metering import StepMeter, TimedStep, TokenMeter, engine_readings, media_readings
+from worker.jobs.metering import StepMeter, engine_readings, media_readings
 from worker.jobs.pipeline import Pipeline
 from worker.lifecycle.drain import Consumption, Drain
 from worker.lifecycle.health import Health, Vitals
@@ -63,7 +63,7 @@ class WorkerProcess:
     settings: WorkerSettings
     ledger: Ledger
     engine: Engine
-    publisher: Publisher[TimedStep]
+    publisher: Publisher
     pipeline: Pipeline
     claimer: Claimer
     circuit: Circuit
@@ -78,7 +78,6 @@ class WorkerProcess:
     health: Health
     metrics: Metrics
     step_meter: StepMeter
-    token_meter: TokenMeter
     exit_status: int = 0
     watchdog: Watchdog = field(init=False)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -111,7 +110,7 @@ class WorkerProcess:
         except WorkerError as error:
             raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
         self.decoders.wait_ready()
-        self.step_meter.is_on = self.token_meter.is_on = True
+        self.step_meter.is_on = True
         self.health.serve(self.vitals)
         self.metrics.read_at_scrape(self.readings)
 

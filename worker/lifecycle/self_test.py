@@ -17,7 +17,7 @@ from PIL import Image
 from api_stub.contract.job import CaptionJob
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.engine import Engine
-from worker.engine.request import Finish, GenerationRequest
+from worker.engine.request import Ended, Finish, GenerationRequest
 from worker.errors import EngineDead, GenerationFailed, Part
 from worker.media.collect import job_directory
 from worker.media.decoders import Decoders
@@ -25,8 +25,6 @@ from worker.media.fetch import MediaFetcher
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedImage, MediaPolicy
 from worker.prompting.prepare import PromptBuilder
-from worker.streaming.output import Answers
-from worker.streaming.publisher import AttemptStream
 
 PLAIN_SIZE: Final = 64
 PICTURE_COLOUR: Final = (200, 120, 40)
@@ -43,29 +41,19 @@ class TriedOut:
     num_media_tokens: int
 
 
-def try_out(engine: Engine, prompts: PromptBuilder, answers: Answers, timeout_s: float = TIMEOUT_S) -> TriedOut:
-    """Ask once and wait; `answers` must be fed with the engine's outputs. One caller at a time.
-
-    Raises the WorkerError that prevents an answer.
-    """
+def try_out(engine: Engine, prompts: PromptBuilder, timeout_s: float = TIMEOUT_S) -> TriedOut:
+    """Ask once and wait. One caller at a time. Raises the WorkerError that prevents an answer."""
     turns = prompts.turns(CaptionJob(media=("s3://try-out/picture",)))
     picture = DecodedImage(Image.new("RGB", (PLAIN_SIZE, PLAIN_SIZE), PICTURE_COLOUR))
     inputs = prompts.prepare(turns, [picture])
-    # A lost stream: nothing of this goes to Redis.
-    answer = answers.open("try-out", AttemptStream("try-out", fence=0, is_lost=True))
-    try:
-        sampling = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=0)
-        engine.submit(GenerationRequest(answer.request_id, inputs, sampling))
-        finish = answer.wait(timeout_s)
-        if finish is None:
-            engine.cancel(answer.request_id)
-    finally:
-        answers.close(answer)
-    if finish is None:
-        raise EngineDead(f"no answer within {timeout_s:.0f} s")
+    request = GenerationRequest("try-out", inputs, SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=0))
+    outputs = list(engine.generate([request], timeout_s))
+    finish = outputs[-1].finish
+    if finish is None or finish.reason is Ended.CANCELLED:
+        raise EngineDead("the engine stopped before the answer was complete")
     if finish.error is not None:
         raise GenerationFailed(finish.error)
-    return TriedOut(answer.text, finish, inputs.num_media_tokens)
+    return TriedOut("".join(output.text for output in outputs), finish, inputs.num_media_tokens)
 
 
 #: An answer or a decoded picture that takes longer is no proof. Jobs before it may take their time.

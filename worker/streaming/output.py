@@ -1,70 +1,90 @@
-"""From engine outputs to contract events, and to the thread that waits for the answer.
+"""What an attempt has generated so far, and what readers of its event stream shall see of it.
 
-In: the engine's outputs of one step. Out: `output.delta` bodies for the publisher; and, once
-everything said so far is in Redis, the end of the request for the waiting job.
+In: the engine's outputs for one attempt. Out: `Outgoing` events for the publisher and, once they are in Redis, the end
+of the generation for the job's thread.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from api_stub.contract.event import DeltaBody
+from api_stub.contract.event import DeltaBody, ProgressBody, RunningBody
 from worker.engine.request import Finish, RequestOutput
-from worker.streaming.publisher import AttemptStream, Outgoing
 
 
-class Answer:
-    """What the engine has said for one attempt. Written by the publisher's thread, read by the job's own."""
+@dataclass(slots=True)
+class AttemptStream:
+    """The event stream of one attempt. Numbers let the ledger ignore a publication that was sent twice.
+
+    `is_lost` turns true when the ledger says that the attempt no longer owns the job; nothing is sent after that.
+    `is_refused` turns true when Redis refuses one of its events for good; the next ones travel alone.
+    """
+
+    job_id: str
+    fence: int
+    is_lost: bool = False
+    is_refused: bool = False
+    _number: int = field(default=0, repr=False)
+
+    def next_number(self) -> int:
+        """Return 1, 2, 3, …: the publisher's thread alone calls this."""
+        self._number += 1
+        return self._number
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One event to send for an attempt."""
+
+    stream: AttemptStream
+    body: RunningBody
+
+
+def merge(first: RunningBody, second: RunningBody) -> RunningBody | None:
+    """Return one body that says the same as two neighbours of one stream, or None when they must stay two."""
+    if isinstance(first, DeltaBody) and isinstance(second, DeltaBody):
+        return DeltaBody(
+            text=first.text + second.text, offset=first.offset, num_tokens=first.num_tokens + second.num_tokens
+        )
+    if isinstance(first, ProgressBody) and isinstance(second, ProgressBody) and first.stage is second.stage:
+        return second
+    return None
+
+
+class AttemptOutput:
+    """Text and end of one attempt's generation. Written by the publisher's thread, read by the job's own."""
 
     def __init__(self, request_id: str, stream: AttemptStream) -> None:
         self.request_id = request_id
         self.stream = stream
         self.num_tokens = 0
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self._finish: Finish | None = None
-        self._ended = threading.Event()
+        self._has_ended = threading.Event()
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(self._pieces)
+        return "".join(self._texts)
 
     def wait(self, timeout_s: float) -> Finish | None:
-        """Return how generation ended, or None when it has not after `timeout_s`."""
-        return self._finish if self._ended.wait(timeout_s) else None
+        """Return how generation ended, or None when it has not after `timeout_s`.
 
-    def take(self, output: RequestOutput) -> Iterable[Outgoing]:
-        """Keep what one step said; return what readers shall see of it."""
+        It has ended only when all of its events are in Redis.
+        """
+        return self._finish if self._has_ended.wait(timeout_s) else None
+
+    def add(self, output: RequestOutput) -> Outgoing | None:
+        """Add what one engine step generated; return its event, None when there is no new text."""
         self.num_tokens += output.num_tokens
-        if output.text:
-            self._pieces.append(output.text)
-            body = DeltaBody(text=output.text, offset=output.offset, num_tokens=output.num_tokens)
-            yield Outgoing(self.stream, body)
-        if output.finish is not None:
-            self._finish = output.finish
-            # The job may be finished in the ledger only after its last delta: the final event is the last one.
-            yield Outgoing(self.stream, None, on_sent=self._ended.set)
+        if not output.text:
+            return None
+        self._texts.append(output.text)
+        body = DeltaBody(text=output.text, offset=output.offset, num_tokens=output.num_tokens)
+        return Outgoing(self.stream, body)
 
-
-class Answers:
-    """The answers under way, by request id. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._answers: dict[str, Answer] = {}
-
-    def open(self, request_id: str, stream: AttemptStream) -> Answer:
-        """Begin to collect the answer of a request."""
-        answer = self._answers[request_id] = Answer(request_id, stream)
-        return answer
-
-    def close(self, answer: Answer) -> None:
-        """Forget an answer; what the engine still says for it is dropped."""
-        self._answers.pop(answer.request_id, None)
-
-    def translate(self, step: list[RequestOutput]) -> Iterable[Outgoing]:
-        """Turn one engine step into outgoing events. Called on the publisher's thread only."""
-        for output in step:
-            answer = self._answers.get(output.request_id)
-            if answer is not None:
-                yield from answer.take(output)
+    def end(self, finish: Finish) -> None:
+        """Let the job's thread go on: generation has ended and all of its events have been sent."""
+        self._finish = finish
+        self._has_ended.set()

@@ -1,10 +1,14 @@
-"""Sends events to Redis: everything that is waiting goes out in one ledger call, off the engine thread.
+"""The way of tokens from the engine to Redis, off the engine's thread: all rows of a step go out in one ledger call.
 
-In: `Outgoing` items and engine steps (any thread, never blocks). Out: `Ledger.publish`. Progress waits a moment, so
-that a short answer goes out together with it; text never does. When Redis is slow or away, waiting deltas of one stream
-are joined, so memory stays bounded by the answers' own length and decoding never waits.
-A batch whose reply was lost is sent again unchanged; the ledger ignores what it already has. An event that Redis
-refuses for good is dropped, and no other with it.
+In: the engine's outputs, step by step (`put_step`), and progress of jobs (`put`); any thread, never blocks. Out:
+`Ledger.publish`, and then the ends of generations to the threads that wait for them:
+
+    engine step -> TokenMeter.count -> AttemptOutput.add -> joined and numbered -> Ledger.publish -> AttemptOutput.end
+
+Progress waits a moment, so that a short answer goes out together with it; text never does. When Redis is slow or away,
+waiting deltas of one stream are joined, so memory stays bounded by the answers' own length and decoding never waits. A
+batch whose reply was lost is sent again unchanged; the ledger ignores what it already has. An event that Redis refuses
+for good is dropped, and no other with it.
 """
 
 from __future__ import annotations
@@ -13,84 +17,71 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 import redis
 
-from api_stub.contract.event import DeltaBody, ProgressBody, RunningBody
+from api_stub.contract.event import ProgressBody
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Publication
 from api_stub.ledger.verdicts import is_passing
-
-
-@dataclass(slots=True)
-class AttemptStream:
-    """The event stream of one attempt. Numbers let the ledger ignore a publication that was sent twice.
-
-    `is_lost` turns true when the ledger says that the attempt no longer owns the job; nothing is sent after that.
-    `is_refused` turns true when Redis refuses one of its events for good; the next ones travel alone.
-    """
-
-    job_id: str
-    fence: int
-    is_lost: bool = False
-    is_refused: bool = False
-    _number: int = field(default=0, repr=False)
-
-    def next_number(self) -> int:
-        """Return 1, 2, 3, …: the publisher's thread alone calls this."""
-        self._number += 1
-        return self._number
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """One thing to send for an attempt. `on_sent` runs on the publisher's thread once it and all before it are out."""
-
-    stream: AttemptStream
-    body: RunningBody | None
-    on_sent: Callable[[], None] | None = None
-
-
-def merge(first: RunningBody, second: RunningBody) -> RunningBody | None:
-    """Return one body that says the same as two neighbours of one stream, or None when they must stay two."""
-    if isinstance(first, DeltaBody) and isinstance(second, DeltaBody):
-        return DeltaBody(
-            text=first.text + second.text, offset=first.offset, num_tokens=first.num_tokens + second.num_tokens
-        )
-    if isinstance(first, ProgressBody) and isinstance(second, ProgressBody) and first.stage is second.stage:
-        return second
-    return None
-
+from worker.engine.request import Finish, RequestOutput
+from worker.streaming.output import AttemptOutput, AttemptStream, Outgoing, merge
+from worker.streaming.token_meter import TokenMeter
 
 logger = logging.getLogger(__name__)
 
-Step = TypeVar("Step")
 Numbered: TypeAlias = tuple[AttemptStream, Publication]
 
-#: How long news of a job's progress waits for other events to go out with. Text and endings wait for nothing.
-COMPANY_S: Final = 0.01
+#: How long a job's progress waits for other events to go out with. Text and ends wait for nothing.
+PROGRESS_WAIT_S: Final = 0.01
 FIRST_PAUSE_S: Final = 0.05
 MAX_PAUSE_S: Final = 1.0  # a reader notices an outage of Redis before this pause does
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The outputs of one engine step and the monotonic time at which they left the engine."""
+
+    outputs: Sequence[RequestOutput]
+    at: float
 
 
 class _Stop:
     """Put into the queue to end the thread."""
 
 
-class Publisher(Generic[Step]):
-    """One thread between the engine and Redis. `translate` turns an engine step into Outgoing items, on this thread.
+_Entry: TypeAlias = Outgoing | _Step | threading.Event | _Stop
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What goes out in one ledger call, and who is told afterwards: ended generations and flushes, in order."""
+
+    events: list[Outgoing] = field(default_factory=list)
+    ended: list[tuple[AttemptOutput, Finish]] = field(default_factory=list)
+    flushed: list[threading.Event] = field(default_factory=list)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether there is nothing but progress."""
+        return not (self.ended or self.flushed) and all(isinstance(event.body, ProgressBody) for event in self.events)
+
+
+class Publisher:
+    """One thread between the engine and Redis.
 
     `is_busy` while it has something to send; `num_turns` grows with every batch and every try to send it. Any thread
     may read them.
     """
 
-    def __init__(self, ledger: Ledger, translate: Callable[[Step], Iterable[Outgoing]]) -> None:
+    def __init__(self, ledger: Ledger, meter: TokenMeter) -> None:
         self._ledger = ledger
-        self._translate = translate
-        self._queue: queue.SimpleQueue[Outgoing | tuple[Step] | _Stop] = queue.SimpleQueue()
+        self._meter = meter
+        self._outputs: dict[str, AttemptOutput] = {}
+        self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self.num_turns = 0
@@ -111,64 +102,92 @@ class Publisher(Generic[Step]):
         """False once the thread has ended."""
         return self._thread.is_alive()
 
+    def open(self, request_id: str, stream: AttemptStream) -> AttemptOutput:
+        """Collect what the engine generates for a request, and send it as events of `stream`."""
+        output = self._outputs[request_id] = AttemptOutput(request_id, stream)
+        return output
+
+    def close(self, output: AttemptOutput) -> None:
+        """Forget a request; what the engine still generates for it is dropped."""
+        self._outputs.pop(output.request_id, None)
+
     def put(self, outgoing: Outgoing) -> None:
-        """Take one item. Items of a stream arrive in the order they were put."""
+        """Send one event. Events of a stream arrive in the order in which they were put."""
         self._queue.put(outgoing)
 
-    def put_step(self, step: Step) -> None:
-        """Take what an engine step said. Costs the engine thread one queue operation."""
-        self._queue.put((step,))
+    def put_step(self, outputs: Sequence[RequestOutput]) -> None:
+        """Send what an engine step generated. Costs the engine thread one queue operation."""
+        self._queue.put(_Step(outputs, time.monotonic()))
+
+    def flush(self) -> threading.Event:
+        """Return an event that is set once all that was put before is out."""
+        flushed = threading.Event()
+        self._queue.put(flushed)
+        return flushed
 
     def _run(self) -> None:
         try:
-            self._send_all()
+            is_open = True
+            while is_open:
+                is_open = self._send_next()
         except Exception:
             # Readers would miss text: the pipeline sees that this thread is gone and gives its jobs back.
             logger.exception("publisher ended", extra={"action": "publish"})
 
-    def _send_all(self) -> None:
-        is_open = True
-        while is_open:
-            taken, is_open = self._take()
-            self._send(_joined(taken))
-            for item in taken:
-                if item.on_sent is not None:
-                    item.on_sent()
-            self.is_busy = False
+    def _send_next(self) -> bool:
+        """Wait for something and send all that is there; return False when the thread is to end."""
+        batch, is_open = self._gather()
+        self._send(_joined(batch.events))
+        # A job may be finished in the ledger only after its last delta: the final event is the last one.
+        for output, finish in batch.ended:
+            output.end(finish)
+        for flushed in batch.flushed:
+            flushed.set()
+        self.is_busy = False
+        return is_open
 
-    def _take(self) -> tuple[list[Outgoing], bool]:
-        """Wait for something, then take all that is there."""
-        taken: list[Outgoing] = []
-        entry: Outgoing | tuple[Step] | _Stop | None = self._queue.get()
+    def _gather(self) -> tuple[_Batch, bool]:
+        batch = _Batch()
+        entry: _Entry | None = self._queue.get()
         self.is_busy = True
         self.num_turns += 1
-        until = time.monotonic() + COMPANY_S
+        until = time.monotonic() + PROGRESS_WAIT_S
         while entry is not None:
             if isinstance(entry, _Stop):
-                return taken, False
-            if isinstance(entry, tuple):
-                taken.extend(self._translated(entry[0]))
+                return batch, False
+            if isinstance(entry, _Step):
+                self._add_step(batch, entry)
+            elif isinstance(entry, Outgoing):
+                batch.events.append(entry)
             else:
-                taken.append(entry)
-            entry = self._next(taken, until)
-        return taken, True
+                batch.flushed.append(entry)
+            entry = self._next(batch, until)
+        return batch, True
 
-    def _next(self, taken: Sequence[Outgoing], until: float) -> Outgoing | tuple[Step] | _Stop | None:
+    def _next(self, batch: _Batch, until: float) -> _Entry | None:
         """Return what else there is; None: send now."""
         try:
             left_s = until - time.monotonic()
-            if left_s > 0 and all(isinstance(item.body, ProgressBody) for item in taken):
+            if left_s > 0 and batch.may_wait:
                 return self._queue.get(timeout=left_s)
             return self._queue.get_nowait()
         except queue.Empty:
             return None
 
-    def _translated(self, step: Step) -> Iterable[Outgoing]:
+    def _add_step(self, batch: _Batch, step: _Step) -> None:
         try:
-            return list(self._translate(step))
+            self._meter.count(step.outputs, step.at)
+            for generated in step.outputs:
+                output = self._outputs.get(generated.request_id)
+                if output is None:
+                    continue
+                event = output.add(generated)
+                if event is not None:
+                    batch.events.append(event)
+                if generated.finish is not None:
+                    batch.ended.append((output, generated.finish))
         except Exception:
             logger.exception("step lost", extra={"action": "translate"})
-            return ()
 
     def _send(self, batch: Sequence[Numbered]) -> None:
         """Send everything at once; what Redis refuses for good is found by sending one after the other."""
@@ -216,11 +235,10 @@ def _joined(items: Iterable[Outgoing]) -> list[Numbered]:
     """Number the bodies, joining neighbours of one stream where nothing is lost by it."""
     waiting: dict[int, list[Outgoing]] = {}
     for item in items:
-        if item.body is None or item.stream.is_lost:
+        if item.stream.is_lost:
             continue
         line = waiting.setdefault(id(item.stream), [])
-        last = line[-1].body if line else None
-        joined = merge(last, item.body) if last is not None else None
+        joined = merge(line[-1].body, item.body) if line else None
         if joined is None:
             line.append(item)
         else:
@@ -234,5 +252,4 @@ def _joined(items: Iterable[Outgoing]) -> list[Numbered]:
         )
         for line in waiting.values()
         for item in line
-        if item.body is not None
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -270,6 +270,47 @@ def test_stop_reports_every_request_as_cancelled(idefics2: TinyModel) -> None:
         with pytest.raises(EngineDead):
             engine.submit(requests[0])
     assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def test_generate_yields_each_request_to_its_end_and_nothing_goes_to_the_outbox(idefics2: TinyModel) -> None:
+    requests = [request(idefics2.inputs(text), max_new_tokens=6) for text in ("one", "two")]
+    with running_engine(idefics2) as (engine, outbox):
+        outputs = list(engine.generate(requests, TIMEOUT_S))
+        for each in requests:
+            own = [output for output in outputs if output.request_id == each.request_id]
+            text = "".join(output.text for output in own)
+            assert text == text_of(idefics2, idefics2.generate(each.inputs, 6))
+            assert [output.finish is not None for output in own] == [False] * (len(own) - 1) + [True]
+        again = list(engine.generate(requests, TIMEOUT_S))
+        assert sum(output.finish is not None for output in again) == 2, "an id may be used again"
+    assert outbox.steps.empty()
+
+
+def test_what_generate_is_not_waited_for_is_cancelled(idefics2: TinyModel) -> None:
+    requests = [request(idefics2.inputs(text), max_new_tokens=1500) for text in ("one", "two")]
+    with running_engine(idefics2, max_model_len=2048) as (engine, _):
+        outputs = engine.generate(requests, TIMEOUT_S)
+        next(outputs)
+        assert isinstance(outputs, Generator)
+        outputs.close()
+        eventually(lambda: engine.num_running == engine.num_waiting == 0, TIMEOUT_S, "both are cancelled")
+        with pytest.raises(EngineDead, match="no answer within 0 s"):
+            list(engine.generate(requests, timeout_s=0.0))
+        eventually(lambda: engine.num_running == engine.num_waiting == 0, TIMEOUT_S, "both are cancelled")
+        with pytest.raises(ValueError, match="not ended"):
+            engine.generate([requests[0], requests[0]], TIMEOUT_S)
+        eventually(lambda: engine.num_running == engine.num_waiting == 0, TIMEOUT_S, "the first is cancelled")
+
+
+def test_an_engine_that_stops_ends_what_generate_yields(idefics2: TinyModel) -> None:
+    generation = request(idefics2.inputs("one"), max_new_tokens=1500)
+    with running_engine(idefics2, max_model_len=2048) as (engine, _):
+        outputs = engine.generate([generation], TIMEOUT_S)
+        next(outputs)
+        engine.stop(timeout_s=TIMEOUT_S)
+        finish = list(outputs)[-1].finish
+    assert finish is not None
+    assert finish.reason is Ended.CANCELLED
 
 
 def test_counts_and_the_sign_of_life_follow_the_work(idefics2: TinyModel) -> None:

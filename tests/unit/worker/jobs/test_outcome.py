@@ -40,8 +40,7 @@ from worker.jobs.outcome import (
     retried_or_failed,
     storage_pause_s,
 )
-from worker.streaming.output import Answer
-from worker.streaming.publisher import AttemptStream
+from worker.streaming.output import AttemptOutput, AttemptStream
 
 AWAY = StorageUnavailable("storage did not answer")
 
@@ -53,8 +52,8 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
 
 
 def ending(claim: Claim, error: WorkerError, max_retries: int = 5) -> FailedBody | GiveBack:
-    answer = Answer("request", AttemptStream(claim.job_id, claim.fence))
-    return retried_or_failed(claim, error, answer, Usage(), max_retries)
+    output = AttemptOutput("request", AttemptStream(claim.job_id, claim.fence))
+    return retried_or_failed(claim, error, output, Usage(), max_retries)
 
 
 def attempt(ledger: Ledger, client: redis.Redis, max_retries: int) -> str:
@@ -122,11 +121,11 @@ def test_what_may_be_the_workers_fault_is_tried_again_a_bounded_number_of_times(
 
 def test_a_job_pays_nothing_for_a_worker_that_fails_all_jobs(ledger: Ledger) -> None:
     ledger.submit("a", VqaJob(question="hello"))
-    answer = Answer("request", AttemptStream("a", 1))
+    output = AttemptOutput("request", AttemptStream("a", 1))
     for error in (AWAY, StorageRefuses("no"), DiskFailed("no"), DecoderFailed("no"), BROKEN, OutOfMemory("no")):
         for _ in range(2):
             claim = claimed(ledger, "a")
-            body = given_back_by_the_sick(claim, error, answer, Usage())
+            body = given_back_by_the_sick(claim, error, output, Usage())
             assert isinstance(body, GiveBack)
             assert ledger.give_back("a", claim.fence, body.reason, body.pause_s, body.is_charged)
             ledger.reap()
@@ -138,8 +137,8 @@ def test_a_job_pays_nothing_for_a_worker_that_fails_all_jobs(ledger: Ledger) -> 
 def test_a_refused_object_ends_also_on_a_sick_worker(ledger: Ledger) -> None:
     ledger.submit("a", VqaJob(question="hello"))
     claim = replace(claimed(ledger, "a"), num_retries=MAX_TRIES - 1)
-    answer = Answer("request", AttemptStream("a", 1))
-    assert isinstance(given_back_by_the_sick(claim, MediaRefused("no"), answer, Usage()), FailedBody)
+    output = AttemptOutput("request", AttemptStream("a", 1))
+    assert isinstance(given_back_by_the_sick(claim, MediaRefused("no"), output, Usage()), FailedBody)
 
 
 def test_a_full_disk_is_no_bug_and_no_fault_of_the_job() -> None:

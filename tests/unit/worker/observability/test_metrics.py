@@ -11,11 +11,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from api_stub.contract.result import FinishReason
 from worker.engine.request import Ended, Finish, RequestOutput
-from worker.jobs.metering import TimedStep, TokenMeter
 from worker.lifecycle.health import Health, Vitals
 from worker.lifecycle.watchdog import Finding, Trouble
 from worker.observability.logging import CountingHandler
 from worker.observability.metrics import MAX_LOG_EVENTS, PAGE, READINGS, Metrics, page
+from worker.streaming.token_meter import TokenMeter
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -44,24 +44,24 @@ def test_tokens_and_the_time_between_them_are_counted(metrics: Metrics) -> None:
     finish = Finish(
         FinishReason.STOP, num_prompt_tokens=7, num_completion_tokens=5, first_token_s=0.1, generate_s=1.0, error=None
     )
-    meter.note(TimedStep([RequestOutput("a", "x", 0, 1, True)], at=1.0))
-    meter.note(TimedStep([RequestOutput("a", "yz", 1, 2)], at=3.0))  # one of them had been held back
-    meter.note(TimedStep([RequestOutput("a", "!", 3, 1, finish=finish)], at=4.0))
+    meter.count([RequestOutput("a", "x", 0, 1, True)], at=1.0)
+    meter.count([RequestOutput("a", "yz", 1, 2)], at=3.0)  # one of them had been held back
+    meter.count([RequestOutput("a", "!", 3, 1, finish=finish)], at=4.0)
     assert value(metrics, "visionq_generation_tokens_total") == 5, "the token that ends the answer has no text"
     assert value(metrics, "visionq_prompt_tokens_total") == 7
     assert value(metrics, "visionq_inter_token_latency_seconds_count") == 3
     assert value(metrics, "visionq_inter_token_latency_seconds_sum") == 3.0
-    assert meter._spoken == {}
+    assert meter._counted == {}
 
 
-def test_a_request_that_never_spoke_counts_nothing_and_is_forgotten(metrics: Metrics) -> None:
+def test_a_request_that_generated_nothing_counts_nothing_and_is_forgotten(metrics: Metrics) -> None:
     meter = TokenMeter(metrics)
     finish = Finish(
         Ended.CANCELLED, num_prompt_tokens=7, num_completion_tokens=0, first_token_s=0.0, generate_s=0.0, error=None
     )
-    meter.note(TimedStep([RequestOutput("a", "", 0, 0, finish=finish)], at=1.0))
+    meter.count([RequestOutput("a", "", 0, 0, finish=finish)], at=1.0)
     assert value(metrics, "visionq_prompt_tokens_total") == 0
-    assert meter._spoken == {}
+    assert meter._counted == {}
 
 
 def test_log_lines_with_an_action_are_counted_and_bounded(metrics: Metrics) -> None:

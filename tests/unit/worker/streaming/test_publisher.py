@@ -6,8 +6,9 @@ import json
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import redis
@@ -15,11 +16,16 @@ import redis
 from api_stub.contract import names
 from api_stub.contract.event import DeltaBody, ProgressBody, Stage
 from api_stub.contract.job import VqaJob
+from api_stub.contract.result import FinishReason
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim
 from api_stub.ledger.settings import LedgerConfig
 from tests.servers import RedisServer, eventually
-from worker.streaming.publisher import AttemptStream, Outgoing, Publisher, merge
+from worker.engine.request import Finish, RequestOutput
+from worker.observability.metrics import Metrics
+from worker.streaming.output import AttemptStream, Outgoing, merge
+from worker.streaming.publisher import Publisher
+from worker.streaming.token_meter import TokenMeter
 
 
 @pytest.fixture
@@ -38,8 +44,8 @@ def ledger(server: RedisServer) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def publisher(ledger: Ledger) -> Iterator[Publisher[list[Outgoing]]]:
-    publisher: Publisher[list[Outgoing]] = Publisher(ledger, lambda step: step)
+def publisher(ledger: Ledger) -> Iterator[Publisher]:
+    publisher = Publisher(ledger, TokenMeter(Metrics("default")))
     publisher.start()
     yield publisher
     publisher.stop(10)
@@ -54,6 +60,17 @@ def claimed(ledger: Ledger) -> AttemptStream:
     return AttemptStream(job_id, claim.fence)
 
 
+def opened(publisher: Publisher, ledger: Ledger) -> AttemptStream:
+    """A claimed job whose request, of the same id, is in an engine."""
+    stream = claimed(ledger)
+    publisher.open(stream.job_id, stream)
+    return stream
+
+
+def generated(stream: AttemptStream, text: str, offset: int, finish: Finish | None = None) -> RequestOutput:
+    return RequestOutput(stream.job_id, text, offset, 1, finish=finish)
+
+
 def delta(stream: AttemptStream, text: str, offset: int) -> Outgoing:
     return Outgoing(stream, DeltaBody(text=text, offset=offset, num_tokens=1))
 
@@ -62,22 +79,19 @@ def events(client: redis.Redis, stream: AttemptStream) -> list[dict[str, object]
     return [json.loads(fields["event"]) for _, fields in client.xrange(names.events_key(stream.job_id))]
 
 
-def flush(publisher: Publisher[list[Outgoing]], stream: AttemptStream) -> None:
-    sent = threading.Event()
-    publisher.put(Outgoing(stream, None, on_sent=sent.set))
-    assert sent.wait(30)
+def flush(publisher: Publisher) -> None:
+    assert publisher.flush().wait(30)
 
 
 def test_all_rows_of_a_step_arrive_in_stream_and_channel(
-    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+    publisher: Publisher, ledger: Ledger, server: RedisServer
 ) -> None:
-    streams = [claimed(ledger) for _ in range(8)]
+    streams = [opened(publisher, ledger) for _ in range(8)]
     with server.client() as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
         pubsub.subscribe(*[names.events_key(stream.job_id) for stream in streams])
         pubsub.get_message(timeout=1)
-        publisher.put_step([delta(stream, f"text {index}", 0) for index, stream in enumerate(streams)])
-        for stream in streams:
-            flush(publisher, stream)
+        publisher.put_step([generated(stream, f"text {index}", 0) for index, stream in enumerate(streams)])
+        flush(publisher)
         for index, stream in enumerate(streams):
             written = [event for event in events(client, stream) if event["type"] == "output.delta"]
             assert [event["text"] for event in written] == [f"text {index}"]
@@ -92,18 +106,18 @@ def _hear(pubsub: redis.client.PubSub, heard: list[object]) -> None:
 
 
 def test_a_stopped_redis_does_not_stop_the_engine_and_loses_nothing(
-    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+    publisher: Publisher, ledger: Ledger, server: RedisServer
 ) -> None:
-    stream = claimed(ledger)
+    stream = opened(publisher, ledger)
     assert server.process is not None
     server.process.send_signal(signal.SIGSTOP)
     try:
         # Every one of these returns while Redis answers nobody: the engine's thread is never held up.
         for offset in range(5_000):
-            publisher.put_step([delta(stream, "x", offset)])
+            publisher.put_step([generated(stream, "x", offset)])
     finally:
         server.process.send_signal(signal.SIGCONT)
-    flush(publisher, stream)
+    flush(publisher)
     with server.client() as client:
         written = [event for event in events(client, stream) if event["type"] == "output.delta"]
         assert "".join(str(event["text"]) for event in written) == "x" * 5_000
@@ -116,28 +130,28 @@ def test_a_stopped_redis_does_not_stop_the_engine_and_loses_nothing(
 
 
 def test_a_killed_redis_gets_each_delta_once_after_its_restart(
-    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+    publisher: Publisher, ledger: Ledger, server: RedisServer
 ) -> None:
     stream = claimed(ledger)
     publisher.put(delta(stream, "before ", 0))
-    flush(publisher, stream)
+    flush(publisher)
     server.kill()
     publisher.put(delta(stream, "during ", 7))
     server.start()
     publisher.put(delta(stream, "after", 14))
-    flush(publisher, stream)
+    flush(publisher)
     with server.client() as client:
         written = [event for event in events(client, stream) if event["type"] == "output.delta"]
         assert "".join(str(event["text"]) for event in written) == "before during after"
 
 
 def test_an_attempt_that_lost_its_job_publishes_nothing(
-    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+    publisher: Publisher, ledger: Ledger, server: RedisServer
 ) -> None:
     stale = claimed(ledger)
     stale.fence += 1_000
     publisher.put(delta(stale, "not mine", 0))
-    flush(publisher, stale)
+    flush(publisher)
     assert stale.is_lost
     with server.client() as client:
         assert [event["type"] for event in events(client, stale)] == ["job.queued", "job.started"]
@@ -146,25 +160,25 @@ def test_an_attempt_that_lost_its_job_publishes_nothing(
 @pytest.mark.parametrize("key_of", [names.events_key, names.job_key], ids=["stream", "row"])
 def test_a_key_of_the_wrong_type_costs_its_own_job_its_events_and_no_other(
     key_of: Callable[[str], str],
-    publisher: Publisher[list[Outgoing]],
+    publisher: Publisher,
     ledger: Ledger,
     server: RedisServer,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    before, broken, behind = (claimed(ledger) for _ in range(3))
+    before, broken, behind = (opened(publisher, ledger) for _ in range(3))
     with server.client() as client:
         key = key_of(broken.job_id)
         client.rename(key, "aside")
         client.set(key, "somebody else's")
         for offset in range(3):
-            publisher.put_step([delta(stream, "x", offset) for stream in (before, broken, behind)])
-            flush(publisher, behind)
+            publisher.put_step([generated(stream, "x", offset) for stream in (before, broken, behind)])
+            flush(publisher)
         for stream in (before, behind):
             written = [event for event in events(client, stream) if event["type"] == "output.delta"]
             assert "".join(str(event["text"]) for event in written) == "xxx"
         client.rename("aside", key)
         publisher.put(delta(broken, "mended", 3))
-        flush(publisher, broken)
+        flush(publisher)
         last = events(client, broken)[-1]
         assert (last["text"], last["offset"]) == ("mended", 3)
         seqs = [event["seq"] for event in events(client, broken)]
@@ -174,18 +188,18 @@ def test_a_key_of_the_wrong_type_costs_its_own_job_its_events_and_no_other(
 
 
 def test_an_event_that_may_not_be_called_out_stands_in_the_stream_once(
-    publisher: Publisher[list[Outgoing]], ledger: Ledger, server: RedisServer
+    publisher: Publisher, ledger: Ledger, server: RedisServer
 ) -> None:
-    stream = claimed(ledger)
+    stream = opened(publisher, ledger)
     with server.client() as client:
         try:
             client.execute_command("ACL", "SETUSER", "default", "resetchannels")
-            publisher.put_step([delta(stream, "one", 0)])
-            flush(publisher, stream)
+            publisher.put_step([generated(stream, "one", 0)])
+            flush(publisher)
         finally:
             client.execute_command("ACL", "SETUSER", "default", "allchannels")
         publisher.put(delta(stream, " two", 3))
-        flush(publisher, stream)
+        flush(publisher)
         written = [event for event in events(client, stream) if event["type"] == "output.delta"]
         assert [event["text"] for event in written] == ["one", " two"]
         seqs = [event["seq"] for event in events(client, stream)]
@@ -195,18 +209,18 @@ def test_an_event_that_may_not_be_called_out_stands_in_the_stream_once(
 def test_a_publisher_with_work_that_it_does_not_do_can_be_seen(ledger: Ledger, server: RedisServer) -> None:
     begun, may_go_on = threading.Event(), threading.Event()
 
-    def slow(step: list[Outgoing]) -> list[Outgoing]:
-        begun.set()
-        assert may_go_on.wait(60)
-        return step
+    class SlowMeter(TokenMeter):
+        def count(self, outputs: Sequence[RequestOutput], at: float) -> None:
+            begun.set()
+            assert may_go_on.wait(60)
 
-    publisher: Publisher[list[Outgoing]] = Publisher(ledger, slow)
+    publisher = Publisher(ledger, SlowMeter(Metrics("default")))
     publisher.start()
     try:
         assert not publisher.is_busy
-        stream = claimed(ledger)
+        stream = opened(publisher, ledger)
         server.kill()
-        publisher.put_step([delta(stream, "x", 0)])
+        publisher.put_step([generated(stream, "x", 0)])
         assert begun.wait(20)
         assert publisher.is_busy
         stuck_at = publisher.num_turns
@@ -220,18 +234,45 @@ def test_a_publisher_with_work_that_it_does_not_do_can_be_seen(ledger: Ledger, s
         publisher.stop(10)
 
 
-def test_a_step_that_cannot_be_translated_does_not_end_the_publisher(ledger: Ledger) -> None:
-    def broken(step: str) -> list[Outgoing]:
-        raise ValueError(step)
+def test_a_step_that_cannot_be_read_does_not_end_the_publisher(publisher: Publisher, ledger: Ledger) -> None:
+    stream = opened(publisher, ledger)
+    publisher.put_step([cast("RequestOutput", "nonsense")])
+    publisher.put_step([generated(stream, "more", 0)])
+    flush(publisher)
+    assert publisher.is_alive
+    assert [event["text"] for event in events(ledger.client, stream) if event["type"] == "output.delta"] == ["more"]
 
-    publisher: Publisher[str] = Publisher(ledger, broken)
-    publisher.start()
-    publisher.put_step("nonsense")
-    sent = threading.Event()
-    publisher.put(Outgoing(AttemptStream("nobody", 1), None, on_sent=sent.set))
-    assert sent.wait(10)
-    publisher.stop(10)
-    assert not publisher.is_alive
+
+def test_a_generation_has_ended_only_when_its_last_text_is_in_redis(
+    publisher: Publisher, ledger: Ledger, server: RedisServer
+) -> None:
+    stream = claimed(ledger)
+    output = publisher.open(stream.job_id, stream)
+    finish = Finish(FinishReason.STOP, 7, 2, first_token_s=0.1, generate_s=1.0)
+    publisher.put_step([generated(stream, "It is ", 0)])
+    flush(publisher)
+    server.kill()
+    publisher.put_step([generated(stream, "blue", 6, finish)])
+    eventually(lambda: output.text == "It is blue", 20, "the publisher has read the step")
+    assert output.wait(0.2) is None
+    server.start()
+    assert output.wait(30) == finish
+    with server.client() as client:
+        written = [event for event in events(client, stream) if event["type"] == "output.delta"]
+    assert [event["text"] for event in written] == ["It is ", "blue"]
+    assert output.num_tokens == 2
+
+
+def test_what_is_generated_for_a_request_that_was_closed_is_dropped(publisher: Publisher, ledger: Ledger) -> None:
+    stream = claimed(ledger)
+    output = publisher.open(stream.job_id, stream)
+    publisher.put_step([generated(stream, "kept", 0)])
+    flush(publisher)
+    publisher.close(output)
+    publisher.put_step([generated(stream, "dropped", 4)])
+    flush(publisher)
+    assert output.text == "kept"
+    assert [event["text"] for event in events(ledger.client, stream) if event["type"] == "output.delta"] == ["kept"]
 
 
 def test_only_neighbours_that_say_the_same_are_joined() -> None:
