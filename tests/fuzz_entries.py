@@ -237,7 +237,7 @@ class Receiver:
     def take(self, raw: bytes) -> None:
         """Receive one entry. Raises whatever would have ended the worker, AssertionError for no or two ends."""
         self._num_ends = 0
-        self._consumer.channel._take(raw, QUEUE)
+        self._consumer.channel._receive(raw, QUEUE)
         assert self._num_ends == 1, f"{self._num_ends} ends"
         assert not self._consumer.channel.qos._delivered.keys() - self._consumer.channel.qos._dirty, "not acknowledged"
 

@@ -61,10 +61,10 @@ def start(
         refuse(redact(str(error)))
     celery_app = make_app(
         settings,
-        process.consumption.met,
+        process.consumption.received,
         process.metrics.count_dropped,
         process.leave_unanswered,
-        lambda: process.circuit.may_take,
+        lambda: process.circuit.may_consume,
     )
     sender = LinkSender(make_sender(settings), process.ledger)
     register(celery_app, process, sender.wake)

@@ -1,4 +1,4 @@
-"""What can go wrong with a job, in three families that decide what happens next.
+"""The worker's errors, in three families that decide what happens to the job next.
 
     WorkerError
     ├── RequestError          the request is wrong: the job fails at once, for good
@@ -6,26 +6,26 @@
     │   ├── ModelMismatch         model_mismatch
     │   ├── MediaNotFound         media_not_found
     │   ├── MediaForbidden        media_forbidden
-    │   │   └── MediaRefused          media_forbidden, unless it is the worker whom storage refuses
+    │   │   └── MediaRefused          media_forbidden; storage may be refusing the worker instead of the object
     │   ├── MediaTooLarge         media_too_large
     │   ├── MediaCorrupt          media_corrupt
     │   ├── MediaUnsupported      media_unsupported
     │   ├── PromptTooLong         prompt_too_long
     │   └── DeadlineExceeded      deadline_exceeded
-    ├── TransientError        the world is slow: the job may be tried again
+    ├── TransientError        something is slow or full: the job may be tried again
     │   ├── StorageUnavailable    storage_unavailable
-    │   │   ├── StorageRefuses        storage_unavailable: it refuses this worker, whatever it is asked for
+    │   │   ├── StorageRefuses        storage_unavailable: storage refuses this worker, whatever it asks for
     │   │   └── DiskFailed            storage_unavailable: nothing can be written on the worker's disk
     │   ├── OutOfMemory           out_of_memory
     │   │   └── DecoderOutOfMemory    out_of_memory
     │   └── DecoderFailed         internal: a decoder's own program fails
-    ├── GenerationFailed      the engine gave one request up, for the reason it carries
-    ├── Unforeseen            internal: an error that nobody thought of
+    ├── GenerationFailed      the engine ended one request with an error, which it carries
+    ├── Unforeseen            internal: an exception of no class that is expected
     ├── EngineDead            the engine thread is gone: stop and be restarted
     └── CannotStart           a worker that cannot serve refuses to start, naming the setting
 
-An error names the `part` of the worker that it casts doubt on. Whether that part fails every job, and not this one
-alone, is for worker.jobs.circuit to say.
+An error names the worker's `component` that may be at fault. Whether that component fails every job, or only this one,
+worker.jobs.circuit finds out.
 
 Messages name the thing, the limit and the value; never a credential, a signed URL or a stack trace.
 """
@@ -38,28 +38,30 @@ from typing import ClassVar
 from api_stub.contract.error import ErrorCode, ErrorInfo
 
 
-class Part(StrEnum):
-    """What of a worker can fail every job. A metric's label."""
+class Component(StrEnum):
+    """A component of the worker whose fault would fail every job. The values are a metric's label."""
 
     STORAGE = "storage"
     DISK = "disk"
     DECODERS = "decoders"
     ENGINE = "engine"
-    PROGRAM = "program"  # what is between them; an error that nobody foresaw
+    PROGRAM = "program"  # the code between the others: any unexpected exception
 
 
 class WorkerError(Exception):
-    """Root of everything the worker raises on purpose. `code` is what the producer sees.
+    """Root of everything the worker raises on purpose.
 
-    `part` is None for what is the job's own fault. `is_proven`: the worker's fault beyond doubt, whatever the job.
+    code: what the producer sees.
+    component: the worker's component that may be at fault; None when the fault is the job's own.
+    is_proven: every job would meet this fault, so no further jobs are needed to tell.
     """
 
     code: ClassVar[ErrorCode] = ErrorCode.INTERNAL
-    part: Part | None = None
+    component: Component | None = None
     is_proven: bool = False
 
     def info(self) -> ErrorInfo:
-        """Return the error as it is stored with the job."""
+        """Return the error in the form that is stored with the job."""
         return ErrorInfo.of(self.code, str(self))
 
 
@@ -92,9 +94,9 @@ class MediaForbidden(RequestError):
 
 
 class MediaRefused(MediaForbidden):
-    """Raised when storage refuses an object to a worker to which it has served none yet."""
+    """Raised when storage refuses an object to a worker that it has not served any object of that bucket yet."""
 
-    part = Part.STORAGE
+    component = Component.STORAGE
 
 
 class MediaTooLarge(RequestError):
@@ -128,18 +130,18 @@ class DeadlineExceeded(RequestError):
 
 
 class TransientError(WorkerError):
-    """The world is slow or full; the same job may succeed later."""
+    """Something that the worker depends on is slow or full; the same job may succeed later."""
 
 
 class StorageUnavailable(TransientError):
     """Raised when storage did not answer, or answered 5xx or 429, also after retries."""
 
     code = ErrorCode.STORAGE_UNAVAILABLE
-    part = Part.STORAGE
+    component = Component.STORAGE
 
 
 class StorageRefuses(StorageUnavailable):
-    """Raised when storage refuses the worker also what it served before. `is_proven`: it names the credentials."""
+    """Raised when storage refuses the worker what it served it before. `is_proven`: S3's code names the credentials."""
 
     def __init__(self, message: str, *, is_proven: bool = False) -> None:
         super().__init__(message)
@@ -149,35 +151,35 @@ class StorageRefuses(StorageUnavailable):
 class DiskFailed(StorageUnavailable):
     """Raised when a job's files cannot be written."""
 
-    part = Part.DISK
+    component = Component.DISK
 
 
 class OutOfMemory(TransientError):
     """Raised when one request did not fit into the device's memory."""
 
     code = ErrorCode.OUT_OF_MEMORY
-    part = Part.ENGINE
+    component = Component.ENGINE
 
 
 class DecoderOutOfMemory(OutOfMemory):
     """Raised when no process to decode media can be started, or the system ended one."""
 
-    part = Part.DECODERS
+    component = Component.DECODERS
 
 
 class DecoderFailed(TransientError):
     """Raised when a decoder's own program fails: it does not start, or has a defect."""
 
-    part = Part.DECODERS
+    component = Component.DECODERS
 
 
 class GenerationFailed(WorkerError):
-    """Raised when the engine gave one request up; carries the engine's own code and message."""
+    """Raised when the engine ended one request with an error; carries the engine's own code and message."""
 
     def __init__(self, error: ErrorInfo) -> None:
         super().__init__(error.message)
         self._error = error
-        self.part = Part.ENGINE if error.code in (ErrorCode.INTERNAL, ErrorCode.OUT_OF_MEMORY) else None
+        self.component = Component.ENGINE if error.code in (ErrorCode.INTERNAL, ErrorCode.OUT_OF_MEMORY) else None
 
     def info(self) -> ErrorInfo:
         """Return the engine's error."""
@@ -185,9 +187,9 @@ class GenerationFailed(WorkerError):
 
 
 class Unforeseen(WorkerError):
-    """Stands for an exception that nobody thought of."""
+    """Wraps an unexpected exception."""
 
-    part = Part.PROGRAM
+    component = Component.PROGRAM
 
 
 class EngineDead(WorkerError):

@@ -226,7 +226,7 @@ def test_a_stalled_worker_and_a_mute_one_are_replaced_and_the_job_is_answered(
         stalled, mute = supervised.facts("worker is stuck")
         assert (stalled["trouble"], mute["trouble"]) == ("stalled", "mute")
         assert any("stall" in frame for frame in stalled["stacks"][thread_of(stalled, "engine")])
-        assert "1 messages in the queue, 20 free slots" in str(mute["facts"])
+        assert "1 messages in the queue, 20 free threads" in str(mute["facts"])
         deaths = supervised.facts("worker died")
         assert [death["status"] for death in deaths] == [1, 1]
         assert [death["backoff_s"] for death in deaths] == [1.0, 2.0]

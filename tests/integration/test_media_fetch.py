@@ -213,7 +213,7 @@ def test_an_object_that_is_refused_while_others_are_served_is_the_jobs_own_fault
     storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, code)]}
     with pytest.raises(MediaForbidden) as caught:
         fetched_by(fetcher, "s3://media/hidden.png", tmp_path)
-    assert caught.value.part is None
+    assert caught.value.component is None
     s3_client.delete_object(Bucket="media", Key="served.png")
     storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, code)]}
     with pytest.raises(MediaForbidden):  # what is gone was not refused

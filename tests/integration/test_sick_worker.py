@@ -86,7 +86,7 @@ class Worker:
     def _receive(self) -> None:
         lists = [names.queue_list("default", step) for step in names.PRIORITY_STEPS]
         while not self._is_over.is_set():
-            if not self.process.circuit.may_take:
+            if not self.process.circuit.may_consume:
                 self._is_over.wait(0.1)
             elif (found := self.process.ledger.client.brpop(lists, timeout=0.2)) is not None:
                 self._threads.submit(self._handle, *found)

@@ -1,8 +1,8 @@
-"""Celery's settings and process: one app, one queue, a pool of threads around one warm model.
+"""The Celery app and its worker: one queue, a pool of threads, one model.
 
-The choices and what breaks without them: late acknowledgement (an early one loses the job of a killed worker), one
-message per free thread, results and retries never by Celery (the ledger writes them once), socket timeouts everywhere
-(a half-open connection otherwise hangs the worker for ever), never eta or countdown.
+The settings and why: late acknowledgement (with an early one a killed worker loses its jobs), one message per free
+thread, no results and no retries by Celery (the ledger writes them once), socket timeouts everywhere (a half-open
+connection would hang the worker for ever), no eta or countdown.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from worker.settings import WorkerSettings
 SOCKET_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
 LOOP_TURN_S: Final = 1.0
-#: A second net only: after this a message of a dead worker comes back once more and is skipped by the claim.
+#: A fallback only: after this time kombu redelivers the messages of a dead worker; their claims are refused then.
 VISIBILITY_TIMEOUT_S: Final = 600
-#: How the messages of Celery's consumer begin that quote a message's body.
+#: Beginnings of the log messages of Celery's consumer that quote a message's body.
 WITH_BODIES: Final = ("Received unregistered", "Received invalid", "Received and deleted", "Can't decode")
 
 
@@ -37,19 +37,22 @@ def make_app(
     on_entry: Callable[[], None] | None = None,
     on_drop: Callable[[DropReason], None] | None = None,
     on_unanswered: Callable[[Sequence[str]], None] | None = None,
-    may_take: Callable[[], bool] | None = None,
+    may_consume: Callable[[], bool] | None = None,
 ) -> Celery:
     """Return a Celery app for the settings' queue. Tasks are registered by worker.broker.tasks.
 
-    `on_entry` is called for everything that comes off the queue, `on_drop` for what nobody can be answered for,
-    `on_unanswered` with the ids of jobs whose doorbells a connection leaves behind. While `may_take` says no, the queue
-    is not read.
+    on_entry: called for every entry that comes off the queue.
+    on_drop: called with the reason for every entry that is dropped because it has no usable job id.
+    on_unanswered: called with the ids of jobs whose doorbells were received on a connection that is closed.
+    may_consume: while it returns False, nothing is received.
     """
     url = settings.redis_url.get_secret_value()
     queue = names.queue(settings.model_name)
-    app = Celery("visionq", broker=url, backend=url, amqp="worker.broker.transport:SwiftAMQP", set_as_current=False)
+    app = Celery(
+        "visionq", broker=url, backend=url, amqp="worker.broker.transport:FastReconnectAMQP", set_as_current=False
+    )
     app.conf.update(
-        # Named apart as well: CELERY_BROKER_URL, set for another Celery on this machine, would beat the app's broker.
+        # Both set as well: CELERY_BROKER_URL, set for another Celery app on this machine, would override `broker`.
         broker_read_url=url,
         broker_write_url=url,
         broker_use_ssl=tls_options(url),
@@ -75,17 +78,17 @@ def make_app(
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_send_task_events=settings.celery_events,
-        # kombu reads the remote-control subscription on its hub; after a cut redis-py reconnects inside that read and
-        # waits there for ever: the worker lives and takes nothing. Nobody here needs remote control.
+        # kombu reads the remote-control subscription on its hub; after a lost connection redis-py reconnects inside
+        # that read and blocks there for ever: the process is alive and receives nothing. Remote control is not used.
         worker_enable_remote_control=False,
         broker_connection_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        # A full Redis, or one that is a replica for a moment, refuses the loop's own commands: no reason to end.
+        # A full Redis, or one that is a replica for a moment, refuses the event loop's commands; they are retried.
         broker_channel_error_retry=True,
         broker_connection_timeout=4,
         broker_transport_options=_transport_options()
-        | {"on_entry": on_entry, "on_drop": on_drop, "on_unanswered": on_unanswered, "may_take": may_take},
+        | {"on_entry": on_entry, "on_drop": on_drop, "on_unanswered": on_unanswered, "may_consume": may_consume},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_retry_on_timeout=True,
@@ -110,21 +113,24 @@ def _transport_options() -> dict[str, object]:
 
 
 def without_bodies(record: logging.LogRecord) -> bool:
-    """Keep users' texts out of the log: Celery writes whole bodies of messages that it cannot use."""
+    """Remove message bodies, which hold users' texts, from Celery's log records. A logging filter; keeps all
+    records.
+    """
     if isinstance(record.msg, str) and record.msg.lstrip().startswith(WITH_BODIES):
         record.msg, record.args, record.exc_info = "message of an unknown task or format dropped", None, None
     return True
 
 
 def without_rejections(record: logging.LogRecord) -> bool:
-    """Drop Celery's warning, with a traceback, of a message put back on purpose: the task itself has told of it."""
+    """Drop Celery's warnings about messages that a task put back on purpose, and logged. A logging filter."""
     return not (record.exc_info and isinstance(record.exc_info[1], Reject))
 
 
 def consumption_step(consumption: Consumption, drain: Drain) -> type[bootsteps.StartStopStep]:
-    """Return what tells `consumption`, for every connection to the broker anew, that the event loop turns.
+    """Return a consumer step that reports the subscription and the event loop's turns to `consumption`.
 
-    When the worker drains it ends the consumption: Celery lets a message that comes now wait for all running tasks.
+    Celery starts and stops it with every connection to the broker. When the worker drains, it stops receiving: Celery
+    would hold a message that arrives now until all running tasks have ended.
     """
 
     class Consuming(bootsteps.StartStopStep):

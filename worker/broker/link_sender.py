@@ -1,8 +1,8 @@
-"""Sends what plain messages asked for once their jobs are over: `link`, `link_error` and the next task of a chain.
+"""Sends the links of plain messages once their jobs are over: `link`, `link_error` and the next task of a chain.
 
-In: the ledger's linked jobs, whoever ended them. Out: messages of Celery's, as a Celery worker would send them after
-a task: with the result, or the failed task's id, in front of the signature's own arguments. A message whose signature
-names no queue goes to Celery's own default, because how the producer routes is not known here.
+In: finished jobs with links, from the ledger, whichever worker ended them. Out: Celery messages as a Celery worker
+sends them after a task, with the result, or the failed task's id, before the signature's own arguments. A signature
+without a queue goes to Celery's default queue, because the producer's routing is not known here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 DEFAULT_QUEUE: Final = "celery"
-#: Jobs of others' making are looked for this often; a job of this process is sent for at once.
+#: How often the ledger is asked for jobs that other processes ended; this process's own are sent for at once.
 LOOK_S: Final = 1.0
 MAX_TAKEN: Final = 10
-#: For as long nobody else sends for the same job; after a refusal it is tried again then.
+#: How long no other process sends for the same job; after a refusal this is the pause before the next try.
 LEASE_S: Final = 10.0
-#: Jobs not settled of which the process knows what it has sent already: of each message it sends one.
+#: Unsettled jobs for which the process remembers which messages it has sent, so that it sends each once.
 MAX_REMEMBERED: Final = 10_000
-#: What Celery writes into every signature, and producers of other make may leave out.
+#: Fields that Celery writes into every signature, and other producers may leave out.
 _EMPTY: Final[Mapping[str, object]] = {
     "args": (), "kwargs": {}, "options": {}, "subtask_type": None, "immutable": False,
 }  # fmt: skip
@@ -46,7 +46,7 @@ _TASK_IDS: Final = uuid.UUID("a5d0c2f8-6a53-5a1b-9a53-0c7a86f3f0f4")
 
 
 def make_sender(settings: WorkerSettings) -> Celery:
-    """Return the Celery app that sends for other apps: nothing of the worker's own queue is in it."""
+    """Return the Celery app that sends links. It does not know the worker's own queue and tasks."""
     url = settings.redis_url.get_secret_value()
     app = Celery("visionq-links", broker=url, backend="disabled://", set_as_current=False)
     app.conf.update(
@@ -63,7 +63,7 @@ def make_sender(settings: WorkerSettings) -> Celery:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A task to send, and what stands in front of its own arguments unless it is immutable."""
+    """A task to send, and the argument before its own ones, which an immutable signature does not get."""
 
     signature: SignatureFields
     argument: object
@@ -71,31 +71,33 @@ class _Message:
 
 
 class LinkSender:
-    """One thread. What it cannot send now it sends later; what nobody could send is logged and left out."""
+    """Sends links on one thread. A refused or failed message is tried again; one with a faulty signature is logged and
+    skipped.
+    """
 
     def __init__(self, app: Celery, ledger: Ledger) -> None:
         self._app, self._jobs = app, LinkedJobs(ledger.client, ledger.config)
         self._wakes, self._is_stopping = threading.Event(), False
-        #: Numbers of the messages that were sent for jobs whose others could not be sent yet.
+        #: For jobs that are not settled yet: the numbers of the messages that were sent.
         self._sent: dict[str, set[int]] = {}
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
     def start(self) -> None:
-        """Start to send."""
+        """Start the thread."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Look at once. Any thread."""
+        """Ask the ledger at once. Any thread."""
         self._wakes.set()
 
     def stop(self, timeout_s: float) -> None:
-        """Send what is due now, then end the thread."""
+        """Send what is due, then end the thread."""
         self._is_stopping = True
         self._wakes.set()
         self._thread.join(timeout_s)
 
     def send_due(self) -> None:
-        """Send for all jobs that are over. Raises what a broker or a ledger that is away raises."""
+        """Send for all jobs that are over. Raises the errors of a broker or a ledger that is away."""
         while jobs := self._jobs.take(MAX_TAKEN, LEASE_S):
             for forgotten in list(self._sent)[:-MAX_REMEMBERED]:
                 del self._sent[forgotten]
@@ -113,10 +115,10 @@ class LinkSender:
             facts = {"action": "link", "job_id": job.job_id, "task": message.signature.get("task")}
             try:
                 self._send(message, number, job.job_id, links.root_id or job.job_id, producer)
-            except Exception as error:  # of Celery, kombu, Redis, or a codec that a signature names
+            except Exception as error:  # Celery, kombu, Redis, or a serializer that the signature names
                 if not _is_of_broker(error):
                     logger.exception("link given up", extra=facts)
-                elif judge(error) is Verdict.LASTING:  # of this queue: no right to write to it, or it is no list
+                elif judge(error) is Verdict.LASTING:  # for this queue: no permission to write to it, or it is no list
                     logger.warning("link refused", extra=facts | {"error": str(error)})
                     is_refused = True
                     continue
@@ -136,7 +138,7 @@ class LinkSender:
         if message.chain is not None:
             options["chain"] = list(message.chain)
         if not task.subtask_type and not task.options.get("task_id"):
-            options["task_id"] = str(uuid.uuid5(_TASK_IDS, f"{job_id} {number}"))  # sent again it is the same task
+            options["task_id"] = str(uuid.uuid5(_TASK_IDS, f"{job_id} {number}"))  # the same id when it is sent again
         task.apply_async((message.argument,), **options)
 
     def _run(self) -> None:
@@ -155,7 +157,9 @@ class LinkSender:
 
 
 def _messages(job: Linked, links: Links) -> Iterator[_Message]:
-    """Yield what Celery sends after a task: callbacks and the chain's next task, or errbacks; nothing when revoked."""
+    """Yield the messages that Celery sends after a task: callbacks and the chain's next task on success, errbacks on
+    failure, none for a revoked task.
+    """
     if job.result is not None:
         for callback in links.callbacks:
             yield _Message(callback, job.result)
@@ -167,7 +171,7 @@ def _messages(job: Linked, links: Links) -> Iterator[_Message]:
 
 
 def _is_of_broker(error: BaseException) -> bool:
-    """Tell a broker that is away, or refuses, from a signature that is at fault: kombu wraps both into one class."""
+    """Return whether an error is the broker's and not the signature's; kombu wraps both into OperationalError."""
     if isinstance(error, OperationalError) and error.__cause__ is not None:
         return _is_of_broker(error.__cause__)
     return is_of_connection(error)

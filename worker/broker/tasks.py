@@ -1,10 +1,9 @@
-"""The Celery tasks: take any message, run the pipeline, never let anything past.
+"""The Celery tasks: each takes one message, claims its job and runs the pipeline. No exception of a job escapes.
 
-Two doors can break a worker on a thread pool. On the way in, Celery reads headers and body on its event loop, where a
-message that is not well made ends the process, and comes back to the next one. So worker.broker.transport hands it
-messages of its own making, and what the producer wrote is decoded here, on the job's thread. On the way out, an
-escaping SystemExit or MemoryError leaks the slot for ever. So every run ends in Ignore, which acknowledges the message
-and stores nothing; results are the ledger's.
+Celery decodes headers and body on its event loop, where a malformed message ends the process, is redelivered and ends
+the next one. So worker.broker.transport hands Celery messages that it builds itself, and the producer's own message is
+decoded here, on the job's thread. A SystemExit or MemoryError that escapes from a task would occupy the pool's thread
+for ever. So every run ends in Ignore, which acknowledges the message and stores no result; the ledger stores results.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 def register(app: Celery, process: WorkerProcess, on_linked: Callable[[], None]) -> None:
     """Give the app the three tasks of the contract, served by `process`.
 
-    `on_linked` is called after a message that wants something sent when its job is over.
+    `on_linked` is called after a message with links, whose job may be over.
     """
     for name in TaskName:
         app.register_task(_JobTask(name, process, on_linked))
@@ -47,23 +46,23 @@ class _JobTask(Task[Any, Any]):
         self._on_linked = on_linked
 
     def run(self, entry: str) -> None:
-        """Handle one message. Always raises Ignore, or Reject to put a message back that could not be recorded."""
-        said = Entry.from_json(entry)
-        facts = {"action": "knock", "job_id": said.job_id}
+        """Handle one message. Always raises: Ignore, or Reject to put back a message that could not be handled now."""
+        received = Entry.from_json(entry)
+        facts = {"action": "knock", "job_id": received.job_id}
         try:
-            with self._process.consumption.taken():
-                self._handle(said)
+            with self._process.consumption.occupied():
+                self._handle(received)
         except Unreadable as error:
             logger.error("message dropped", extra=facts | {"reason": error.reason.value})
             self._process.metrics.count_dropped(error.reason)
         except redis.RedisError as error:
             logger.warning("message not handled", extra=facts | {"error": type(error).__name__})
-            if not said.is_doorbell:  # a plain message is the only copy of its job until it is adopted
+            if not received.is_doorbell:  # until it is adopted, a plain message is the only copy of its job
                 raise Reject(reason="the ledger is away", requeue=True) from error
         except Reject:
             raise
         except BaseException:
-            logger.exception("task broke", extra=facts)
+            logger.exception("task failed", extra=facts)
         raise Ignore
 
     def _handle(self, entry: Entry) -> None:
@@ -87,7 +86,7 @@ class _JobTask(Task[Any, Any]):
             self._process.circuit.end(name)
 
     def _put_back(self, entry: Entry) -> None:
-        """Leave a message to another worker, which takes it at once."""
+        """Leave a message to another worker: ring again for a doorbell's job, requeue a plain message."""
         if not entry.is_doorbell or entry.job_id is None:
             raise Reject(reason="not taken here", requeue=True)
         self._process.claimer.decline([entry.job_id])

@@ -1,10 +1,10 @@
-"""kombu's Redis transport, with a guard: a list entry, whatever it is, costs itself and nothing else.
+"""kombu's Redis transport, hardened: no list entry, whatever its bytes, can end the worker.
 
-Unguarded, an exception on the event loop ends the worker, and the entry waits for the next one to end that too. So an
-entry is read by `worker.jobs.entry`, and what Celery gets is a message made here: well formed, small enough, its body
-still packed. What a requeue puts back is what the producer said, with a delivery tag of our own.
-A Redis that refuses writes for a moment (full, a replica, short of replicas) is asked again: `judge` says what an error
-means. kombu passes most of redis-py's errors on unchanged and wraps some into its own: then what is behind it decides.
+In plain kombu an exception on the event loop ends the worker, and the entry that caused it is redelivered to the next
+one. Here `worker.jobs.entry` parses an entry, and Celery gets a message that is built here: well formed and small, with
+the producer's body still encoded. A requeue puts back the producer's own message, with a new delivery tag. A Redis that
+refuses writes for a moment (full, a replica, short of replicas) is asked again; `judge` classifies errors. kombu passes
+most of redis-py's errors on unchanged and wraps some into its own; then the wrapped error decides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from worker.broker.unclaimed import GuardedQoS
 from worker.jobs.entry import DropReason, Entry, Unreadable, read_entry
 from worker.jobs.message import STAND_IN, known_task
 
-#: Every class of kombu.exceptions. Classes of the operating system and subclasses that are not here: as their base.
+#: The verdict for every class of kombu.exceptions. OSError's subclasses, and others that are not listed, as their base.
 CLASSES: Final[Mapping[type[BaseException], Verdict]] = MappingProxyType(
     dict.fromkeys(
         (
@@ -41,7 +41,7 @@ CLASSES: Final[Mapping[type[BaseException], Verdict]] = MappingProxyType(
             exceptions.TimeoutError,
             exceptions.OperationalError,
             exceptions.ConnectionError,
-            exceptions.InconsistencyError,  # the queue's binding was lost; whoever connects anew makes it
+            exceptions.InconsistencyError,  # the queue's binding was lost; a new connection creates it
             exceptions.LimitExceeded,
             exceptions.ConnectionLimitExceeded,
             exceptions.ChannelLimitExceeded,
@@ -69,7 +69,7 @@ CLASSES: Final[Mapping[type[BaseException], Verdict]] = MappingProxyType(
 
 
 def judge(error: BaseException) -> Verdict:
-    """Return what an error of kombu, redis-py or a socket means."""
+    """Return whether an error of kombu, redis-py or a socket is passing or lasting, or of the wrong server."""
     if isinstance(error, redis.RedisError):
         return verdicts.judge(error)
     if isinstance(error, exceptions.OperationalError) and error.__cause__ is not None:
@@ -78,35 +78,35 @@ def judge(error: BaseException) -> Verdict:
 
 
 def is_of_connection(error: BaseException) -> bool:
-    """Tell whether an error came from the broker's side, and so says nothing about the message at hand."""
+    """Return whether an error is one of the connection to the broker, and not of the message being handled."""
     return isinstance(error, redis.RedisError) or judge(error) is not Verdict.LASTING
 
 
 logger = logging.getLogger(__name__)
 
 QUEUE_PREFIX: Final = names.queue("")
-#: Before a Redis that refused a command is asked again. The event loop has nothing else to do then.
+#: Pause before a Redis that refused a command is asked again. It blocks the event loop, which only receives.
 REFUSED_PAUSE_S: Final = 0.5
-#: Pauses between two tries to reach the broker. kombu's own grow to half a minute, which jobs wait after an outage.
+#: Pauses between two tries to connect to the broker. kombu's own grow to 30 s, which jobs would wait after an outage.
 RECONNECT: Final = {"interval_start": 1.0, "interval_step": 0.5, "interval_max": 1.0}
 
 
-class SwiftConnection(Connection):
-    """Comes back soon after an outage."""
+class FastReconnection(Connection):
+    """A connection to the broker that is retried every second."""
 
     def _ensure_connection(self, *args: Any, **options: Any) -> Any:
         return super()._ensure_connection(*args, **RECONNECT | options)
 
 
-class SwiftAMQP(AMQP):
-    """Makes swift connections. `worker.broker.app` names this class."""
+class FastReconnectAMQP(AMQP):
+    """Makes connections of that class. `worker.broker.app` refers to it by name."""
 
-    Connection = SwiftConnection
+    Connection = FastReconnection
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """An entry on its way to Celery: what it says, and what a requeue puts back."""
+    """A parsed entry, and the message that a requeue puts back."""
 
     entry: Entry
     envelope: dict[str, object]
@@ -115,9 +115,10 @@ class Delivery:
 
 
 class EntryMessage(Message):
-    """A message of protocol 2 without eta, expiry, time limit or callbacks: none of them works on this pool.
+    """The message that Celery gets: protocol 2, without eta, expiry, time limits and callbacks, which the pool of
+    threads does not support.
 
-    Its only argument is the entry, whose body nobody has decoded yet: worker.broker.tasks does, on a thread.
+    Its only argument is the entry; worker.broker.tasks decodes the producer's body, on a thread.
     """
 
     def __init__(self, payload: Delivery, channel: Any = None, **options: Any) -> None:
@@ -142,25 +143,23 @@ class EntryMessage(Message):
         }
         super().__init__(made, channel=channel, **options)
         self._raw = payload.envelope
-        self.bell_of = entry.job_id if entry.is_doorbell else None
+        self.doorbell_id = entry.job_id if entry.is_doorbell else None
 
 
 class GuardedChannel(Channel):
-    """Makes messages of list entries, drops what is none, and waits while Redis refuses to hand any out.
+    """Parses list entries into messages, drops those without a usable id, and waits while Redis refuses commands.
 
-    The transport option `on_entry` is called for every entry that came off a list, whatever became of it, `on_drop`
-    with the reason for each that was dropped, `on_unanswered` with the ids of jobs whose doorbells are left behind.
-    While `may_take` says no, nothing is asked for.
+    Its transport options `on_entry`, `on_drop`, `on_unanswered` and `may_consume` are those of `make_app`.
     """
 
     QoS = GuardedQoS
     Message = EntryMessage
-    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop", "on_unanswered", "may_take")
+    from_transport_options = (*Channel.from_transport_options, "on_entry", "on_drop", "on_unanswered", "may_consume")
     on_entry: Callable[[], None] | None = None
     on_drop: Callable[[DropReason], None] | None = None
     on_unanswered: Callable[[Sequence[str]], None] | None = None
-    may_take: Callable[[], bool] | None = None
-    # kombu's, which its stubs leave out.
+    may_consume: Callable[[], bool] | None = None
+    # Members of kombu's class that its stubs lack.
     connection_errors: tuple[type[Exception], ...]
     _consumers: set[str]
     _in_poll: Any
@@ -169,18 +168,18 @@ class GuardedChannel(Channel):
     _flush_brpop_reauth: Callable[[], None]
 
     def drop(self, reason: DropReason, **facts: object) -> None:
-        """Tell of a message that is gone without an answer."""
+        """Log and count a message that is dropped, so that its producer gets no answer."""
         logger.error("message dropped", extra={"action": "receive", "reason": reason.value} | facts)
         if self.on_drop is not None:
             self.on_drop(reason)
 
     def leave_unanswered(self, job_id: str) -> None:
-        """Tell of a doorbell that is gone without having been answered."""
+        """Report a doorbell that was received and will not be handled here."""
         if self.on_unanswered is not None:
             self.on_unanswered((job_id,))
 
     def stop_receiving(self) -> None:
-        """Take nothing more. What the last BRPOP still brings, within its second, goes back at once."""
+        """Receive nothing more. What the pending BRPOP returns, within its second, is put back at once."""
         for tag in list(self._consumers):
             self.basic_cancel(tag)
         if self._in_poll:
@@ -190,38 +189,40 @@ class GuardedChannel(Channel):
     def _size(self, queue: str) -> int:
         try:
             return int(super()._size(queue))
-        except redis.ResponseError as error:  # asked for while connecting, by nobody who needs it
+        except redis.ResponseError as error:  # kombu counts while connecting; the number is not used
             logger.warning("not counted", extra={"action": "receive", "error": str(error)})
             return 0
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[misc]
-        except redis.ResponseError as error:  # whoever takes messages off a list needs no binding
+        except redis.ResponseError as error:  # receiving from a list needs no binding
             logger.warning("not bound", extra={"action": "receive", "error": str(error)})
             self.leave_wrong_server(error)
 
     def leave_wrong_server(self, error: redis.RedisError | OSError) -> None:
-        """Close the connections to a server that is no writable master; the next use looks its name up anew."""
+        """Close the connections to a server that is not the writable master; the next use resolves its name again."""
         if judge(error) is Verdict.WRONG_SERVER:
             self.pool.disconnect(inuse_connections=False)
-            if (receiving := getattr(self.client, "connection", None)) is not None:  # a reader keeps its connection
+            if (receiving := getattr(self.client, "connection", None)) is not None:  # BRPOP has a connection of its own
                 receiving.disconnect()
 
     def _do_restore_message(
         self, payload: dict[str, Any], exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
     ) -> None:
-        """Write a message to its list. Unlike kombu's, never logs it, and lets errors out to whoever knows better."""
+        """Write a message to its list. Unlike kombu's method, never logs the message, and raises errors to the
+        caller.
+        """
         if isinstance(headers := payload.get("headers"), dict):
             headers["redelivered"] = True
         priority = self._get_message_priority(payload, reverse=False)
-        is_ours = routing_key.startswith(QUEUE_PREFIX)  # whatever a broken table of bindings says
+        is_ours = routing_key.startswith(QUEUE_PREFIX)  # needs no bindings, which may be broken in Redis
         for queue in [routing_key] if is_ours else self._lookup(exchange, routing_key):
             push = pipe.lpush if leftmost else pipe.rpush
             push(self._q_for_pri(queue, priority), json.dumps(payload))
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        if self.may_take is None or self.may_take():
+        if self.may_consume is None or self.may_consume():
             super()._brpop_start(timeout)  # type: ignore[misc]
 
     def _brpop_read(self, **options: Any) -> bool:
@@ -231,7 +232,7 @@ class GuardedChannel(Channel):
                 raise Empty
             queue = reply[0].decode().rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
-            self._take(reply[1], queue)
+            self._receive(reply[1], queue)
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
@@ -242,16 +243,16 @@ class GuardedChannel(Channel):
         try:
             return self.client.parse_response(connection, "BRPOP", **options)
         except self.connection_errors:
-            connection.disconnect()  # the next turn of the loop connects anew
+            connection.disconnect()  # the event loop's next turn connects again
             raise
         except redis.ResponseError as error:
-            # Celery would connect anew, many times a second, and leave a socket open each time.
+            # Celery would reconnect many times a second, and leak a socket each time.
             logger.warning("broker refuses", extra={"action": "receive", "error": str(error)})
             self.leave_wrong_server(error)
             time.sleep(REFUSED_PAUSE_S)
             raise Empty from error
 
-    def _take(self, raw: bytes, queue: str) -> None:
+    def _receive(self, raw: bytes, queue: str) -> None:
         try:
             entry = read_entry(raw)
         except Unreadable as error:
@@ -265,14 +266,14 @@ class GuardedChannel(Channel):
 
 
 class GuardedTransport(Transport):
-    """Rejects messages that break their receiver. `broker_transport` names this class."""
+    """Rejects messages whose handling on the event loop raises. The setting `broker_transport` names this class."""
 
     Channel = GuardedChannel
 
     def _deliver(self, message: Any, queue: Any) -> None:
         try:
             super()._deliver(message, queue)
-        except Exception as error:  # a net under Celery: what is left of a message's odd ways
+        except Exception as error:  # any exception on the event loop would end the worker
             if is_of_connection(error):  # kombu and Celery reconnect
                 raise
             channels: list[Any] = self.channels or []

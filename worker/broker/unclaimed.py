@@ -1,9 +1,8 @@
-"""The messages that a worker holds.
+"""The messages that a worker has received and not acknowledged (kombu's "QoS").
 
-A plain one is kept in Redis as well (`unacked`), as kombu does, to be put back if the worker is lost: it is the only
-copy of its job. A doorbell is not, because the ledger has the job and finds doorbells that are lost.
-
-One unreadable copy, and one refused write, cost only themselves.
+A plain message is also kept in Redis (the hash `unacked`), as kombu does, and put back if the worker is lost: it is the
+only copy of its job. A doorbell is kept in memory only: the ledger has the job, and its reaper finds lost doorbells.
+An unreadable copy and a refused write do not affect other messages.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedQoS(QoS):
-    """Keeps plain messages in Redis as far as Redis lets it, and doorbells in memory.
+    """Keeps plain messages in Redis and doorbells in memory.
 
-    A doorbell is never put back: the channel tells that nobody here answers it. An acknowledgement that is refused is
-    let go: the message comes back once more, and its job is over then. A message that Redis does not note (`unacked` is
-    no hash, say) is served all the same, and put back from here if need be.
+    A doorbell is never put back: the channel reports its job as unanswered. When Redis refuses an acknowledgement, the
+    message is redelivered later, and its job is over by then. A message that Redis refuses to keep (`unacked` is not a
+    hash, for instance) is handled all the same, and put back from memory if need be.
     """
 
     channel: Any
@@ -36,18 +35,18 @@ class GuardedQoS(QoS):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._in_memory: dict[str, Any] = {}
-        self._late: list[str | dict[str, object]] = []  # to be put back: tags of what Redis keeps, else the messages
+        self._late: list[str | dict[str, object]] = []  # still to be put back: tags of copies in Redis, or messages
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        if message.bell_of is not None:
+        if message.doorbell_id is not None:
             self._keep(message, delivery_tag)
             return
         try:
             super().append(message, delivery_tag)
         except redis.ResponseError as error:
-            logger.warning("not noted as held", extra={"action": "receive", "error": str(error)})
+            logger.warning("message not kept in Redis", extra={"action": "receive", "error": str(error)})
             self.channel.leave_wrong_server(error)
-            with self.channel.conn_or_acquire() as client:  # one half may have been written
+            with self.channel.conn_or_acquire() as client:  # it may have been written in part
                 self._remove_from_indices(delivery_tag, client.pipeline(transaction=False)).execute(
                     raise_on_error=False
                 )
@@ -72,7 +71,7 @@ class GuardedQoS(QoS):
         if not requeue:
             self.ack(delivery_tag)
             return
-        LocalQoS.ack(self, delivery_tag)  # whatever Redis says, or the slot would never be free again
+        LocalQoS.ack(self, delivery_tag)  # first and in any case, or its thread would never be free again
         self._put_back(delivery_tag)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
@@ -83,16 +82,16 @@ class GuardedQoS(QoS):
         self._put_back_late()
         try:
             super().restore_visible(*args, **options)
-        except redis.ResponseError as error:  # kombu looks again later; raised while connecting it leaves a socket open
+        except redis.ResponseError as error:  # kombu tries again later; raised while connecting it would leak a socket
             logger.warning("not restored", extra={"action": "receive", "error": str(error)})
             self.channel.leave_wrong_server(error)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-        """Put a message back that was held by us or by a lost worker. A copy that is no message costs only itself."""
+        """Put back a message of this worker or of a lost one. A copy that is no message is dropped."""
         message = self._in_memory.pop(tag, None)
         if message is not None:
-            if message.bell_of is not None:
-                self.channel.leave_unanswered(message.bell_of)
+            if message.doorbell_id is not None:
+                self.channel.leave_unanswered(message.doorbell_id)
             else:
                 self._put_back(message._raw)
             return
@@ -105,13 +104,13 @@ class GuardedQoS(QoS):
             self._remove_from_indices(tag, pipe)
             is_dropped = False
             if copy is None:
-                return  # acknowledged meanwhile
+                return  # was acknowledged meanwhile
             try:
                 message, exchange, routing_key = json.loads(copy)
                 self.channel._do_restore_message(message, exchange or "", routing_key or "", pipe, leftmost)
             except (redis.RedisError, OSError):
                 raise
-            except Exception:  # noqa: BLE001 - whatever somebody wrote there makes of json and kombu
+            except Exception:  # noqa: BLE001 - arbitrary bytes may raise anything in json and kombu
                 is_dropped = True
 
         with self.channel.conn_or_acquire(client) as client:
@@ -126,7 +125,7 @@ class GuardedQoS(QoS):
             self.channel.drop(DropReason.UNACKED)
 
     def _put_back(self, message: str | dict[str, object]) -> bool:
-        """Put a message back, or keep it for later; tell whether it is in its list."""
+        """Put a message back, or keep it for a later try; return whether it is in its list."""
         try:
             if isinstance(message, str):
                 self.restore_by_tag(message, leftmost=True)
@@ -143,7 +142,7 @@ class GuardedQoS(QoS):
         late, self._late = self._late, []
         while late and self._put_back(late.pop()):
             pass
-        self._late += late  # Redis still refuses, or is silent
+        self._late += late  # Redis still refuses, or does not answer
 
     def _push(self, envelope: dict[str, object]) -> None:
         info: Any = envelope["properties"]

@@ -1,6 +1,7 @@
-"""One claimed job in this process: whether it is to stop, the seconds that its stages took, and the registry of all.
+"""One claimed job in this process: its reason to stop, its timings, and the registry of all attempts.
 
-An attempt can be told to stop, once, for one reason; everything that works for it asks `check()` between two steps.
+Stopping is cooperative: any thread calls `Attempt.stop` with a reason, and the code that works for the attempt calls
+`check()` between two steps, which raises Stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Lap:
 
 
 class Stopwatch:
-    """Started at the claim: by then the job had waited `queued_s` for this attempt, and was `age_s` old."""
+    """Times one attempt, from its claim on. At the claim the job had been queued for `queued_s` since its last attempt,
+    and `age_s` since its submission.
+    """
 
     def __init__(self, queued_s: float, age_s: float) -> None:
         self._queued_s, self._age_s = queued_s, age_s
@@ -81,7 +84,7 @@ class Stopped(Exception):
 
 
 class Attempt:
-    """A claim with its local clock: the deadline and the last proof of ownership are monotonic times."""
+    """A claim, with its deadline and the last confirmation of its lease (`held_at`) in monotonic time."""
 
     def __init__(self, claim: Claim, clock: Callable[[], float] = time.monotonic) -> None:
         self.claim = claim
@@ -97,12 +100,12 @@ class Attempt:
 
     @property
     def request_id(self) -> str:
-        """Name of this attempt in the engine: two attempts of one job never meet there."""
+        """The engine's id for this attempt; differs between two attempts of one job."""
         return f"{self.claim.job_id}:{self.claim.fence}"
 
     @property
     def unconfirmed_s(self) -> float:
-        """Time since the ledger last said that the job is this attempt's."""
+        """Seconds since the ledger last confirmed this attempt's lease."""
         return self._clock() - self.held_at
 
     @property
@@ -113,12 +116,12 @@ class Attempt:
         return self._reason
 
     def stop(self, reason: StopReason) -> None:
-        """Ask the attempt to stop. The first reason stands, but a lost lease overrides any other. Any thread."""
+        """Ask the attempt to stop. The first reason is kept; only a lost lease overrides it. Any thread."""
         with self._lock:
-            is_news = self._reason is None
-            if is_news or reason is StopReason.LOST:
+            is_first = self._reason is None
+            if is_first or reason is StopReason.LOST:
                 self._reason = reason
-            on_stop = self._on_stop if is_news else None
+            on_stop = self._on_stop if is_first else None
         if reason is StopReason.LOST:
             self.stream.is_lost = True
         if on_stop is not None:
@@ -152,11 +155,11 @@ class Attempts:
 
     @property
     def are_closed(self) -> bool:
-        """True from `close` on: this process ends."""
+        """Whether `close` was called: the process is ending."""
         return self._closed_for is not None
 
     def add(self, attempt: Attempt) -> None:
-        """Start holding the attempt's lease. After `close` the attempt is stopped at once."""
+        """Register an attempt; the heartbeat renews its lease from now on. After `close` it is stopped at once."""
         with self._lock:
             self._attempts[attempt.request_id] = attempt
             reason = self._closed_for
@@ -164,7 +167,7 @@ class Attempts:
             attempt.stop(reason)
 
     def remove(self, attempt: Attempt) -> None:
-        """Stop holding the attempt's lease."""
+        """Unregister an attempt; its lease is not renewed any more."""
         with self._lock:
             self._attempts.pop(attempt.request_id, None)
 

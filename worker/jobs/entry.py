@@ -1,10 +1,10 @@
-"""An entry of the broker's list, whatever bytes it is: read under limits, and kept of it only what a job needs.
+"""An entry of the broker's list: arbitrary bytes, parsed within limits and reduced to what a job needs.
 
-In: the bytes that came off a list. Out: an `Entry`, or `Unreadable` when there is nobody to answer. A job's id is the
-header `id`; a message of Celery's protocol 1 has it in its body, which is read later (`worker.jobs.message`). Of an
-entry that is cut off, too large or no JSON, the headers are looked for on their own, so that its producer is answered
-too. Compressed bodies are inflated up to a limit: a small message may stand for gigabytes. The names of the methods are
-kombu's (kombu/compression.py); those that Python itself can read are taken. Knows no Celery and no Redis.
+In: the bytes of an entry. Out: an `Entry`, or Unreadable when it has no job id, so that nobody can be answered. The id
+is the header `id`; a message of Celery's protocol 1 has it in its body, which is decoded later (`worker.jobs.message`).
+Of an entry that is truncated, too large or no JSON, the headers are searched for on their own, so that its producer
+gets an error too. Compressed bodies are inflated up to a limit, against decompression bombs. The compression methods
+are those of kombu/compression.py that Python's standard library can inflate. Knows no Celery and no Redis.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Final, Protocol
 from api_stub.contract import names
 from api_stub.contract.job import MAX_JOB_BYTES
 
-#: What a decoder may take beside its output: lzma's strongest setting needs 65 MiB.
+#: Memory of an lzma decoder beside its output; lzma's strongest preset needs 65 MiB.
 _LZMA_BYTES: Final = 80 * 1024 * 1024
-#: zlib tells its own format and gzip's apart.
+#: Window bits that let zlib detect its own format and gzip's.
 _ZLIB_OR_GZIP: Final = zlib.MAX_WBITS | 32
 
 
@@ -93,13 +93,13 @@ _PAIR: Final = re.compile(rf"\s*[{{,]\s*({_TEXT})\s*:\s*({_TEXT}|true|false|null
 
 
 class DropReason(StrEnum):
-    """Why a message was dropped for which nobody can be answered. A metric's label."""
+    """Why a message without a usable job id was dropped. The values are a metric's label."""
 
     UNREADABLE = "unreadable"  # no JSON object, and no headers that can be read on their own
     NO_ID = "no_id"  # no id, or one that cannot be part of a Redis key
     ID_TAKEN = "id_taken"  # the id belongs to another job, whose answer stays
     UNACKED = "unacked_unreadable"  # Redis' copy of a message that a lost worker held is no message
-    BROKE = "broke_receiver"  # it broke what received it; the log names the error
+    BROKE = "broke_receiver"  # receiving it raised an unexpected exception; the log names it
 
 
 class Unreadable(Exception):
@@ -116,10 +116,11 @@ class TooManyContainers(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a message says of itself. Every text is as the producer wrote it, `None` where it said nothing usable.
+    """The headers and the body of a message, as its producer wrote them; None for what is absent or unusable.
 
-    `body` is not decoded: `body_encoding` and then `compression` lie over it. `problem` says why it is no job.
-    `root_id` is the first of the tasks that led to this one, where that is another.
+    body: not decoded yet: first undo `body_encoding`, then `compression`.
+    problem: why the message is refused; its body is then empty.
+    root_id: Celery's id of the first task of the workflow, where that is another one.
     """
 
     job_id: str | None
@@ -144,7 +145,7 @@ class Entry:
         return cls(**json.loads(text))
 
     def envelope(self, queue: str, delivery_tag: str) -> dict[str, object]:
-        """Return the message as kombu writes one, for any worker of any release. `read_entry` of it is this entry."""
+        """Return the message in kombu's format, as a requeue writes it; `read_entry` of it gives this entry again."""
         headers: dict[str, object] = {"id": self.job_id, "task": self.task, "compression": self.compression,
                                       "root_id": self.root_id}  # fmt: skip
         if self.is_doorbell:
@@ -166,7 +167,7 @@ class Entry:
 
 
 def read_entry(raw: bytes) -> Entry:
-    """Read what came off a list, in a time that its first `MAX_ENTRY_BYTES` bound. Raises Unreadable."""
+    """Parse the bytes of an entry; a larger one than `MAX_ENTRY_BYTES` is not parsed as a whole. Raises Unreadable."""
     try:
         if len(raw) > MAX_ENTRY_BYTES:
             return _refused(raw, f"job: {len(raw)} bytes in the message, the limit is {MAX_ENTRY_BYTES}")

@@ -1,7 +1,8 @@
-"""What Celery is to send when a job is over: a plain message's `link`, `link_error` and chain, checked and bounded.
+"""The Celery signatures to send when a job is over: a plain message's `link`, `link_error` and chain, validated.
 
-In: the parts of a message's body. Out: `Links`, which the job's row keeps as JSON. A signature of another task is
-known to nobody here: it stays as its producer wrote it. Knows no Celery and no Redis.
+In: the `embed` part of a message's body. Out: `Links`, which the job's row keeps as JSON. Signatures name tasks of
+other apps, so they are checked for their shape and size only and kept as the producer wrote them. Knows no Celery, no
+Redis.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ MAX_SIGNATURES: Final = 100
 MAX_NESTED: Final = 16
 MAX_NAME_CHARS: Final = 255
 
-#: Parts of a message's body, and what producers call them.
+#: Keys of a message's body, and the names of the options by which producers set them; errors name the latter.
 _PARTS: Final[Mapping[str, str]] = {"callbacks": "link", "errbacks": "link_error", "chain": "chain"}
 _CHORD: Final = "chord: not served here, its body would wait for ever; collect the results of a group yourself"
 
 
 class UnusableLinks(ValueError):
-    """Raised for what cannot be sent. `str()` names the part. `usable` is what remains to be sent all the same."""
+    """Raised for links that cannot be sent. `str()` names the option; `usable` are the links that can be sent."""
 
     def __init__(self, problem: str, usable: Links | None = None) -> None:
         super().__init__(problem)
@@ -34,7 +35,9 @@ class UnusableLinks(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Callbacks get the job's result, errbacks its id. `chain` is in Celery's order: the next task is the last one."""
+    """Callbacks are sent with the job's result, errbacks with its id. `chain` is reversed, as in Celery: the next task
+    is its last one.
+    """
 
     callbacks: tuple[Signature, ...] = ()
     errbacks: tuple[Signature, ...] = ()
@@ -56,24 +59,24 @@ class Links:
         return cls(callbacks, errbacks, chain, fields.get("root_id"))
 
     def followers(self) -> list[str]:
-        """Return the ids of the tasks behind the job in its chain, of which none is sent when the job fails."""
+        """Return the ids of the tasks after the job in its chain; none of them is sent when the job fails."""
         every = [nested for signature in self.chain for nested in _with_members(signature)]
         ids = [_mapping(signature.get("options")).get("task_id") for signature in every]
         return [task_id for task_id in ids if isinstance(task_id, str)]
 
 
 def read_links(embed: object, root_id: str | None = None) -> Links | None:
-    """Read what a body says about afterwards; None when it says nothing. Raises UnusableLinks."""
+    """Parse the links of a message; None when it has none. Raises UnusableLinks."""
     if not isinstance(embed, Mapping):
         return None
     parts: dict[str, tuple[Signature, ...]] = {}
     left = MAX_SIGNATURES
-    for name, said in _PARTS.items():
+    for name, option in _PARTS.items():
         value = embed.get(name) or []
         signatures = [value] if isinstance(value, Mapping) else value
         if not isinstance(signatures, list):
-            raise UnusableLinks(f"{said}: a list of signatures is required, got {type(value).__name__}")
-        left = _check(signatures, said, left)
+            raise UnusableLinks(f"{option}: a list of signatures is required, got {type(value).__name__}")
+        left = _check(signatures, option, left)
         parts[name] = tuple(signatures)
     links = Links(**parts, root_id=root_id) if any(parts.values()) else None
     try:
@@ -87,41 +90,41 @@ def read_links(embed: object, root_id: str | None = None) -> Links | None:
     return links
 
 
-def _check(signatures: object, said: str, left: int, depth: int = 0) -> int:
+def _check(signatures: object, option: str, left: int, depth: int = 0) -> int:
     """Check a list of signatures and all within them; return how many more there may be. Raises UnusableLinks."""
     if not isinstance(signatures, list):
-        raise UnusableLinks(f"{said}: a list of signatures is required, got {type(signatures).__name__}")
+        raise UnusableLinks(f"{option}: a list of signatures is required, got {type(signatures).__name__}")
     if signatures and depth > MAX_NESTED:
-        raise UnusableLinks(f"{said}: signatures within signatures, the limit is {MAX_NESTED}")
+        raise UnusableLinks(f"{option}: signatures within signatures, the limit is {MAX_NESTED}")
     for signature in signatures:
         if left == 0:
-            raise UnusableLinks(f"{said}: more signatures than the limit of {MAX_SIGNATURES}")
-        options, members = _check_one(signature, said)
+            raise UnusableLinks(f"{option}: more signatures than the limit of {MAX_SIGNATURES}")
+        options, members = _check_one(signature, option)
         left -= 1
         for nested in (members, *(options.get(name) or [] for name in ("link", "link_error"))):
-            left = _check([nested] if isinstance(nested, Mapping) else nested, said, left, depth + 1)
+            left = _check([nested] if isinstance(nested, Mapping) else nested, option, left, depth + 1)
     return left
 
 
-def _check_one(signature: object, said: str) -> tuple[Mapping[str, object], list[object]]:
+def _check_one(signature: object, option: str) -> tuple[Mapping[str, object], list[object]]:
     """Return a signature's options, and the signatures of which a group or a chain is made. Raises UnusableLinks."""
     if not isinstance(signature, Mapping):
-        raise UnusableLinks(f"{said}: a signature is required, got {type(signature).__name__}")
+        raise UnusableLinks(f"{option}: a signature is required, got {type(signature).__name__}")
     task, kind = signature.get("task"), signature.get("subtask_type")
     if not isinstance(task, str) or not 0 < len(task) <= MAX_NAME_CHARS:
-        raise UnusableLinks(f"{said}: a signature without the name of its task")
+        raise UnusableLinks(f"{option}: a signature without the name of its task")
     for name, required in (("args", list), ("kwargs", Mapping), ("options", Mapping)):
         value = signature.get(name)
         if value is not None and not isinstance(value, required):
-            raise UnusableLinks(f"{said}: {name} of {task!r} are of type {type(value).__name__}")
+            raise UnusableLinks(f"{option}: {name} of {task!r} are of type {type(value).__name__}")
     options = _mapping(signature.get("options"))
     if kind == "chord" or task == "celery.chord" or options.get("chord"):
         raise UnusableLinks(_CHORD)
     if kind not in (None, "group", "chain"):
-        raise UnusableLinks(f"{said}: {str(kind)[:80]!r} is not sent from here; send a task, a group or a chain")
+        raise UnusableLinks(f"{option}: {str(kind)[:80]!r} is not sent from here; send a task, a group or a chain")
     members = _mapping(signature.get("kwargs")).get("tasks") if kind else []
     if not isinstance(members, list):
-        raise UnusableLinks(f"{said}: a {kind} without tasks")
+        raise UnusableLinks(f"{option}: a {kind} without tasks")
     if kind == "chain" and any(
         isinstance(each, Mapping) and each.get("subtask_type") == "group" for each in members[:-1]
     ):

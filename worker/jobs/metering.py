@@ -15,7 +15,7 @@ from api_stub.contract.result import FinishReason
 from api_stub.ledger.rows import RefusalReason
 from worker.engine.engine import Engine
 from worker.engine.step_times import Stage, StepClock
-from worker.errors import Part
+from worker.errors import Component
 from worker.jobs.attempt import Attempt, StopReason, Stopwatch
 from worker.jobs.entry import DropReason
 from worker.jobs.outcome import GiveBack
@@ -59,14 +59,14 @@ class JobMeter:
             (metrics.attempts_stopped, StopReason),
             (metrics.claims_refused, RefusalReason),
             (metrics.messages_dropped, DropReason),
-            (metrics.worker_sick, Part),
+            (metrics.worker_sick, Component),
         ):
             for value in values:
                 family.labels(value.value)
 
-    def fell_sick(self, part: Part, is_sick: bool) -> None:
+    def fell_sick(self, component: Component, is_sick: bool) -> None:
         """The worker fell sick, or is well again."""
-        self._metrics.worker_sick.labels(part.value).set(is_sick)
+        self._metrics.worker_sick.labels(component.value).set(is_sick)
 
     def begins(self, attempt: Attempt) -> None:
         """A job was claimed."""

@@ -21,20 +21,23 @@ logger = logging.getLogger(__name__)
 
 #: Tries of a job that does not fit into memory, and of one whose fault may be the worker's.
 MAX_TRIES: Final = 3
-#: Before a job that did not fit into memory is tried again, per try made: its neighbours end, or a worker with more
-#: room takes it.
+#: Pause before a job that did not fit into memory is tried again, times the tries made: other jobs end meanwhile, or a
+#: worker with more memory claims it.
 OOM_PAUSE_S: Final = 2.0
-#: Before a job is tried again whose fault may be this worker's: another may take it.
+#: Pause before a job is tried again whose fault may be this worker's, so that another worker may claim it.
 DOUBT_PAUSE_S: Final = 1.0
-#: Times a job is put back because storage stayed away, unless the settings say otherwise.
+#: Give-backs of one job because storage was unavailable; the default of the setting.
 MAX_RETRIES: Final = 5
-#: The first pause of a job that was put back for its storage; each further one is twice as long, up to the longest.
+#: First pause of a job given back because storage was unavailable; doubles with each further one, up to the maximum.
 FIRST_RETRY_PAUSE_S: Final = 2.0
 MAX_RETRY_PAUSE_S: Final = 60.0
 
 
 def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
-    """Return what a prompt and its answer cost; readers of the last release know nothing of media tokens."""
+    """Return the usage of a prompt and its answer.
+
+    `media_tokens` is set only for jobs with `media_options`: readers of the last release do not know the field.
+    """
     return Usage(
         prompt_tokens=inputs.num_prompt_tokens,
         completion_tokens=num_completion_tokens,
@@ -45,12 +48,12 @@ def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
 
 
 def failed_body(info: ErrorInfo, output: AttemptOutput, usage: Usage) -> FailedBody:
-    """Return the end of a job that failed for `info`, with what it had said by then."""
+    """Return the final body of a failed job, with the text generated so far."""
     return FailedBody(error=info, partial_text=output.text, usage=_spent(output, usage))
 
 
 def as_worker_error(error: Exception) -> WorkerError:
-    """Return what ended an attempt as one of our errors; what nobody foresaw goes into the log."""
+    """Translate any exception of an attempt into a WorkerError; unexpected ones are logged with their traceback."""
     match error:
         case WorkerError():
             return error
@@ -67,7 +70,9 @@ def as_worker_error(error: Exception) -> WorkerError:
 
 @dataclass(frozen=True, slots=True)
 class GiveBack:
-    """A job goes back to the queue after `pause_s`. `is_charged`: it counts among the job's retries."""
+    """Gives a job back to the queue, to be claimed after `pause_s`. `is_charged`: counts as one of the job's
+    retries.
+    """
 
     reason: RetryReason
     pause_s: float = 0.0
@@ -77,17 +82,17 @@ class GiveBack:
 def retried_or_failed(
     claim: Claim, error: WorkerError, output: AttemptOutput, usage: Usage, max_retries: int = MAX_RETRIES
 ) -> FailedBody | GiveBack:
-    """Return the end of an attempt that met an error, on a worker that does well.
+    """Return the outcome of an attempt that met an error, on a worker whose circuit breaker is closed.
 
-    What did not fit beside other jobs may fit later, storage that was away may come back, and what may be the fault of
-    this worker is tried again, perhaps by another. A job that was refused or failed `MAX_TRIES` times is to blame.
+    A job is tried again when storage was unavailable (up to `max_retries` times), when it did not fit into memory
+    beside others, or when the fault may be this worker's (`MAX_TRIES` times in all). Else it has failed.
     """
     info, num_retries = error.info(), claim.num_retries
     if info.code is ErrorCode.STORAGE_UNAVAILABLE and num_retries < max_retries:
         return GiveBack(RetryReason.STORAGE, storage_pause_s(num_retries), is_charged=True)
     if info.code is ErrorCode.OUT_OF_MEMORY and num_retries < MAX_TRIES - 1:
         return GiveBack(RetryReason.OUT_OF_MEMORY, OOM_PAUSE_S * (num_retries + 1), is_charged=True)
-    if error.part is not None and info.code is not ErrorCode.STORAGE_UNAVAILABLE and num_retries < MAX_TRIES - 1:
+    if error.component is not None and info.code is not ErrorCode.STORAGE_UNAVAILABLE and num_retries < MAX_TRIES - 1:
         return GiveBack(RetryReason.GIVEN_BACK, DOUBT_PAUSE_S, is_charged=True)
     return failed_body(info, output, usage)
 
@@ -97,7 +102,8 @@ def given_back_by_the_sick(
 ) -> FailedBody | GiveBack:
     """Return the end of an attempt that met an error on a worker that fails all jobs: it costs the job nothing.
 
-    Only where nobody can tell whether the worker or the job is refused the job still pays, else it would never end.
+    Except for MediaRefused, where storage may be refusing the job's object and not the worker: uncharged, such a job
+    would be tried for ever.
     """
     if isinstance(error, MediaRefused):
         return retried_or_failed(claim, error, output, usage)
@@ -105,16 +111,18 @@ def given_back_by_the_sick(
 
 
 def storage_pause_s(num_retries: int) -> float:
-    """Return how long a job waits that was put back `num_retries` times before: exponential, with half of it jitter.
+    """Return the pause before the next try of a job with `num_retries` earlier ones: exponential, half of it jitter.
 
-    Jobs that failed together do not come back together, and storage that comes back is not met by all of them at once.
+    The jitter spreads jobs that failed together, so that storage does not get all of them at once.
     """
     longest_s = min(MAX_RETRY_PAUSE_S, FIRST_RETRY_PAUSE_S * float(2**num_retries))
     return longest_s * random.uniform(0.5, 1.0)
 
 
 def stopped_body(reason: StopReason, output: AttemptOutput, usage: Usage) -> FinalBody | GiveBack | None:
-    """Return the end of a stopped attempt: a final body, a give-back, None when the job is not ours."""
+    """Return the outcome of a stopped attempt; None when the lease was lost, because another worker owns the job
+    then.
+    """
     match reason:
         case StopReason.LOST:
             return None

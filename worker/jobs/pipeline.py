@@ -21,7 +21,7 @@ from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.verdicts import is_passing
 from worker.engine.request import Finish, GenerationRequest
-from worker.errors import EngineDead, GenerationFailed, InvalidRequest, ModelMismatch, Part
+from worker.errors import Component, EngineDead, GenerationFailed, InvalidRequest, ModelMismatch
 from worker.jobs.attempt import Attempt, Attempts, Stopped, StopReason, Stopwatch
 from worker.jobs.circuit import Circuit
 from worker.jobs.claim import ClaimedJob
@@ -137,7 +137,7 @@ class Pipeline:
             inputs = self._prepare(attempt, job, watch)
             usage = used(job, inputs, 0)
             finish = self._generate(attempt, job, inputs, output, watch)
-            self._circuit.success(Part.ENGINE, Part.PROGRAM)
+            self._circuit.success(Component.ENGINE, Component.PROGRAM)
             self._meter.answered(watch.first_token_s(finish))
             return CompletedBody(result=self._result(attempt, job, inputs, finish, output, watch))
         except Stopped as stopped:
@@ -148,9 +148,9 @@ class Pipeline:
             return GiveBack(RetryReason.GIVEN_BACK)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job has an end
             fault = as_worker_error(error)
-        if fault.part is not None:
+        if fault.component is not None:
             words, job_id = str(fault), attempt.claim.job_id
-            if self._circuit.fault(fault.part, job_id, words, is_proven=fault.is_proven):
+            if self._circuit.fault(fault.component, job_id, words, is_proven=fault.is_proven):
                 return given_back_by_the_sick(attempt.claim, fault, output, usage)
         return retried_or_failed(attempt.claim, fault, output, usage, self._max_retries)
 
@@ -194,7 +194,7 @@ class Pipeline:
         watch.fetch.seconds -= collected.decode_s
         watch.prepare.seconds += collected.decode_s
         self._meter.collected(watch.fetch.seconds, collected.decode_s, collected.num_bytes)
-        self._circuit.success(Part.STORAGE, *((Part.DISK, Part.DECODERS) if collected.num_bytes else ()))
+        self._circuit.success(Component.STORAGE, *((Component.DISK, Component.DECODERS) if collected.num_bytes else ()))
         self._progress(attempt, Stage.PREPARING, 0, len(parts))
         return collected
 

@@ -1,9 +1,9 @@
-"""What a worker takes from its queue, and how it stops taking: on SIGTERM, or while it is sick.
+"""The consumption of a worker's queue, and its end on SIGTERM: the drain.
 
-`Consumption` says whether the worker is subscribed, when it last took something and how many threads are free; it is
-written by the broker's event loop and the threads of jobs, read by the watchdog and the probes. On SIGTERM the worker
-claims nothing more, lets running jobs finish for `drain_s` and gives the rest back, with no loss charged: Celery on a
-thread pool would wait for running tasks without a limit. Knows no broker.
+`Consumption` holds whether the worker is subscribed, whether it receives messages and how many threads are free; the
+broker's event loop and the jobs' threads write it, the watchdog and the probes read it. `Drain` lets running jobs
+finish for `drain_s` and gives the rest back to the queue, at no cost for them: Celery on a thread pool would wait for
+running tasks without a limit. Knows no broker.
 """
 
 from __future__ import annotations
@@ -17,71 +17,71 @@ from typing import Final
 
 from worker.jobs.attempt import Attempts, StopReason
 
-#: An event loop that was silent this long does not consume, whatever it was told. It turns every second.
+#: An event loop that has not run its timer for this long counts as not consuming; the timer is due every second.
 LOOP_SILENCE_S: Final = 15.0
 
 
 class Consumption:
-    """The consumption of one worker with `num_slots` threads for jobs. Any thread.
+    """The consumption of one worker with `num_threads` threads for jobs. Any thread.
 
-    `num_signs` grows whenever something comes off the queue or is begun.
+    `num_signs` grows with every entry that is received and every message that a thread begins to handle.
     """
 
-    def __init__(self, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.num_threads = num_threads
         self.num_signs = 0
         self._clock = clock
         self._lock = threading.Lock()
-        self._num_taken = 0
+        self._num_occupied = 0
         self._is_subscribed = False
         self._turned_at = clock()
 
     @property
     def is_consuming(self) -> bool:
-        """Whether the worker is subscribed to its queue and its event loop turns."""
+        """Whether the worker is subscribed to its queue and its event loop runs."""
         return self._is_subscribed and self._clock() - self._turned_at < LOOP_SILENCE_S
 
     @property
     def num_free(self) -> int:
-        """Slots without a message."""
-        return self.num_slots - self._num_taken
+        """Threads without a message."""
+        return self.num_threads - self._num_occupied
 
     def subscribed(self) -> None:
-        """The queue is being read."""
+        """Note that the worker is subscribed to its queue."""
         self.turned()
         self._is_subscribed = True
 
     def unsubscribed(self) -> None:
-        """The connection is gone, or the worker stops."""
+        """Note that the connection is closed, or that the worker stops."""
         self._is_subscribed = False
 
     def turned(self) -> None:
-        """The event loop has come around."""
+        """Note that the event loop runs. Called by its timer."""
         self._turned_at = self._clock()
 
-    def met(self) -> None:
-        """Something came off the queue, be it no message at all."""
+    def received(self) -> None:
+        """Note that an entry came off the queue, also one that is dropped."""
         with self._lock:
             self.num_signs += 1
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """A message occupies a slot."""
+    def occupied(self) -> Iterator[None]:
+        """A context in which a message occupies a thread."""
         with self._lock:
             self.num_signs += 1
-            self._num_taken += 1
+            self._num_occupied += 1
         try:
             yield
         finally:
             with self._lock:
-                self._num_taken -= 1
+                self._num_occupied -= 1
 
 
 logger = logging.getLogger(__name__)
 
 
 class Drain:
-    """The drain of one worker process. `begin()` may be called from a signal handler, more than once."""
+    """The drain of one worker process: no more claims, and `drain_s` for running jobs to finish."""
 
     def __init__(self, attempts: Attempts, drain_s: float) -> None:
         self._attempts = attempts
@@ -91,15 +91,15 @@ class Drain:
 
     @property
     def is_draining(self) -> bool:
-        """True from the first `begin()` on: no new job may be claimed."""
+        """Whether `begin` was called: no new job may be claimed."""
         return self._begun.is_set()
 
     def begin(self) -> None:
-        """Stop claiming and start the clock."""
+        """Start the drain. May be called from a signal handler, and more than once."""
         if self._begun.is_set():
             return
         self._begun.set()
-        # Nothing more in a signal handler: what is interrupted may hold a lock that a log line needs.
+        # No logging in a signal handler: the interrupted code may hold the log's lock.
         threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def _run(self) -> None:
@@ -108,6 +108,6 @@ class Drain:
         self.give_back()
 
     def give_back(self) -> None:
-        """Wait no longer: what still runs goes back to the queue. Any thread, more than once."""
+        """End the drain now: jobs that still run go back to the queue. Any thread, more than once."""
         self._attempts.close(StopReason.DRAINED)
         self._given_back.set()

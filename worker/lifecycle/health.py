@@ -1,7 +1,8 @@
-"""What probes are told about a worker.
+"""Liveness and readiness of a worker, as its probes report them.
 
-Live: it loads, or it consumes and its engine steps, or it drains. A live worker may be useless for a moment (Redis is
-away, it is sick): restarting it would not help. Ready: warm, consuming, not draining, not sick, Redis takes writes.
+Live: it is loading, or consuming while its engine makes steps, or draining. A live worker may be unable to serve for a
+while (Redis is away, its circuit breaker is open); restarting it would not help. Ready: the model is warm, the queue is
+consumed, the circuit breaker is closed and Redis accepts writes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from worker.lifecycle.watchdog import Finding
 
 
 class Phase(StrEnum):
-    """Where a worker is in its life."""
+    """The phases of a worker process, in order."""
 
     LOADING = "loading"
     SERVING = "serving"
@@ -24,10 +25,11 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What a serving worker says of itself.
+    """The state of a serving worker.
 
-    sick_of: what fails every job, empty when nothing does. redis_silent_s: since Redis last confirmed a heartbeat.
-    redis_refusal: why it takes no writes, if it said so.
+    sick_of: why its circuit breaker is open; empty when it is closed.
+    redis_silent_s: seconds since Redis last confirmed a heartbeat.
+    redis_refusal: why Redis refuses writes, if it does.
     """
 
     is_engine_alive: bool
@@ -44,7 +46,7 @@ class Vitals:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The answer to one probe; `problems` is empty when all is well."""
+    """The answer to one probe, which succeeds when `problems` is empty."""
 
     phase: Phase
     problems: tuple[str, ...]
@@ -57,12 +59,12 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as it goes into JSON."""
-        said = {"status": "ok" if self.is_good else "failing", "phase": self.phase.value, "problems": self.problems}
-        return said | ({} if self.vitals is None else asdict(self.vitals))
+        report = {"status": "ok" if self.is_good else "failing", "phase": self.phase.value, "problems": self.problems}
+        return report | ({} if self.vitals is None else asdict(self.vitals))
 
 
 class Health:
-    """The health of one worker, from the first moment of its process on. Any thread.
+    """The health of one worker, from the start of its process on. Any thread.
 
     redis_timeout_s: Redis counts as away when it has confirmed no heartbeat for this long.
     """
@@ -74,17 +76,17 @@ class Health:
         self._lock = threading.Lock()
 
     def serve(self, vitals: Callable[[], Vitals]) -> None:
-        """The model is warm; from now on `vitals` knows."""
+        """Note that the model is warm, and read the worker's state from `vitals` from now on."""
         self._vitals = vitals
 
     def fail(self, finding: Finding) -> bool:
-        """The worker is beyond help and will be restarted; return whether this is news."""
+        """Note a fatal fault, for which the worker will be restarted; return whether it is the first one."""
         with self._lock:
-            is_news, self._finding = self._finding is None, self._finding or finding
-        return is_news
+            is_first, self._finding = self._finding is None, self._finding or finding
+        return is_first
 
     def liveness(self) -> Report:
-        """Return whether the process should go on."""
+        """Return the answer to /healthz: whether the process should keep running."""
         vitals = self._look()
         problems = [] if self._finding is None else [f"{self._finding.trouble.value}: {self._finding.facts}"]
         if vitals is not None and not problems:
@@ -92,7 +94,7 @@ class Health:
         return Report(_phase(vitals), tuple(problems), vitals)
 
     def readiness(self) -> Report:
-        """Return whether jobs that are sent now are taken by this worker."""
+        """Return the answer to /readyz: whether the worker claims and answers jobs that are submitted now."""
         vitals = self._look()
         problems = list(self.liveness().problems)
         if vitals is None:

@@ -1,8 +1,8 @@
-"""Keeps leases alive and learns what happened to them: one thread, one ledger call per beat for all attempts.
+"""Renews the leases of all attempts: one thread, one ledger call per beat.
 
-Between beats it listens for cancels, so that a running job stops at once and not at the next beat. An attempt
-whose lease was not confirmed for most of its length stops itself: from then on another worker may own the job. When
-Redis is back the job is given back, or found to be another's.
+Between beats it listens on the cancel channel, so that a cancelled job stops at once and not at the next beat. An
+attempt whose lease was not confirmed for most of its length is stopped: soon another worker may own the job. When Redis
+is back, the ledger takes such a job back into the queue, or refuses because another worker claimed it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SELF_FENCE: Final = 0.9
 
 
 class Heartbeat:
-    """The beat of one worker. `client` is the ledger's, for what the ledger does not do."""
+    """The heartbeat of one worker. `client` is the ledger's; it is used for the cancel channel and the write probe."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Heartbeat:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.last_beat_at = clock()
-        #: Why Redis takes no writes; None as far as is known. What it does not answer at all, `last_beat_at` tells.
+        #: Why Redis refuses writes; None when it accepts them or does not answer (for that there is `last_beat_at`).
         self.refusal: str | None = None
 
     def start(self) -> None:
@@ -58,16 +58,16 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread and sign the worker off."""
+        """End the thread and unregister the worker."""
         self._stopping.set()
         self._thread.join(timeout_s)
         try:
             self._ledger.leave(self._worker, self._model)
         except redis.RedisError:
-            logger.info("not signed off", extra={"action": "leave"})
+            logger.info("not unregistered", extra={"action": "leave"})
 
     def beat(self) -> None:
-        """Extend all leases once and pass on what the ledger says. Survives an unreachable Redis."""
+        """Renew all leases once, and stop the attempts that were cancelled or lost theirs. Redis errors are logged."""
         attempts = self._attempts.held()
         sent_at = self._clock()
         try:
@@ -80,8 +80,8 @@ class Heartbeat:
         else:
             self.last_beat_at = sent_at
             for attempt, answer in zip(attempts, answers, strict=True):
-                self._tell(attempt, answer, sent_at)
-            self._probe()  # a full Redis takes beats and no jobs
+                self._apply(attempt, answer, sent_at)
+            self._probe()  # a full Redis accepts beats but no jobs
         self._fence_unconfirmed()
 
     def _probe(self) -> None:
@@ -95,7 +95,7 @@ class Heartbeat:
     def _note(self, error: redis.RedisError) -> None:
         self.refusal = None if code_of(error) is None else writable.reason(error)
 
-    def _tell(self, attempt: Attempt, answer: Hold, sent_at: float) -> None:
+    def _apply(self, attempt: Attempt, answer: Hold, sent_at: float) -> None:
         if answer is Hold.LOST:
             attempt.stop(StopReason.LOST)
             return
@@ -118,18 +118,18 @@ class Heartbeat:
                 self.beat()
                 self._stopping.wait(min(1.0, self._beat_s))
             except Exception:
-                logger.exception("heartbeat stumbled", extra={"action": "beat"})
+                logger.exception("heartbeat failed", extra={"action": "beat"})
                 self._stopping.wait(min(1.0, self._beat_s))
 
     def _listen_and_beat(self) -> None:
-        """Beat on time; in between wait on the cancel channel. Leaves by RedisError or when stopping."""
+        """Beat every `beat_s`, listen for cancels in between. Returns when stopping; raises redis.RedisError."""
         with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
             pubsub.subscribe(names.CANCEL_CHANNEL)
             while not self._stopping.is_set():
                 self.beat()
                 next_at = self._clock() + self._beat_s
                 while not self._stopping.is_set() and (left_s := next_at - self._clock()) > 0:
-                    # Short waits keep stop() prompt; a message ends a wait at once.
+                    # Short waits keep stop() prompt.
                     message = pubsub.get_message(timeout=min(left_s, 0.5))
                     if message is not None:
                         self._cancel(message["data"])

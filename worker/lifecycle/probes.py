@@ -1,7 +1,7 @@
 """`/healthz`, `/readyz` and `/metrics` of one worker process, from before its model loads until after its drain.
 
-Reads only, asks for nothing and says nothing secret. Bounded: a few connections at once, each for a few seconds; who
-connects and asks nothing makes room for who comes later.
+Read-only, without authentication, and no response holds a secret. Bounded: `MAX_CONNECTIONS` at once, each for
+`CONNECTION_S`; when there are more, the oldest connection that has sent no request is closed.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from worker.observability.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 16
-MAX_UNANSWERED: Final = 128  # connections that the system keeps until we look
+MAX_BACKLOG: Final = 128  # connections that the kernel queues until they are accepted
 CONNECTION_S: Final = 5.0
 
 
-class _Places:
-    """The open connections, oldest first. A connection is closed behind `leave` only. Any thread."""
+class _Connections:
+    """The open connections, oldest first. A socket is closed only after `remove`. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._opened_at: dict[socket.socket, float] = {}
         self._answered: set[socket.socket] = set()
 
-    def take(self, connection: socket.socket) -> bool:
-        """Let a connection in, if need be for the oldest that has not asked yet; False: all are being answered."""
+    def admit(self, connection: socket.socket) -> bool:
+        """Add a connection, if need be in place of the oldest without a request; False when all have sent theirs."""
         with self._lock:
             if len(self._opened_at) >= MAX_CONNECTIONS:
                 oldest = next((each for each in self._opened_at if each not in self._answered), None)
@@ -50,39 +50,39 @@ class _Places:
             return True
 
     def answer(self, connection: socket.socket) -> None:
-        """It has asked: only time ends it now."""
+        """Note that a connection has sent its request: from now on only its time limit ends it."""
         with self._lock:
             self._answered.add(connection)
 
-    def leave(self, connection: socket.socket) -> None:
-        """It is over."""
+    def remove(self, connection: socket.socket) -> None:
+        """Forget a connection that is about to be closed."""
         with self._lock:
             self._opened_at.pop(connection, None)
             self._answered.discard(connection)
 
     def end_late(self) -> None:
-        """End those that had their time."""
+        """End the connections that are over their time limit."""
         with self._lock:
             latest = time.monotonic() - CONNECTION_S
             for connection in [each for each, opened_at in self._opened_at.items() if opened_at < latest]:
                 self._end(connection)
 
     def _end(self, connection: socket.socket) -> None:
-        """Wake its thread, which closes it."""
+        """Shut a socket down: its thread wakes up and closes it."""
         del self._opened_at[connection]
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
 
 
 class OperationsServer(ThreadingHTTPServer):
-    """Answers probes and scrapers, each on a thread of its own. `port` 0 takes a free one."""
+    """Answers probes and scrapers, each on a thread of its own. `port` 0 binds a free one."""
 
     daemon_threads = True
-    request_queue_size = MAX_UNANSWERED
+    request_queue_size = MAX_BACKLOG
 
     def __init__(self, host: str, port: int, health: Health, metrics: Metrics) -> None:
         self.health, self.metrics = health, metrics
-        self.places = _Places()
+        self.connections = _Connections()
         try:
             super().__init__((host, port), _Probe)
         except OSError as error:
@@ -90,41 +90,41 @@ class OperationsServer(ThreadingHTTPServer):
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port that the server listens on."""
         return int(self.server_address[1])
 
     def start(self) -> None:
-        """Answer from now on, as long as the process lives."""
+        """Serve on a daemon thread until the process ends."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.5}, name="http", daemon=True).start()
         logger.info("answering probes", extra={"action": "http", "host": self.server_name, "port": self.port})
 
     def server_bind(self) -> None:
-        """Without HTTPServer's reverse look-up of the host's name, which may take long."""
+        """Bind without HTTPServer's reverse DNS look-up of the host, which may take long."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.port
 
     def process_request(self, request: object, client_address: object) -> None:
-        """Turn a connection away when all others are being answered."""
+        """Serve a connection, or close it when there are too many."""
         assert isinstance(request, socket.socket)
-        if self.places.take(request):
+        if self.connections.admit(request):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def shutdown_request(self, request: object) -> None:
-        """Give the place back before the connection is closed."""
+        """Forget the connection, then close it."""
         assert isinstance(request, socket.socket)
-        self.places.leave(request)
+        self.connections.remove(request)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Called between two connections, and twice a second."""
-        self.places.end_late()
+        """Called by serve_forever after each connection and twice a second."""
+        self.connections.end_late()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news."""
+        """Log a failed response (usually a client that disconnected) for debugging only."""
         logger.debug("probe failed", extra={"action": "http"}, exc_info=True)
 
 
@@ -134,7 +134,7 @@ class _Probe(BaseHTTPRequestHandler):
     server_version, sys_version = "visionq-worker", ""
 
     def do_GET(self) -> None:
-        self.server.places.answer(self.connection)
+        self.server.connections.answer(self.connection)
         match urlsplit(self.path).path:
             case "/healthz":
                 self._report(self.server.health.liveness())
@@ -162,4 +162,4 @@ class _Probe(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is http.server's
-        """Probes come every few seconds; nobody reads about them."""
+        """Log no requests: probes come every few seconds."""

@@ -1,4 +1,8 @@
-"""A worker's living parts: starts and stops them in order, tells how they are, ends the process when they are ill."""
+"""The worker process: starts and stops its threads in order, reports their state, ends itself on a fatal fault.
+
+In: the objects that worker.bootstrap builds. `start` runs before the worker consumes, `on_ready` once it does, `fail`
+and `stop` at its end; worker.broker calls them.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +53,15 @@ from worker.streaming.publisher import Publisher
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 5.0
-#: A worker that gives up and has nothing to wait for ends by itself in this time, else by force.
+#: A worker that fails and has no jobs to finish exits within this time, else the process is ended by force.
 LAST_RESORT_S: Final = 30.0
-#: One call of a silent Redis costs the publisher several timeouts, whatever an engine's steps take.
+#: The publisher's stall limit is no shorter than this: one call to a silent Redis takes it several socket timeouts.
 MIN_PUBLISHER_STALL_S: Final = 60.0
 
 
 @dataclass(slots=True)
 class WorkerProcess:
-    """A worker's living parts."""
+    """The components of one worker process. `exit_status` is not 0 after `fail`."""
 
     worker_name: str
     settings: WorkerSettings
@@ -88,7 +92,7 @@ class WorkerProcess:
             EngineWatch(self.engine, settings.stall_s),
             ThreadWatch(Trouble.PUBLISHER_DEAD, lambda: self.publisher.is_alive),
             PublisherWatch(self.publisher, self._is_redis_there, max(settings.stall_s, MIN_PUBLISHER_STALL_S)),
-            QueueWatch(self.consumption, self._num_to_take, settings.mute_s),
+            QueueWatch(self.consumption, self._num_consumable, settings.mute_s),
         )
         self.watchdog = Watchdog(
             watches,
@@ -98,7 +102,7 @@ class WorkerProcess:
         )
 
     def start(self) -> None:
-        """Start what works beside the jobs, and answer one prompt, so that the first job finds everything warm.
+        """Start decoders, engine and publisher, and answer one prompt, so that the first job finds everything warm.
 
         Raises CannotStart when the model cannot answer or media cannot be decoded.
         """
@@ -115,7 +119,7 @@ class WorkerProcess:
         self.metrics.read_at_scrape(self.readings)
 
     def on_ready(self) -> None:
-        """The worker consumes: start heartbeats, the watchdog and the reaper."""
+        """Start heartbeat, watchdog and reaper. Called when the worker is subscribed to its queue."""
         self.heartbeat.start()
         self.watchdog.start()
         reaper = Reaper(self.ledger, self.settings.sweep_s)
@@ -123,9 +127,9 @@ class WorkerProcess:
         logger.info("worker ready", extra={"action": "ready", "worker": self.worker_name})
 
     def leave_unanswered(self, job_ids: Sequence[str]) -> None:
-        """Doorbells are left behind by a connection to the broker. When the worker ends, too, others take the jobs.
+        """Ring again for jobs whose doorbells a closed connection to the broker had received, if the worker is ending.
 
-        One that goes on still has them on its threads.
+        Otherwise nothing is to be done: the jobs' threads still hold those doorbells.
         """
         if self.drain.is_draining:
             self.claimer.decline(job_ids)
@@ -133,10 +137,12 @@ class WorkerProcess:
     def fail(self, finding: Finding) -> None:
         """End the process so that a supervisor restarts it: as SIGTERM does, but with a failing exit status.
 
-        Only a worker that is mute can still finish what it runs. Any thread, more than once.
+        Running jobs may finish only when the fault is that nothing is consumed (MUTE); else they are given back. Any
+        thread, more than once.
         """
         may_finish = finding.trouble is Trouble.MUTE
-        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))  # old news, too
+        # Also for a fault that is already known: the watchdog's report cancels the timer.
+        end_within(LAST_RESORT_S + (self.settings.drain_s if may_finish else 0.0))
         if not self.health.fail(finding):
             return
         facts = {"action": "fail", "trouble": finding.trouble.value, "facts": finding.facts}
@@ -150,7 +156,7 @@ class WorkerProcess:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def vitals(self) -> Vitals:
-        """Return what probes want to know."""
+        """Return the state that the probes report."""
         return Vitals(
             is_engine_alive=self.engine.is_alive,
             is_publisher_alive=self.publisher.is_alive,
@@ -165,10 +171,10 @@ class WorkerProcess:
         )
 
     def readings(self) -> Mapping[str, float]:
-        """Return the metrics that others keep."""
+        """Return the metrics that are read at scrape time, by name without prefix."""
         own = {
             "num_jobs_held": len(self.attempts),
-            "num_slots": self.consumption.num_slots,
+            "num_slots": self.consumption.num_threads,
             "redis_silent_seconds": time.monotonic() - self.heartbeat.last_beat_at,
             "is_ready": self.health.readiness().is_good,
             "is_draining": self.drain.is_draining,
@@ -179,17 +185,17 @@ class WorkerProcess:
     def _is_redis_there(self) -> bool:
         return time.monotonic() - self.heartbeat.last_beat_at < self.settings.lease_s
 
-    def _num_to_take(self) -> int:
-        if not self.circuit.may_take:
-            return 0  # a sick worker leaves the queue to others
-        return num_to_take(self.ledger.client, self.settings.model_name, self.drain)
+    def _num_consumable(self) -> int:
+        if not self.circuit.may_consume:
+            return 0  # an open circuit breaker leaves the queue to other workers
+        return num_consumable(self.ledger.client, self.settings.model_name, self.drain)
 
     def stop(self) -> None:
-        """Stop everything, in the order in which work flows."""
+        """Stop all components, those that pass work on before those that receive it."""
         self._stopping.set()
         self.watchdog.stop(STOP_TIMEOUT_S)
         if self.exit_status:
-            end_within(LAST_RESORT_S)  # the watchdog has taken the timer along
+            end_within(LAST_RESORT_S)  # stopping the watchdog has cancelled the timer
         self.claimer.close()
         self.decoders.close()
         self.engine.stop(STOP_TIMEOUT_S)
@@ -197,15 +203,15 @@ class WorkerProcess:
         self.heartbeat.stop(STOP_TIMEOUT_S)
 
 
-def num_to_take(client: redis.Redis, model: str, drain: Drain) -> int:
-    """Return how many messages a worker of `model` should take now: none while it drains.
+def num_consumable(client: redis.Redis, model: str, drain: Drain) -> int:
+    """Return how many messages a worker of `model` could receive now: none while it drains.
 
-    Raises redis.RedisError also when Redis answers and refuses writes, because then it hands no message out.
+    Raises redis.RedisError also when Redis answers but refuses writes, because BRPOP delivers nothing then.
     """
     if drain.is_draining:
         return 0
     with client.pipeline(transaction=False) as pipe:
-        pipe.hdel(names.WATCH_KEY, "")  # a write that changes nothing
+        pipe.hdel(names.WATCH_KEY, "")  # a write without effect
         for step in names.PRIORITY_STEPS:
             pipe.llen(names.queue_list(model, step))
         return sum(pipe.execute()[1:])

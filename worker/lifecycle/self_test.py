@@ -18,7 +18,7 @@ from api_stub.contract.job import CaptionJob
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.engine import Engine
 from worker.engine.request import Ended, Finish, GenerationRequest
-from worker.errors import EngineDead, GenerationFailed, Part
+from worker.errors import Component, EngineDead, GenerationFailed
 from worker.media.collect import job_directory
 from worker.media.decoders import Decoders
 from worker.media.fetch import MediaFetcher
@@ -71,16 +71,16 @@ class Proofs:
     policy: MediaPolicy
     answers: Callable[[float], object]
 
-    def __call__(self, part: Part) -> bool:
-        """Tell whether a part of the worker works; it does not, either, when this raises."""
-        match part:
-            case Part.STORAGE:
+    def __call__(self, component: Component) -> bool:
+        """Return whether a component of the worker works; it does not, either, when this raises."""
+        match component:
+            case Component.STORAGE:
                 return self.fetcher.is_served()
-            case Part.DISK:
+            case Component.DISK:
                 self._write()
-            case Part.DECODERS:
+            case Component.DECODERS:
                 self._decode()
-            case Part.ENGINE | Part.PROGRAM:
+            case Component.ENGINE | Component.PROGRAM:
                 self.answers(PROOF_S)
         return True
 

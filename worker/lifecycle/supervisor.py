@@ -38,7 +38,7 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One worker's share of the machine: the GPUs it may see, none for a CPU worker."""
+    """The device of one worker: the GPUs that its process may see, none for a CPU worker."""
 
     name: str
     visible_gpus: str
@@ -53,7 +53,7 @@ class Device:
 
 @dataclass(slots=True)
 class _Worker:
-    """A place for a worker and the process that fills it at the moment."""
+    """One supervised worker: its device, and the process that runs at the moment, if any."""
 
     number: int
     device: Device
@@ -74,9 +74,9 @@ def parse_devices(value: str, visible_gpus: str | None) -> tuple[Device, ...]:
     entries = [entry.strip() for entry in value.split(",")]
     if not all(entries):
         raise CannotStart(f"--devices {value}: use numbers of GPUs or cpu, separated by commas, as in 0,1")
-    in_sight = visible_gpus.split(",") if visible_gpus else None
+    visible = visible_gpus.split(",") if visible_gpus else None
     devices = tuple(
-        Device(entry, "" if entry == "cpu" else ",".join(_gpu(value, part, in_sight) for part in entry.split("+")))
+        Device(entry, "" if entry == "cpu" else ",".join(_gpu(value, part, visible) for part in entry.split("+")))
         for entry in entries
     )
     taken = [gpu for device in devices for gpu in device.visible_gpus.split(",") if gpu]
@@ -85,24 +85,24 @@ def parse_devices(value: str, visible_gpus: str | None) -> tuple[Device, ...]:
     return devices
 
 
-def _gpu(value: str, name: str, in_sight: Sequence[str] | None) -> str:
+def _gpu(value: str, name: str, visible: Sequence[str] | None) -> str:
     if name.startswith(("GPU-", "MIG-")):
         return name
     if not name.isdecimal():
         raise CannotStart(f"--devices {value}: {name!r} is no GPU; use numbers of GPUs or cpu, as in 0,1 or cpu,cpu")
-    if in_sight is None:
+    if visible is None:
         return name
-    if int(name) >= len(in_sight):
-        raise CannotStart(f"--devices {value}: no GPU {name}; CUDA_VISIBLE_DEVICES has {len(in_sight)}")
-    return in_sight[int(name)]
+    if int(name) >= len(visible):
+        raise CannotStart(f"--devices {value}: no GPU {name}; CUDA_VISIBLE_DEVICES has {len(visible)}")
+    return visible[int(name)]
 
 
 class Supervisor:
-    """Keeps one worker per device running. `command` starts a worker; `environment` is what all of them share.
+    """Keeps one worker per device running. `command` starts a worker; all share `environment`.
 
-    A worker that ends with a failing status is started again after an exponential backoff; one that ends with 0 was
-    asked to and stays away. One that cannot start ends everything, for the others have the same settings; unless it
-    has served before and others still do: then the cause is passing. Main thread only.
+    A worker that exits with a failing status is restarted after an exponential backoff; one that exits with 0 was asked
+    to and is not. A worker that exits with EXIT_CANNOT_START ends the supervisor, because the others have the same
+    settings; unless it was started before and others are running: then it is restarted as well. Main thread only.
     """
 
     def __init__(
@@ -123,20 +123,22 @@ class Supervisor:
             self._environment["VISIONQ_TORCH_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(devices)))
 
     def run(self) -> int:
-        """Serve until SIGTERM, SIGINT or SIGHUP, or until nobody is left; return the exit status."""
-        with self._noting_signals():
+        """Run until SIGTERM, SIGINT or SIGHUP, or until all workers have exited with 0; return the exit status."""
+        with self._recording_signals():
             status = self._watch()
             is_clean = self._stop()
         return status or int(not is_clean)
 
     @contextmanager
-    def _noting_signals(self) -> Iterator[None]:
-        """A handler that raised could hit between the start of a child and the note of its id; a list cannot."""
+    def _recording_signals(self) -> Iterator[None]:
+        """Record signals in a list: a handler that raised could interrupt between a child's start and recording its
+        id.
+        """
 
-        def note(signum: int, frame: FrameType | None) -> None:
+        def record(signum: int, frame: FrameType | None) -> None:
             self._signals.append(signum)
 
-        previous = {signum: signal.signal(signum, note) for signum in _STOPPING}
+        previous = {signum: signal.signal(signum, record) for signum in _STOPPING}
         try:
             yield
         finally:
@@ -144,14 +146,14 @@ class Supervisor:
                 signal.signal(signum, handler)
 
     def _watch(self) -> int:
-        """Start and restart until a signal or a worker asks to end."""
+        """Start and restart workers; return the exit status when a signal came or a worker ends the supervisor."""
         while not self._signals and not all(worker.is_done for worker in self._workers):
             for worker in self._workers:
                 if worker.process is None and not worker.is_done and time.monotonic() >= worker.start_at:
                     self._start(worker)
                 elif worker.process is not None and (status := worker.process.poll()) is not None:
-                    self._note_end(worker, status)
-                    if status == EXIT_CANNOT_START and not self._may_be_passing(worker):
+                    self._on_exit(worker, status)
+                    if status == EXIT_CANNOT_START and not self._may_be_transient(worker):
                         return status
             time.sleep(POLL_S)
         return 0
@@ -161,7 +163,7 @@ class Supervisor:
             self._command,
             env=self._environment | worker.device.environment | self._port(worker),
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches the supervisor alone; it decides the order of the end
+            start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor only, which ends its workers
             preexec_fn=_die_with_parent,
         )
         worker.started_at = time.monotonic()
@@ -171,7 +173,7 @@ class Supervisor:
     def _port(self, worker: _Worker) -> dict[str, str]:
         return {"VISIONQ_HTTP_PORT": str(self._http_port + worker.number)} if self._http_port else {}
 
-    def _note_end(self, worker: _Worker, status: int) -> None:
+    def _on_exit(self, worker: _Worker, status: int) -> None:
         lived_s = time.monotonic() - worker.started_at
         worker.process = None
         if status == 0:
@@ -184,13 +186,13 @@ class Supervisor:
         facts = {"status": status, "lived_s": round(lived_s, 1), "backoff_s": backoff_s}
         logger.error("worker died", extra=_facts(worker) | facts)
 
-    def _may_be_passing(self, worker: _Worker) -> bool:
+    def _may_be_transient(self, worker: _Worker) -> bool:
         return worker.num_starts > 1 and any(other.process is not None for other in self._workers)
 
     def _stop(self) -> bool:
-        """End all workers: SIGTERM, a drain and a margin, then SIGKILL; a second Ctrl-C waits no longer.
+        """End all workers: SIGTERM, then SIGKILL after `drain_s` and a margin, or at a second Ctrl-C.
 
-        Return whether SIGKILL was not needed.
+        Return whether all ended without SIGKILL.
         """
         left = [(worker, worker.process) for worker in self._workers if worker.process is not None]
         for _, process in left:
@@ -214,6 +216,6 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _die_with_parent() -> None:
-    """Runs in the new process: a supervisor that is killed must not leave GPUs occupied."""
+    """Runs in the new process: has the kernel end it with its supervisor, so that no GPU stays occupied."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

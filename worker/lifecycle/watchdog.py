@@ -1,8 +1,7 @@
-"""Notices a worker that looks alive and does nothing: mute towards its queue, or with an engine or a publisher that
-stands still.
+"""Detects a worker that is alive but makes no progress: it receives no messages, or its engine or publisher stalls.
 
-Silence is what was watched: a process that was stopped for a while (SIGSTOP, a suspended machine) has not been silent
-in that time. Loading and warming up come before the watch begins; an absent Redis is nobody's silence.
+Only observed time counts: while the process was suspended (SIGSTOP, a sleeping machine) nothing was observed. Watching
+begins after loading and warm-up. While Redis is away, neither the queue nor the publisher counts as stalled.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from worker.lifecycle.drain import Consumption
 logger = logging.getLogger(__name__)
 
 MAX_LOOK_S: Final = 2.0
-STDERR: Final = 2  # also where nobody can write to sys.stderr any more
-#: Of each thread's stack; the innermost frames tell where it waits.
+STDERR: Final = 2  # the descriptor, which also works when sys.stderr is closed
+#: Innermost frames of each thread's stack in the log.
 MAX_FRAMES: Final = 25
-#: Beyond `stall_s`: so long may no Python code run at all (a library holds the interpreter's lock).
+#: Beyond `stall_s`: the longest time in which no Python code may run (a library holds the interpreter's lock).
 FROZEN_MARGIN_S: Final = 60.0
 
 
 class Trouble(StrEnum):
-    """What can be wrong with a worker that has to be restarted."""
+    """Faults for which a worker has to be restarted. MUTE: it receives nothing although messages wait."""
 
     MUTE = "mute"
     STALLED = "stalled"
@@ -44,21 +43,21 @@ class Trouble(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A trouble and the facts about it."""
+    """A fault and the facts about it, for the log and the probes."""
 
     trouble: Trouble
     facts: str
 
 
 class Watch(Protocol):
-    """One thing to look at, again and again."""
+    """One check that the watchdog repeats."""
 
     def look(self, now: float) -> Finding | None:
-        """Return what is wrong, if anything; `now` is monotonic."""
+        """Return a fault, if there is one; `now` is monotonic."""
 
 
 class Silence:
-    """Adds up the time in which something was seen to be silent. A gap between two looks counts `max_gap_s` at most."""
+    """Adds up the observed time without progress. The time between two observations counts `max_gap_s` at most."""
 
     def __init__(self, max_gap_s: float) -> None:
         self._max_gap_s = max_gap_s
@@ -66,7 +65,7 @@ class Silence:
         self._looked_at: float | None = None
 
     def note(self, now: float, *, is_silent: bool) -> float:
-        """Return the seconds of silence up to `now`."""
+        """Add an observation; return the seconds without progress up to `now`."""
         gap_s = 0.0 if self._looked_at is None else min(now - self._looked_at, self._max_gap_s)
         self._seconds = self._seconds + gap_s if is_silent else 0.0
         self._looked_at = now
@@ -87,7 +86,7 @@ class EngineToWatch(Protocol):
 
 
 class EngineWatch:
-    """Finds an engine that has work and makes no step for `stall_s`. The longest single step must take less."""
+    """Detects an engine that has work and completes no step for `stall_s`, longer than any single step takes."""
 
     def __init__(self, engine: EngineToWatch, stall_s: float) -> None:
         self._engine, self._stall_s = engine, stall_s
@@ -109,7 +108,7 @@ class EngineWatch:
 
 
 class QueueWatch:
-    """Finds a worker that takes nothing for `mute_s` while its queue is not empty and slots are free.
+    """Detects a worker that receives nothing for `mute_s` while its queue is not empty and threads are free.
 
     `queue_length` asks the broker; it raises redis.RedisError when there is no answer.
     """
@@ -122,18 +121,18 @@ class QueueWatch:
     def look(self, now: float) -> Finding | None:
         consumption = self._consumption
         num_signs, num_free = consumption.num_signs, consumption.num_free
-        has_taken, self._num_signs = num_signs != self._num_signs, num_signs
+        has_received, self._num_signs = num_signs != self._num_signs, num_signs
         try:
             length = self._queue_length()
         except redis.RedisError:
             length = 0
-        is_silent = length > 0 and num_free > 0 and not has_taken
+        is_silent = length > 0 and num_free > 0 and not has_received
         silent_s = self._silence.note(now, is_silent=is_silent)
         if silent_s < self._mute_s:
             return None
         state = "subscribed" if consumption.is_consuming else "not subscribed"
-        facts = f"{length} messages in the queue, {num_free} free slots, {state}"
-        return Finding(Trouble.MUTE, f"nothing taken for {silent_s:.0f} s: {facts}")
+        facts = f"{length} messages in the queue, {num_free} free threads, {state}"
+        return Finding(Trouble.MUTE, f"nothing received for {silent_s:.0f} s: {facts}")
 
 
 class PublisherToWatch(Protocol):
@@ -146,9 +145,9 @@ class PublisherToWatch(Protocol):
 
 
 class PublisherWatch:
-    """Finds a publisher that has events and does nothing about them for `stall_s` while Redis answers others.
+    """Detects a publisher that has events and makes no attempt to send them for `stall_s` while Redis answers others.
 
-    Trying again is doing something: a Redis that is full refuses events and nothing else.
+    A refused attempt counts as progress: a full Redis refuses events, and restarting the worker would not help.
     """
 
     def __init__(self, publisher: PublisherToWatch, is_redis_there: Callable[[], bool], stall_s: float) -> None:
@@ -166,7 +165,7 @@ class PublisherWatch:
 
 
 class ThreadWatch:
-    """Finds a thread that has ended and must not."""
+    """Detects a thread that has ended and must not."""
 
     def __init__(self, trouble: Trouble, is_alive: Callable[[], bool]) -> None:
         self._trouble, self._is_alive = trouble, is_alive
@@ -176,9 +175,10 @@ class ThreadWatch:
 
 
 class Watchdog:
-    """Looks every `interval_s` and tells the first finding, once, on its own thread, with all stacks in the log.
+    """Runs all watches every `interval_s` on a thread of its own and reports the first finding, once.
 
-    `frozen_s`: the process ends at once, by C code, when not even this thread has run for so long.
+    All threads' stacks go into the log before `on_finding` is called. frozen_s: when the watchdog's own thread does not
+    run for this long, faulthandler, which needs no Python code to run, ends the process.
     """
 
     def __init__(
@@ -190,11 +190,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the watch. After a finding it has ended by itself."""
+        """End the thread, which has ended by itself after a finding."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -205,12 +205,12 @@ class Watchdog:
             try:
                 finding = self._look()
             except Exception:
-                logger.exception("watchdog stumbled", extra={"action": "watch"})
+                logger.exception("watchdog check failed", extra={"action": "watch"})
                 continue
             if finding is not None:
                 facts = {"action": "watch", "trouble": finding.trouble.value, "facts": finding.facts}
                 logger.critical("worker is stuck", extra=facts | {"stacks": stacks()})
-                faulthandler.cancel_dump_traceback_later()  # who is told says how long the end may take
+                faulthandler.cancel_dump_traceback_later()  # on_finding sets its own limit
                 self._on_finding(finding)
                 return
         faulthandler.cancel_dump_traceback_later()
@@ -229,12 +229,12 @@ def end_within(seconds: float) -> None:
 
 
 def look_s(limit_s: float) -> float:
-    """Return how often to look for a silence of `limit_s`."""
+    """Return the seconds between two observations that detect a stall of `limit_s`."""
     return min(MAX_LOOK_S, limit_s / 5)
 
 
 def stacks() -> dict[str, list[str]]:
-    """Return where every thread is: file, line and function of its innermost frames, outermost first. No values."""
+    """Return file, line and function of every thread's innermost frames, outermost first, without any values."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
         f"{names.get(ident, 'unknown')} ({ident})": [

@@ -30,7 +30,7 @@ def consumption() -> Consumption:
 
 @pytest.fixture
 def connection(redis_url: str, consumption: Consumption) -> Iterator[Connection]:
-    app = make_app(WorkerSettings(redis_url=SecretStr(redis_url)), consumption.met)
+    app = make_app(WorkerSettings(redis_url=SecretStr(redis_url)), consumption.received)
     with app.connection_for_read() as connection:
         yield connection
     app.close()
@@ -69,7 +69,7 @@ def test_a_receiver_follows_the_name_away_from_a_server_that_became_a_replica(tm
             stack.callback(servers[-1].kill)
         old, new = servers
         proxy = stack.enter_context(Network()).proxy(old.port)
-        app = make_app(WorkerSettings(redis_url=SecretStr(proxy.url)), consumption.met)
+        app = make_app(WorkerSettings(redis_url=SecretStr(proxy.url)), consumption.received)
         stack.callback(app.close)
         clients = [stack.enter_context(server.client()) for server in servers]
         connection = stack.enter_context(app.connection_for_read())

@@ -14,7 +14,7 @@ import redis
 from api_stub.contract import names
 from worker.jobs.attempt import Attempts
 from worker.lifecycle.drain import LOOP_SILENCE_S, Consumption, Drain
-from worker.lifecycle.process import num_to_take
+from worker.lifecycle.process import num_consumable
 from worker.lifecycle.watchdog import (
     EngineWatch,
     Finding,
@@ -101,7 +101,7 @@ def test_a_worker_that_takes_nothing_from_a_full_queue_is_mute() -> None:
     found = watch.look(10.0)
     assert found is not None
     assert found.trouble is Trouble.MUTE
-    assert "3 messages in the queue, 2 free slots" in found.facts
+    assert "3 messages in the queue, 2 free threads" in found.facts
 
 
 @pytest.mark.parametrize("length", [0, None], ids=["empty queue", "no Redis"])
@@ -118,25 +118,25 @@ def test_with_nothing_to_take_nobody_is_mute(length: int | None) -> None:
 def test_what_redis_hands_nobody_and_what_a_drain_leaves_is_not_to_be_taken(redis_client: redis.Redis) -> None:
     drain = Drain(Attempts(), drain_s=0)
     redis_client.lpush(names.queue_list("default", 6), "{}")
-    assert num_to_take(redis_client, "default", drain) == 1
+    assert num_consumable(redis_client, "default", drain) == 1
     redis_client.config_set("min-replicas-to-write", 1)
     try:
         with pytest.raises(redis.ResponseError):
-            num_to_take(redis_client, "default", drain)
+            num_consumable(redis_client, "default", drain)
     finally:
         redis_client.config_set("min-replicas-to-write", 0)
     drain.begin()
-    assert num_to_take(redis_client, "default", drain) == 0
+    assert num_consumable(redis_client, "default", drain) == 0
 
 
 def test_a_message_or_a_lack_of_slots_is_no_muteness() -> None:
     consumption = Consumption(1)
     watch = QueueWatch(consumption, Queue(3), mute_s=10)
     assert looked(watch, 0, 9) is None
-    with consumption.taken():
+    with consumption.occupied():
         assert looked(watch, 9, 60) is None
     assert looked(watch, 60, 69) is None
-    with consumption.taken():
+    with consumption.occupied():
         pass
     assert looked(watch, 69, 78) is None
 
