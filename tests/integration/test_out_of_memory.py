@@ -133,7 +133,7 @@ def test_a_request_that_did_not_fit_once_is_tried_again(
     large = worker.ask(LONG_QUESTION)
     view = worker.ended(large)
     # Among other prompts on paged blocks it only waits for the next step.
-    attempts = {2} if worker.lifecycle.process.settings.kv_backend is KVBackend.SLOTS else {1, 2}
+    attempts = {2} if worker.process.settings.kv_backend is KVBackend.SLOTS else {1, 2}
     assert view.status == "completed"
     assert view.attempt in attempts
     assert retries(redis_client, large) == ["out_of_memory"] * (view.attempt - 1)
@@ -154,7 +154,7 @@ def test_a_request_that_never_fits_fails_alone_and_the_worker_goes_on(
     assert retries(redis_client, large) == ["out_of_memory"] * 2
     small.append(worker.ask("and afterwards?"))
     assert {(view.status, view.attempt) for view in map(worker.ended, small)} == {("completed", 1)}
-    assert worker.lifecycle.process.exit_status == 0
+    assert worker.process.exit_status == 0
 
 
 def test_decode_steps_that_did_not_fit_cost_at_most_an_attempt_each(worker: Worker, memory: Memory) -> None:
@@ -166,7 +166,7 @@ def test_decode_steps_that_did_not_fit_cost_at_most_an_attempt_each(worker: Work
     ended = [worker.ended(job_id) for job_id in [worker.ask(f"hello {number}") for number in range(6)]]
     assert {view.status for view in ended} == {"completed"}
     num_retries = sum(view.attempt - 1 for view in ended)
-    assert num_retries == (3 if worker.lifecycle.process.settings.kv_backend is KVBackend.SLOTS else 0)
+    assert num_retries == (3 if worker.process.settings.kv_backend is KVBackend.SLOTS else 0)
     assert memory.num_failures == 0
 
 
@@ -175,7 +175,7 @@ def test_media_that_do_not_fit_into_memory_are_no_bug(worker: Worker, monkeypatc
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker.lifecycle.process.pipeline._prompts, "prepare", prepare)
+        patched.setattr(worker.process.pipeline._prompts, "prepare", prepare)
         view = worker.ended(worker.ask("hello"))
     assert view.error is not None
     assert (view.attempt, view.error.code) == (3, "out_of_memory")

@@ -133,19 +133,19 @@ def worker(
 def assert_it_steps_back(worker: Worker, part: str) -> list[str]:
     """Jobs are handed in, the worker falls sick, and all wait; return them."""
     job_ids = [worker.ask(number) for number in range(NUM_JOBS)]
-    eventually(lambda: worker.lifecycle.process.circuit.reason, 90, "the worker is sick")
-    assert worker.lifecycle.process.circuit.reason.startswith(f"{part}: ")
-    report = worker.lifecycle.process.health.readiness()
+    eventually(lambda: worker.process.circuit.reason, 90, "the worker is sick")
+    assert worker.process.circuit.reason.startswith(f"{part}: ")
+    report = worker.process.health.readiness()
     assert [problem for problem in report.problems if problem.startswith(f"sick of {part}")]
-    assert worker.lifecycle.process.health.liveness().is_good
+    assert worker.process.health.liveness().is_good
     assert worker.statuses(job_ids) <= {"queued", "in_progress"}
     return job_ids
 
 
 def assert_it_is_well_again(worker: Worker, job_ids: list[str]) -> None:
     eventually(lambda: worker.statuses(job_ids) == {"completed"}, 120, "all jobs complete")
-    assert worker.lifecycle.process.circuit.reason == ""
-    assert worker.lifecycle.process.exit_status == 0
+    assert worker.process.circuit.reason == ""
+    assert worker.process.exit_status == 0
 
 
 def test_a_worker_that_cannot_start_decoders_steps_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_a_worker_that_cannot_start_decoders_steps_back(worker: Worker, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(decoders, "DecoderProcess", no_process)
-        for pid in worker.lifecycle.process.decoders.pids:
+        for pid in worker.process.decoders.pids:
             os.kill(pid, 9)
         job_ids = assert_it_steps_back(worker, "decoders")
     assert_it_is_well_again(worker, job_ids)
@@ -176,7 +176,7 @@ def test_jobs_that_do_not_fit_say_nothing_about_a_worker_that_answers_others(
     job_ids = [worker.ask(number, question="Is this long? " * 100) for number in range(NUM_JOBS)]
     eventually(lambda: worker.statuses(job_ids) == {"failed"}, 120, "each ends by its own fault")
     assert {worker.view(job_id).error.code.value for job_id in job_ids} == {"out_of_memory"}  # type: ignore[union-attr]
-    assert worker.lifecycle.process.circuit.reason == ""
+    assert worker.process.circuit.reason == ""
     assert "worker is suspect" in caplog.messages, "it was asked what it can do without a job"
     device.max_tokens = Device.max_tokens
     assert_it_is_well_again(worker, [worker.ask(0)])
