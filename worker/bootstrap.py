@@ -30,7 +30,8 @@ from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector, remove_leftovers
 from worker.media.decoder_process import DecodeLimits
 from worker.media.decoders import Decoders
-from worker.media.fetch import MediaFetcher, s3_client
+from worker.media.fetch import ObjectFetcher
+from worker.media.storage import s3_client
 from worker.media.types import PIXEL_BYTES, MediaPolicy
 from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
@@ -71,7 +72,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         settings.num_decode_processes,
         DecodeLimits(settings.decode_memory_bytes, settings.decode_image_s, settings.decode_video_s),
     )
-    fetcher = MediaFetcher(
+    fetcher = ObjectFetcher(
         s3_client(settings.s3_endpoint_url, settings.s3_region, settings.storage_timeout_s),
         policy,
         retries=settings.storage_retries,

@@ -24,8 +24,9 @@ from worker.errors import WorkerError
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
 from worker.media.decoders import Decoders
-from worker.media.fetch import MediaFetcher, s3_client
+from worker.media.fetch import ObjectFetcher
 from worker.media.sniff import MediaKind
+from worker.media.storage import s3_client
 from worker.media.types import DecodedImage, DecodedMedia, MediaPolicy
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Report:
 
 def run(cases: Sequence[Case], decoders: Decoders, storage: S3Client, storage_url: str, at_once: int = 2) -> Report:
     """Upload each case and collect it as a job would, `at_once` at a time."""
-    fetcher = MediaFetcher(s3_client(storage_url, "us-east-1", 30.0), POLICY, retries=0)
+    fetcher = ObjectFetcher(s3_client(storage_url, "us-east-1", 30.0), POLICY, retries=0)
     collector = MediaCollector(fetcher, POLICY, MediaCache(0), decoders)
 
     def handle(case: Case) -> Handled:

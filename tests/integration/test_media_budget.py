@@ -17,7 +17,8 @@ from worker.bootstrap import media_policy
 from worker.errors import MediaTooLarge
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
-from worker.media.fetch import MediaFetcher, s3_client
+from worker.media.fetch import ObjectFetcher
+from worker.media.storage import s3_client
 from worker.media.types import MediaPolicy
 from worker.settings import WorkerSettings
 
@@ -42,7 +43,7 @@ def test_a_job_over_its_pixel_budget_names_both_numbers(s3_server: S3Server, s3_
 
 
 def collected(server: S3Server, policy: MediaPolicy, parts: list[MediaPart]) -> list[object]:
-    fetcher = MediaFetcher(s3_client(server.url, "us-east-1", 5.0), policy, retries=0)
+    fetcher = ObjectFetcher(s3_client(server.url, "us-east-1", 5.0), policy, retries=0)
     collector = MediaCollector(fetcher, policy, MediaCache(0), shared_decoders())
     return list(
         collector.collect(
@@ -54,7 +55,7 @@ def collected(server: S3Server, policy: MediaPolicy, parts: list[MediaPart]) -> 
 def test_a_reservation_covers_what_is_decoded_and_no_job_is_larger_than_the_budget() -> None:
     policy = media_policy(WorkerSettings(decoded_bytes=4 << 20, max_job_pixels=10_000_000))
     assert (policy.max_job_pixels, policy.max_clip_pixels, policy.max_image_pixels) == (1 << 20,) * 3
-    fetcher = MediaFetcher(s3_client("http://127.0.0.1:1", "us-east-1", 5.0), policy, retries=0)
+    fetcher = ObjectFetcher(s3_client("http://127.0.0.1:1", "us-east-1", 5.0), policy, retries=0)
     collector = MediaCollector(fetcher, replace(policy, max_image_pixels=1000), MediaCache(0), shared_decoders())
     one, other = MediaPart(uri="s3://media/one.png"), MediaPart(uri="s3://media/other.png")
     assert collector.most_decoded_bytes([], task=TaskName.VQA, num_frames=8) == 0

@@ -27,7 +27,8 @@ from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
 from worker.errors import MediaForbidden, MediaNotFound, MediaTooLarge, MediaUnsupported, StorageUnavailable
 from worker.media.cache import MediaCache
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector
-from worker.media.fetch import MediaFetcher, s3_client
+from worker.media.fetch import ObjectFetcher
+from worker.media.storage import s3_client
 from worker.media.types import DecodedImage, MediaPolicy
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def collecting(
 ) -> Callable[..., Collected]:
     """Return what a job calls, on a worker with this cache and policy."""
     client = s3_client(storage.url, "us-east-1", TIMEOUT_S)
-    fetcher = MediaFetcher(client, policy, retries=retries, first_backoff_s=0.02)
+    fetcher = ObjectFetcher(client, policy, retries=retries, first_backoff_s=0.02)
     collector = MediaCollector(fetcher, policy, cache, shared_decoders())
 
     def collect(*parts: AnyMediaPart, num_frames: int = 8, should_stop: Callable[[], None] = go_on) -> Collected:

@@ -40,8 +40,9 @@ from worker.errors import (
     StorageUnavailable,
     WorkerError,
 )
-from worker.media.fetch import FetchedMedia, MediaFetcher, s3_client
+from worker.media.fetch import FetchedMedia, ObjectFetcher
 from worker.media.sniff import MediaFormat, MediaKind
+from worker.media.storage import s3_client
 from worker.media.types import MediaPolicy
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ def fetch(storage: FaultyStorage, tmp_path: Path) -> Callable[..., object]:
 
 
 def fetched_by(
-    fetcher: MediaFetcher, uri: str, directory: Path, should_stop: Callable[[], None] = go_on
+    fetcher: ObjectFetcher, uri: str, directory: Path, should_stop: Callable[[], None] = go_on
 ) -> FetchedMedia:
     """Both steps at once."""
     return fetcher.read(fetcher.head(uri, should_stop=should_stop), directory, should_stop=should_stop)
 
 
-def fetcher_at(url: str, policy: MediaPolicy = POLICY, retries: int = 2) -> MediaFetcher:
-    return MediaFetcher(s3_client(url, "us-east-1", TIMEOUT_S), policy, retries=retries, first_backoff_s=0.02)
+def fetcher_at(url: str, policy: MediaPolicy = POLICY, retries: int = 2) -> ObjectFetcher:
+    return ObjectFetcher(s3_client(url, "us-east-1", TIMEOUT_S), policy, retries=retries, first_backoff_s=0.02)
 
 
 def test_an_object_arrives_whole_with_its_kind_by_content(s3_client: S3Client, fetch, tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_nobody_listening_is_storage_unavailable_without_an_endpoint_in_the_mess
 def test_a_job_leaves_a_silent_socket_at_once(s3_client: S3Client, storage: FaultyStorage, tmp_path: Path) -> None:
     s3_client.put_object(Bucket="media", Key="silent.png", Body=png())
     storage.plan["GET"] = [Stall(1_000)]
-    patient = MediaFetcher(s3_client_with(storage.url, timeout_s=30), POLICY, retries=5)
+    patient = ObjectFetcher(s3_client_with(storage.url, timeout_s=30), POLICY, retries=5)
     stop_at = time.monotonic() + 0.3
 
     def should_stop() -> None:
@@ -349,7 +350,7 @@ def test_storage_that_trickles_is_a_fault_and_leaves_no_thread_behind(
 ) -> None:
     s3_client.put_object(Bucket="media", Key="trickle.png", Body=png())
     storage.plan["GET"] = [Drip(pause_s=0.05, piece_bytes=16)] * 2
-    impatient = MediaFetcher(
+    impatient = ObjectFetcher(
         s3_client_with(storage.url, timeout_s=5), POLICY, retries=1, first_backoff_s=0.02, try_s=0.6
     )
     with pytest.raises(StorageUnavailable, match=r"not read within \d+ s .tried 2 times") as failure:
@@ -361,7 +362,7 @@ def test_storage_that_trickles_is_a_fault_and_leaves_no_thread_behind(
 
 def test_a_job_is_stopped_while_it_waits_for_its_next_try(storage: FaultyStorage, tmp_path: Path) -> None:
     storage.always = Status(500)
-    slow = MediaFetcher(s3_client_with(storage.url, timeout_s=1), POLICY, retries=20, first_backoff_s=30)
+    slow = ObjectFetcher(s3_client_with(storage.url, timeout_s=1), POLICY, retries=20, first_backoff_s=30)
     stop = threading.Event()
 
     def should_stop() -> None:

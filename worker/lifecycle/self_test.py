@@ -21,7 +21,7 @@ from worker.engine.request import Ended, Finish, GenerationRequest
 from worker.errors import Component, EngineDead, GenerationFailed
 from worker.media.collect import job_directory
 from worker.media.decoders import Decoders
-from worker.media.fetch import MediaFetcher
+from worker.media.fetch import ObjectFetcher
 from worker.media.sniff import MediaKind
 from worker.media.types import DecodedImage, MediaPolicy
 from worker.prompting.prepare import PromptBuilder
@@ -66,7 +66,7 @@ PICTURE_SIZE: Final = 16
 class Proofs:
     """The proofs of one worker. `answers` asks the model about a picture for at most so many seconds."""
 
-    fetcher: MediaFetcher
+    fetcher: ObjectFetcher
     decoders: Decoders
     policy: MediaPolicy
     answers: Callable[[float], object]

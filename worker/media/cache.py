@@ -1,8 +1,8 @@
-"""Decoded media kept between jobs, so that a hundred questions about one image read and decode it once.
+"""An LRU cache of decoded media, bounded in bytes, so that many questions about one image read and decode it once.
 
-In: keys, which hold the state of the object, what is made of it and under which limits, and a way to make a medium.
-Out: media, shared between jobs: nobody changes their pixels. Bounded in bytes, least recently used goes first. Knows
-no storage: that the object is still in the state a key names is the caller's to ask, for each job anew.
+In: keys (the object's state, the kind of result and the limits) and a function that makes a medium. Out: media, which
+are shared between jobs and must not be changed. Concurrent requests for one key are made once ("single flight"). Knows
+no storage: the caller asks for the object's current state, for every job.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from worker.media.types import PIXEL_BYTES, DecodedClip, DecodedMedia, MediaPoli
 
 logger = logging.getLogger(__name__)
 
-#: How often a job that waits for another's work looks at its own cancel and deadline.
+#: How often a job that waits for another's work checks whether it was cancelled or its deadline has passed.
 POLL_S: Final = 0.1
-#: Counted for an entry beside its pixels: also a cache of tiny pictures is bounded.
+#: Counted for an entry beside its pixels, so that a cache of tiny pictures is bounded, too.
 ENTRY_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectIdentity:
-    """One state of one object: a write changes the ETag, and the version where the bucket keeps versions."""
+    """One state of one object: every write changes the ETag, and the version id in a versioned bucket."""
 
     bucket: str
     key: str
@@ -38,7 +38,9 @@ class ObjectIdentity:
 
 @dataclass(frozen=True, slots=True)
 class MediaKey:
-    """What was made of an object, and under which limits. `num_frames` is 0 for a still."""
+    """The key of a decoded medium: the object's state, what was made of it and under which limits. `num_frames` is 0
+    for a still.
+    """
 
     identity: ObjectIdentity
     kind: MediaKind
@@ -48,7 +50,7 @@ class MediaKey:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A medium that was just decoded, under the key of the object's state that was really read."""
+    """A medium that was just decoded, with the key of the object's state that was read."""
 
     key: MediaKey
     media: DecodedMedia
@@ -56,7 +58,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class MediaCacheStats:
-    """Counts since boot, and what is held now. A hit is an answer that cost no reading and no decoding."""
+    """Counts since boot, and the current size. A hit is a medium that this job neither read nor decoded."""
 
     hits: int = 0
     misses: int = 0
@@ -67,9 +69,9 @@ class MediaCacheStats:
 
 @dataclass(slots=True)
 class _Flight:
-    """One job's work that others wait for. Written by that job before `landed` is set, never after."""
+    """One job's work that others may wait for. Its job writes it before it sets `is_done`, never after."""
 
-    landed: threading.Event = field(default_factory=threading.Event)
+    is_done: threading.Event = field(default_factory=threading.Event)
     made: Made | None = None
     was_stopped: bool = False
 
@@ -91,16 +93,15 @@ class MediaCache:
             return self._snapshot()
 
     def get_or_make(
-        self, asked: tuple[MediaKey, ...], make: Callable[[], Made], *, should_stop: Callable[[], None]
+        self, keys: tuple[MediaKey, ...], make: Callable[[], Made], *, should_stop: Callable[[], None]
     ) -> DecodedMedia:
-        """Return the medium kept under one of `asked`, any of which will do, else what `make` makes.
+        """Return the medium cached under one of `keys`, any of which will do, else the one that `make` returns.
 
         Of several jobs that ask for the same first key at once, one calls `make`, on its own thread, and the others
-        wait for it. `should_stop` is the waiting job's own; what it raises passes through and disturbs nobody else.
-        If the one that works is stopped, one of those that wait takes over; if it fails (a WorkerError), or what it
-        made is of another key (the object changed), each of them calls its own `make`: nobody gets another's error,
-        and lasting faults do not queue up. Nobody waits while others wait for it, so jobs with several media cannot
-        block each other.
+        wait for it. `should_stop` is the waiting job's own; what it raises affects no other job. If the working job is
+        stopped, a waiting one takes over. If it fails (a WorkerError), or the object had changed so that the result has
+        another key, each waiting job calls its own `make`: no job gets another's error, and jobs that will all fail do
+        not fail one after the other. No job waits while others wait for it, so jobs cannot deadlock.
         """
         if self._max_bytes == 0:
             self._count("miss")
@@ -109,56 +110,56 @@ class MediaCache:
         while True:
             flight, is_ours = _Flight(), True
             with self._lock:
-                kept = self._find(asked)
-                flying = self._flights.get(asked[0])
-                if flying is not None and may_wait:
-                    flight, is_ours = flying, False
+                kept = self._lookup(keys)
+                in_flight = self._flights.get(keys[0])
+                if in_flight is not None and may_wait:
+                    flight, is_ours = in_flight, False
                 elif kept is None:
-                    self._flights.setdefault(asked[0], flight)
+                    self._flights.setdefault(keys[0], flight)
             if kept is not None:
                 self._count("hit")
                 return kept
             if is_ours:
                 self._count("miss")
-                return self._fly(flight, asked[0], make)
-            while not flight.landed.wait(POLL_S):
+                return self._make_and_share(flight, keys[0], make)
+            while not flight.is_done.wait(POLL_S):
                 should_stop()
-            if flight.made is not None and flight.made.key in asked:
+            if flight.made is not None and flight.made.key in keys:
                 self._count("hit")
                 return flight.made.media
             may_wait = flight.was_stopped
 
-    def _find(self, asked: tuple[MediaKey, ...]) -> DecodedMedia | None:
-        for key in asked:
+    def _lookup(self, keys: tuple[MediaKey, ...]) -> DecodedMedia | None:
+        for key in keys:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return self._entries[key]
         return None
 
-    def _fly(self, flight: _Flight, name: MediaKey, make: Callable[[], Made]) -> DecodedMedia:
-        """Make the medium, keep it, and let those go on who wait."""
+    def _make_and_share(self, flight: _Flight, name: MediaKey, make: Callable[[], Made]) -> DecodedMedia:
+        """Make the medium, cache it and wake the waiting jobs."""
         try:
             made = make()
         except BaseException as error:
             flight.was_stopped = not isinstance(error, WorkerError)
-            self._land(flight, name)
+            self._finish(flight, name)
             raise
         flight.made = made
-        self._land(flight, name)
+        self._finish(flight, name)
         return made.media
 
-    def _land(self, flight: _Flight, name: MediaKey) -> None:
-        """In one step for all others: the entry is there and the flight is gone."""
+    def _finish(self, flight: _Flight, name: MediaKey) -> None:
+        """Cache the result and remove the flight under one lock, so that no other job sees neither."""
         with self._lock:
             if flight.made is not None:
-                self._keep(flight.made)
+                self._insert(flight.made)
             if self._flights.get(name) is flight:
                 del self._flights[name]
-        flight.landed.set()
+        flight.is_done.set()
 
-    def _keep(self, made: Made) -> None:
+    def _insert(self, made: Made) -> None:
         num_bytes = entry_bytes(made.media)
-        if self._find((made.key,)) is not None or num_bytes > self._max_bytes:
+        if self._lookup((made.key,)) is not None or num_bytes > self._max_bytes:
             return
         while self._num_bytes + num_bytes > self._max_bytes:
             _, evicted = self._entries.popitem(last=False)
@@ -179,6 +180,6 @@ class MediaCache:
 
 
 def entry_bytes(media: DecodedMedia) -> int:
-    """Return the memory that a medium takes in the cache."""
+    """Return the bytes that a medium counts in the cache."""
     pictures = media.frames if isinstance(media, DecodedClip) else (media.pixels,)
     return ENTRY_BYTES + PIXEL_BYTES * sum(picture.width * picture.height for picture in pictures)

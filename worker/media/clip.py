@@ -1,7 +1,7 @@
-"""What a clip is, before any of it is decoded: which codec, which side up, and whether it has pictures at all.
+"""Inspects a clip before decoding: its codec and orientation, and whether it has a picture stream at all.
 
-Codecs have plain names, by the codes that containers give them; those that FFmpeg in OpenCV's wheel decodes are listed.
-`ClipFile` shows FFmpeg the file without boxes that are in its way.
+Also the names of codecs by their codes in containers, and which of them the FFmpeg in OpenCV's wheel decodes.
+`ClipFile` opens a file with some boxes hidden from FFmpeg.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _NAMES: Final = {
     "APV": "apv1",
 }
 _BY_CODE: Final = {code.strip(): name for name, codes in _NAMES.items() for code in codes.split()}
-#: A clip of one of these that brings no frame is broken; any other may be whole.
+#: A clip of one of these codecs without a decodable frame is corrupt; one of another codec may just be unsupported.
 _DECODED: Final = frozenset(
     {"H.264", "H.265", "VP8", "VP9", "VP6", "MPEG-4 Visual", "Microsoft MPEG-4", "MPEG-2", "MPEG-1", "H.263",
      "Motion JPEG", "JPEG 2000", "ProRes", "DNxHD", "CineForm", "FFV1", "HuffYUV", "Lagarith", "Ut Video", "PNG",
@@ -72,28 +72,28 @@ _DECODED: Final = frozenset(
 
 
 def plain_name(code: str) -> str:
-    """Return a codec's name; empty for a code that is not known here."""
+    """Return a codec's name; empty for an unknown code."""
     return _BY_CODE.get(code.strip().lower(), "")
 
 
 def described(code: str) -> str:
-    """Return name and code as a producer may read them."""
+    """Return a codec's name and code for an error message; unprintable characters become question marks."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in code[:32]).strip() or "no code"
     name = plain_name(code)
     return f"{name} ({shown})" if name else shown
 
 
 def is_decoded(code: str) -> bool:
-    """Whether FFmpeg in OpenCV's wheel decodes it for certain."""
+    """Whether the FFmpeg in OpenCV's wheel decodes it for certain."""
     return plain_name(code) in _DECODED
 
 
-_NOTHING: Final = b"free"  # ISO 14496-12, 8.1.2: a box that readers step over
+_FREE: Final = b"free"  # ISO 14496-12, 8.1.2: a box that readers skip
 
 
 @dataclass(frozen=True, slots=True)
 class ClipFile:
-    """`hidden`: where types of boxes stand that are to be read as free space."""
+    """A clip's file. `hidden`: offsets of the types of boxes that are to be read as free space."""
 
     path: Path
     hidden: tuple[int, ...] = ()
@@ -103,11 +103,11 @@ class ClipFile:
         return replace(self, hidden=tuple(sorted({*self.hidden, *places})))
 
     def open_hiding(self) -> io.BufferedIOBase:
-        """Open it for reading as if the hidden boxes were empty; nothing is written."""
-        return _Hiding(self.path, self.hidden)
+        """Open it for reading with the hidden boxes replaced by free space; the file does not change."""
+        return _HidingFile(self.path, self.hidden)
 
 
-class _Hiding(io.BufferedIOBase):
+class _HidingFile(io.BufferedIOBase):
     def __init__(self, path: Path, hidden: tuple[int, ...]) -> None:
         self._file = path.open("rb", buffering=0)
         self._hidden = hidden
@@ -121,16 +121,16 @@ class _Hiding(io.BufferedIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
             return self._file.seek(offset, whence)
-        except (OSError, ValueError, OverflowError):  # FFmpeg may ask for any place, and OpenCV ends with any exception
+        except (OSError, ValueError, OverflowError):  # FFmpeg may seek anywhere, and an exception would end OpenCV
             return -1
 
     def read(self, size: int | None = -1, /) -> bytes:
         start = self._file.tell()
         content = bytearray(self._file.read(-1 if size is None else size))
         for place in self._hidden:
-            first, last = max(place, start), min(place + len(_NOTHING), start + len(content))
+            first, last = max(place, start), min(place + len(_FREE), start + len(content))
             if first < last:
-                content[first - start : last - start] = _NOTHING[first - place : last - place]
+                content[first - start : last - start] = _FREE[first - place : last - place]
         return bytes(content)
 
     def close(self) -> None:
@@ -148,7 +148,9 @@ _READERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """`stream` is None where the container's tables cannot be followed. `metadata`: boxes that may be hidden too."""
+    """An inspected clip. `stream` is None where the container's tables cannot be parsed; `metadata`: boxes that may be
+    hidden too, when FFmpeg does not open the clip.
+    """
 
     file: ClipFile
     format: MediaFormat
@@ -157,16 +159,19 @@ class Clip:
 
     @property
     def is_av1(self) -> bool:
-        """Whether OpenCV's FFmpeg, which finds its frames, cannot decode them."""
+        """Whether the codec is AV1: OpenCV's FFmpeg can index such a clip and not decode it."""
         return self.stream is not None and plain_name(self.stream.codec) == AV1
 
     @property
     def undecoded(self) -> str:
-        """The codec's name when a clip without a decodable frame may be whole nevertheless; else empty."""
+        """The codec's name if OpenCV may not decode it, so that a clip without decodable frames need not be corrupt;
+            else
+        empty.
+        """
         return "" if self.stream is None or is_decoded(self.stream.codec) else described(self.stream.codec)
 
 
-def look_at(path: Path) -> Clip:
+def inspect_clip(path: Path) -> Clip:
     """Read the tables of the clip at `path`. Raises MediaUnsupported for what is no clip, has no picture stream or is
     encrypted."""
     with path.open("rb") as file:
@@ -180,18 +185,18 @@ def look_at(path: Path) -> Clip:
     if streams is None or streams.is_empty:
         return Clip(ClipFile(path), found)
     if not streams.pictures:
-        raise MediaUnsupported(f"the {found.value} video has no picture stream{_instead(streams)}")
-    # OpenCV takes the first stream that it has a decoder for, and believes to have one for AV1.
+        raise MediaUnsupported(f"the {found.value} video has no picture stream{_other_streams(streams)}")
+    # OpenCV takes the first stream that it has a decoder for, and reports to have one for AV1.
     stream = next((one for one in streams.pictures if _has_decoder(one)), streams.pictures[0])
     if stream.is_encrypted:
         raise MediaUnsupported(f"the {found.value} video is encrypted (codec {described(stream.codec)})")
-    return Clip(ClipFile(path, streams.in_the_way), found, stream, streams.metadata)
+    return Clip(ClipFile(path, streams.to_hide), found, stream, streams.metadata)
 
 
 def _has_decoder(stream: PictureStream) -> bool:
     return is_decoded(stream.codec) or plain_name(stream.codec) == AV1
 
 
-def _instead(streams: Streams) -> str:
+def _other_streams(streams: Streams) -> str:
     seen = [*(["sound"] if streams.num_sounds else []), *(["cover art"] if streams.has_cover else [])]
     return f", only {' and '.join(seen)}" if seen else ""

@@ -1,7 +1,7 @@
-"""Where a clip's frames are, read without decoding any of them.
+"""The index of a clip: the times of its frames and its key frames, read from its packets without decoding.
 
-In: a clip file. Out: the time of every frame it really holds and which of them are key frames. A container's own frame
-count is not believed: it is missing, rounded or wrong in too many files.
+In: a clip file. Out: a `ClipIndex`. The container's own frame count is not used: it is missing, rounded or wrong in
+many files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from worker.errors import MediaTooLarge
 from worker.media.clip import ClipFile
 from worker.media.types import MediaPolicy
 
-#: Frames between two looks at `should_stop`.
+#: Frames between two calls of `should_stop`.
 STOP_CHECK_FRAMES: Final = 32
 _RAW: Final = (cv2.CAP_PROP_FORMAT, -1)
 # One thread per capture: many jobs decode at once, and FFmpeg would start a thread per core for each of them.
@@ -34,7 +34,8 @@ class ClipIndex:
     start_s: the container's time of the first frame.
     key_frames: positions from which decoding can start, growing; empty when seeking is not safe.
     frame_rate: frames per second on the average; 0 when unknown.
-    is_counted: a decoded frame is known by how many came before it, not by its time; nothing is skipped then.
+    is_counted: a decoded frame's position is the number of frames before it, not found by its time; there is no
+    seeking.
     """
 
     times_s: tuple[float, ...]
@@ -59,7 +60,7 @@ class ClipIndex:
         return self.num_frames < 2 or self.times_s[-1] > 0
 
     def counted(self) -> ClipIndex:
-        """Return the index of a container that says when packets are decoded, not when their frames are shown."""
+        """Return the index for a container whose times are decoding times, not presentation times."""
         return replace(self, key_frames=(), is_counted=True)
 
     def first(self, num_frames: int) -> ClipIndex:
@@ -73,15 +74,16 @@ class ClipIndex:
         return self.key_frames[found - 1] if found else None
 
 
-def calm_opencv() -> None:
-    """Once at boot: no thread pool of OpenCV's own beside the jobs' threads, no lines on stderr about broken files."""
+def configure_opencv() -> None:
+    """Turn off OpenCV's thread pool and its messages on stderr. Called once per decoder process."""
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class HidingCapture:
-    """A capture that reads from an open file, and keeps it: OpenCV lets go of the file without holding the
-    interpreter's lock, so it must not be the last to do so. (Its classes do not bear being derived from.)"""
+    """A capture that reads from a Python file and keeps a reference to it: OpenCV drops its own without holding the
+    interpreter's lock, so it must not be the last one. (cv2.VideoCapture cannot be subclassed.)
+    """
 
     def __init__(self, source: Any, properties: Sequence[int]) -> None:
         """OpenCV's stubs name a class of C++ for `source`; the binding takes any io.BufferedIOBase."""
@@ -98,10 +100,10 @@ class HidingCapture:
 
 
 def open_capture(file: ClipFile, *, is_raw: bool = False) -> cv2.VideoCapture | HidingCapture:
-    """Open a clip with FFmpeg only; `is_raw` hands out packets instead of pictures. The caller releases it.
+    """Open a clip with FFmpeg only; `is_raw` reads packets instead of pictures. The caller releases it.
 
-    Pictures come as they are coded: whoever reads them turns them. OpenCV's other back ends are never tried: one of
-    them reads numbered picture files by a pattern in the name.
+    Pictures are not turned to their orientation. OpenCV's other back ends are never tried: one of them reads numbered
+    image files by a pattern in the name.
     """
     properties = [*_THREADS, *(_RAW if is_raw else ())]
     capture: cv2.VideoCapture | HidingCapture
@@ -109,7 +111,7 @@ def open_capture(file: ClipFile, *, is_raw: bool = False) -> cv2.VideoCapture | 
         capture = HidingCapture(file.open_hiding(), properties)
     else:
         capture = cv2.VideoCapture(str(file.path), cv2.CAP_FFMPEG, properties)
-    capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # it takes a mirrored picture for a rotated one
+    capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # OpenCV confuses mirrored with rotated
     return capture
 
 
@@ -145,7 +147,7 @@ def _check_length(num_frames: int, seconds: float, policy: MediaPolicy) -> None:
 
 
 def _build(times_ms: Sequence[float], key_times_ms: Sequence[float], claimed_rate: float) -> ClipIndex:
-    """Bring packets, which come in decoding order, into the order of showing."""
+    """Sort packets, which come in decoding order, into presentation order."""
     shown_ms = sorted(times_ms)
     num_frames = len(shown_ms)
     has_times = all(map(math.isfinite, shown_ms)) and all(early < late for early, late in pairwise(shown_ms))

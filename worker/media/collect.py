@@ -1,8 +1,8 @@
-"""All media of one job: fetched, decoded and put in the order in which the conversation names them.
+"""Fetches and decodes all media of one job, in the order of the conversation.
 
-In: the job's media parts. Out: one DecodedMedia per part. What earlier jobs made of the same state of an object comes
-from the cache; an object named twice is headed, read and decoded once. A job's files have a directory of their own;
-those that a killed worker left behind are removed at the next start.
+In: the job's media parts. Out: one DecodedMedia per part. Media that earlier jobs decoded from the same state of an
+object come from the cache; an object that is named twice is headed, read and decoded once. A job's files are in a
+directory of their own; directories that a killed worker left are removed at the next start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from api_stub.contract.job import TaskName
 from worker.errors import MediaTooLarge, MediaUnsupported, RequestError
 from worker.media.cache import Made, MediaCache, MediaKey
 from worker.media.decoders import Decoders
-from worker.media.fetch import FetchedMedia, MediaFetcher, StoredObject
+from worker.media.fetch import FetchedMedia, ObjectFetcher, StoredObject
 from worker.media.sniff import MediaKind
 from worker.media.types import PIXEL_BYTES, DecodedClip, DecodedMedia, MediaPolicy
 
@@ -31,13 +31,13 @@ _NAME = re.compile(r"visionq-media-(?P<pid>\d+)-.*")
 
 @contextmanager
 def job_directory() -> Iterator[Path]:
-    """Give a fresh directory, and remove it with all that is in it. Its name tells which process it belongs to."""
+    """Make a directory for a job's files, whose name holds this process's id; it is removed with its content."""
     with tempfile.TemporaryDirectory(prefix=f"visionq-media-{os.getpid()}-") as directory:
         yield Path(directory)
 
 
 def remove_leftovers() -> int:
-    """Remove the directories of processes that are gone; return how many there were. Call it before the first job."""
+    """Remove the directories of processes that have ended; return their number. Call it before the first job."""
     leftovers = [path for path in Path(tempfile.gettempdir()).iterdir() if _is_leftover(path)]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
@@ -55,7 +55,7 @@ def _is_leftover(path: Path) -> bool:
         return True
     except (PermissionError, OverflowError):
         return False
-    return pid == os.getpid()  # before the first job, a directory of this number is an earlier process's
+    return pid == os.getpid()  # before the first job, such a directory is of an earlier process with this id
 
 
 AnyMediaPart = ImagePart | VideoPart | MediaPart
@@ -63,7 +63,7 @@ AnyMediaPart = ImagePart | VideoPart | MediaPart
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An object as a job wants it: which kinds will do, and how many frames if it is a clip."""
+    """An object that a job needs: the kinds it may have, and the frames to sample if it is a clip."""
 
     uri: str
     kinds: tuple[MediaKind, ...]
@@ -72,7 +72,7 @@ class Wanted:
 
     @classmethod
     def of(cls, part: AnyMediaPart, task: TaskName, num_frames: int) -> Wanted:
-        """Return what a part asks for; a part of either kind takes an image, and in a video question a clip too."""
+        """Return what a part needs. A part without a kind may be an image, and in a video question a clip."""
         if isinstance(part, VideoPart):
             return cls(part.uri, (MediaKind.VIDEO,), part.num_frames or num_frames, task)
         if isinstance(part, MediaPart) and task is TaskName.VIDEO_QA:
@@ -80,11 +80,11 @@ class Wanted:
         return cls(part.uri, (MediaKind.IMAGE,), num_frames, task)
 
     def key(self, stored: StoredObject, kind: MediaKind, policy: MediaPolicy) -> MediaKey:
-        """Return the key of the object in a state and as one kind."""
+        """Return the cache key of one state of the object as one kind."""
         return MediaKey(stored.identity, kind, self.num_frames if kind is MediaKind.VIDEO else 0, policy)
 
     def check(self, kind: MediaKind) -> None:
-        """Raise MediaUnsupported where a clip stands for an image or the reverse."""
+        """Raise MediaUnsupported for a clip where an image is required, or the reverse."""
         if kind in self.kinds:
             return
         if kind is MediaKind.VIDEO:
@@ -94,8 +94,11 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A job's media in the order of its parts. `decode_s` is the part of the time that went into this job's own
-    decoding, `num_bytes` what it read from storage itself."""
+    """A job's media in the order of its parts.
+
+    decode_s: seconds that this job spent decoding, without what came from the cache.
+    num_bytes: bytes that this job read from storage.
+    """
 
     media: list[DecodedMedia]
     decode_s: float
@@ -103,21 +106,21 @@ class Collected:
 
     @property
     def num_decoded_bytes(self) -> int:
-        """Memory of the pixels, at most: a medium that is named twice counts twice."""
+        """Memory of the pixels; a medium that is named twice counts twice."""
         return PIXEL_BYTES * sum(medium.num_pixels for medium in self.media)
 
 
 class MediaCollector:
-    """Fetches and decodes for many jobs at once; holds nothing of any of them but what the cache keeps."""
+    """Fetches and decodes for many jobs at once; keeps no state of a job except in the cache."""
 
-    def __init__(self, fetcher: MediaFetcher, policy: MediaPolicy, cache: MediaCache, decoders: Decoders) -> None:
+    def __init__(self, fetcher: ObjectFetcher, policy: MediaPolicy, cache: MediaCache, decoders: Decoders) -> None:
         self._fetcher = fetcher
         self._decoders = decoders
         self._policy = policy
         self._cache = cache
 
     def most_decoded_bytes(self, parts: Sequence[AnyMediaPart], *, task: TaskName, num_frames: int) -> int:
-        """Return the memory that the pixels of `parts` may take, before anything is known of them."""
+        """Return the most bytes that the pixels of `parts` may take, before any of them is read."""
         distinct = {Wanted.of(part, task, num_frames) for part in parts}
         return PIXEL_BYTES * min(
             self._policy.max_job_pixels,
@@ -136,13 +139,13 @@ class MediaCollector:
         should_stop: Callable[[], None],
         on_progress: Callable[[int, int], None],
     ) -> Collected:
-        """Bring and decode every distinct object of `parts`, in order.
+        """Fetch and decode every distinct object of `parts`, in order.
 
-        `on_progress(done, total)` is called before each object and at the end. `should_stop` raises to give the job
-        up. Files live in a directory of the job's own, which goes when this returns.
+        `on_progress(done, total)` is called before each object and at the end. `should_stop` raises to abort. Files are
+        in a directory of the job's own, which is removed before this returns.
 
-        Raises MediaUnsupported where a clip stands for an image or the reverse, or a video question has no clip, and
-        what the fetcher and the decoders raise.
+        Raises MediaUnsupported for a clip where an image is required, or the reverse, and for a video question without
+        a clip; and what the fetcher and the decoders raise.
         """
         wanted = [Wanted.of(part, task, num_frames) for part in parts]
         uris = list(dict.fromkeys(part.uri for part in parts))
@@ -180,8 +183,8 @@ class MediaCollector:
             )
 
     def _one(self, wanted: Wanted, stored: StoredObject, work: _Work) -> DecodedMedia:
-        asked = tuple(wanted.key(stored, kind, self._policy) for kind in wanted.kinds)
-        return self._cache.get_or_make(asked, lambda: work.make(wanted, stored), should_stop=work.should_stop)
+        keys = tuple(wanted.key(stored, kind, self._policy) for kind in wanted.kinds)
+        return self._cache.get_or_make(keys, lambda: work.make(wanted, stored), should_stop=work.should_stop)
 
 
 def media_parts(turns: Sequence[Turn]) -> list[AnyMediaPart]:
@@ -191,9 +194,9 @@ def media_parts(turns: Sequence[Turn]) -> list[AnyMediaPart]:
 
 @dataclass(slots=True)
 class _Work:
-    """What one job reads and decodes itself: its files, by URI, and the seconds it spent decoding them."""
+    """The files that one job has read, by URI, and the seconds that it spent decoding."""
 
-    fetcher: MediaFetcher
+    fetcher: ObjectFetcher
     decoders: Decoders
     policy: MediaPolicy
     directory: Path
@@ -218,4 +221,4 @@ class _Work:
                 fetched.path, fetched.kind, wanted.num_frames, self.policy, should_stop=self.should_stop
             )
         except RequestError as error:
-            raise type(error)(f"{wanted.uri}: {error}") from error  # decoders see a file, the producer knows a URI
+            raise type(error)(f"{wanted.uri}: {error}") from error  # decoders know the file only

@@ -1,4 +1,4 @@
-"""The streams of other containers than MP4: AVI (Microsoft's RIFF reference), Matroska and WebM (RFC 9559, 8794)."""
+"""The streams of clips in AVI (Microsoft's RIFF reference), Matroska and WebM (RFC 9559, RFC 8794)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.media.streams import Part, PictureStream, Streams, Tables, Unreadabl
 
 
 def read_avi(tables: Tables) -> Streams | None:
-    """Return the streams that the header lists; the format knows no orientation."""
+    """Return the streams in an AVI's header; the format has no orientation."""
     pictures, num_sounds, num_others = [], 0, 0
     header = next((one for one in _chunks(tables, 12, tables.num_bytes) if one.kind == b"LISThdrl"), None)
     if header is None:
@@ -54,7 +54,7 @@ _FOUR_LETTERS: Final = "V_MS/VFW/FOURCC"
 
 
 def read_matroska(tables: Tables) -> Streams | None:
-    """Return the streams of the first segment; None when its tracks stand behind its pictures."""
+    """Return the streams of the first segment; None when its tracks come after its first cluster."""
     segment = next((one for one in _elements(tables, 0, tables.num_bytes) if one.kind == _SEGMENT), None)
     if segment is None:
         return None
@@ -72,7 +72,7 @@ def read_matroska(tables: Tables) -> Streams | None:
         if part.kind != _TRACK:
             continue
         track = {one.kind: one for one in _elements(tables, part.start, part.end)}
-        if _KIND not in track:  # hidden behind what cannot be followed
+        if _KIND not in track:  # it may follow an invalid element
             raise Unreadable
         kind = _number(tables, track[_KIND])
         num_sounds += kind == _SOUND
@@ -85,7 +85,7 @@ def read_matroska(tables: Tables) -> Streams | None:
 
 
 def _elements(tables: Tables, start: int, end: int) -> Iterator[Part]:
-    """Yield elements up to what is none; one of unknown size reaches to the end of what it is in.
+    """Yield EBML elements up to the first invalid one; one of unknown size reaches to the end of its parent.
 
     Raises Unreadable when there are too many.
     """
@@ -105,7 +105,7 @@ def _elements(tables: Tables, start: int, end: int) -> Iterator[Part]:
 
 
 def _codec(tables: Tables, track: dict[bytes, Part]) -> str:
-    """Return the codec's name, or of Microsoft's codecs the four letters."""
+    """Return the codec's id, or for Microsoft's codecs its FourCC."""
     name = tables.content(track[_CODEC])[:64].rstrip(b"\x00").decode("latin-1") if _CODEC in track else ""
     if name == _FOUR_LETTERS and _PRIVATE in track:
         return tables.content(track[_PRIVATE])[16:20].decode("latin-1")
@@ -113,7 +113,9 @@ def _codec(tables: Tables, track: dict[bytes, Part]) -> str:
 
 
 def _orientation(tables: Tables, track: dict[bytes, Part]) -> int:
-    """Return the pose of a flat picture: turned counter-clockwise by its roll, and mirrored when seen from behind."""
+    """Return the orientation of a rectangular projection: rotated counter-clockwise by its roll, mirrored by a yaw of
+    180°.
+    """
     video = track.get(_VIDEO)
     parts = {one.kind: one for one in _elements(tables, video.start, video.end)} if video else {}
     projection = parts.get(_PROJECTION)
@@ -137,7 +139,7 @@ def _is_encrypted(tables: Tables, track: dict[bytes, Part]) -> bool:
 
 
 def _number(tables: Tables, part: Part | None) -> int:
-    """An unsigned number; 0, which is the default of all that are read here, when it is not there."""
+    """Return an unsigned number; 0, the default of all elements read here, when it is absent."""
     return int.from_bytes(tables.content(part)[:8], "big") if part else 0
 
 

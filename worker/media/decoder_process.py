@@ -1,7 +1,7 @@
-"""One decoder process, seen from the worker: start it, give it a task, take its pictures, know how it died.
+"""One decoder process, seen from the worker: start it, send it tasks, receive pictures, interpret its exit status.
 
-In: tasks. Out: decoded media or the worker's errors. What comes back is checked against the task's own limits before
-a byte of memory is set aside for it.
+In: tasks. Out: decoded media or the worker's errors. Replies are checked against the task's limits before any memory is
+allocated for them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from worker.media.decoder_protocol import (
     MAX_MESSAGE_BYTES,
     PIXEL_BYTES,
     PREFIX,
-    Again,
     Broken,
     Decoded,
     DecodeTask,
-    OutOfRoom,
-    Picture,
+    MemoryExhausted,
+    PictureHeader,
     Ready,
     Refused,
     Reply,
-    packed,
+    Restarted,
+    encode,
     read_reply,
 )
 from worker.media.sandbox import Confinement
@@ -45,7 +45,7 @@ from worker.media.types import DecodedClip, DecodedImage, DecodedMedia, MediaPol
 
 logger = logging.getLogger(__name__)
 
-#: How long a decoder may load before it counts as broken, also on a machine that has other things to do.
+#: How long a decoder may take to load before it counts as broken; generous, for a busy machine.
 START_S: Final = 60.0
 POLL_S: Final = 0.1
 REAP_S: Final = 10.0
@@ -57,7 +57,7 @@ _REFUSALS: Final[dict[str, type[RequestError]]] = {
 
 
 class DecoderCrashed(Exception):
-    """Raised when a decoder died over a task, or said what no decoder says. `signal_name` is empty for the latter."""
+    """Raised when a decoder died during a task, or sent an invalid reply (then `signal_name` is empty)."""
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)
@@ -65,7 +65,7 @@ class DecoderCrashed(Exception):
 
 
 class DecoderBroken(Exception):
-    """Raised when the decoder's own program fails: it does not start, or has a defect."""
+    """Raised when the decoder's own program fails: it does not start, or has a bug."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,13 @@ class DecodeLimits:
 
 
 class DecoderProcess:
-    """A child process that decodes one task at a time. For one thread at a time; not usable after any raise but
-    `RequestError`, see `is_usable`."""
+    """A child process that decodes one task at a time. For one thread at a time.
+
+    is_usable: whether it may get another task; False after any exception but a RequestError.
+    """
 
     def __init__(self, limits: DecodeLimits, environment: dict[str, str]) -> None:
-        """Start it, without waiting for it to load. It ends with the thread that calls this."""
+        """Start it, without waiting for it to load. Linux ends it with the thread that calls this."""
         confinement = Confinement(parent=os.getpid(), memory_bytes=limits.memory_bytes)
         self._limits = limits
         self._process = subprocess.Popen(
@@ -100,11 +102,11 @@ class DecoderProcess:
         assert self._process.stdout is not None
         self._tasks, self._replies = self._process.stdin, self._process.stdout
         os.set_blocking(self._replies.fileno(), False)
-        with suppress(OSError):  # an unprivileged user's pipes may be small, which is slower and right
+        with suppress(OSError):  # an unprivileged user's pipes may be limited; small ones are slower only
             fcntl.fcntl(self._replies, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._started_at = time.monotonic()
         self._is_ready = False
-        self._is_cramped = False  # memory ran out once: what is left may lie in pieces
+        self._ran_out_of_memory = False  # then its address space may be fragmented, and it gets no further task
         self.num_tasks = 0
         self.is_usable = True
 
@@ -123,42 +125,42 @@ class DecoderProcess:
         if self._is_ready:
             return
         self.is_usable = False
-        watch = _Watch(self._started_at + START_S, should_stop)
+        limits = _Limits(self._started_at + START_S, should_stop)
         try:
-            self._is_ready = isinstance(self._reply(watch), Ready)
+            self._is_ready = isinstance(self._reply(limits), Ready)
         except (DecoderCrashed, TimeoutError) as error:
             raise DecoderBroken(f"a decoder process did not start ({error or 'too slow'})") from error
         if not self._is_ready:
-            raise DecoderBroken("a decoder process did not start (it speaks another version)")
+            raise DecoderBroken("a decoder process did not start (unexpected first message)")
         self.is_usable = True
 
     def decode(self, task: DecodeTask, should_stop: Callable[[], None]) -> DecodedMedia:
-        """Decode a file. `should_stop` raises to give the job up; it is called at least every `POLL_S`.
+        """Decode a file. `should_stop` raises to abort; it is called at least every `POLL_S`.
 
         Raises the RequestErrors of the decoders, MediaTooLarge when time or memory run out, DecoderOutOfMemory when the
         system ended the decoder, DecoderCrashed, DecoderBroken.
         """
         self.num_tasks += 1
         self.is_usable = False
-        watch = _Watch(time.monotonic() + task.limit_s, should_stop)
+        limits = _Limits(time.monotonic() + task.limit_s, should_stop)
         try:
-            self._hand_over(task)
-            media = self._take(task, watch)
+            self._send(task)
+            media = self._receive(task, limits)
         except TimeoutError as error:
             logger.warning("a decoder took too long", extra={"action": "decoder_timeout", "limit_s": task.limit_s})
             raise MediaTooLarge(f"decoding takes longer than {task.limit_s:g} s, which is the limit") from error
         except RequestError:
-            self.is_usable = not self._is_cramped
+            self.is_usable = not self._ran_out_of_memory
             raise
         self.is_usable = True
         return media
 
     def kill(self) -> None:
-        """End it, whatever it does, from any thread; the thread that uses it still has to close it."""
+        """Kill it, from any thread; the thread that uses it still has to close it."""
         self._process.kill()
 
     def close(self) -> None:
-        """End it and let go of its pipes; returns when it is gone."""
+        """Kill it, close its pipes and wait until it has ended."""
         self.is_usable = False
         self.kill()
         for pipe in (self._tasks, self._replies):
@@ -166,78 +168,78 @@ class DecoderProcess:
                 pipe.close()
         self._process.wait(REAP_S)
 
-    def _hand_over(self, task: DecodeTask) -> None:
+    def _send(self, task: DecodeTask) -> None:
         try:
-            self._tasks.write(packed(task))
+            self._tasks.write(encode(task))
         except BrokenPipeError as error:
-            death = self._death()
-            if isinstance(death, TimeoutError):  # it was another file's time
-                death = DecoderCrashed(signal.SIGXCPU.name)
-            raise death from error
+            exit_error = self._exit_error()
+            if isinstance(exit_error, TimeoutError):  # the CPU time of an earlier task ran out
+                exit_error = DecoderCrashed(signal.SIGXCPU.name)
+            raise exit_error from error
 
-    def _take(self, task: DecodeTask, watch: _Watch) -> DecodedMedia:
-        """Take replies until the task has its ending."""
+    def _receive(self, task: DecodeTask, limits: _Limits) -> DecodedMedia:
+        """Receive replies up to the task's final one."""
         pictures: list[Image.Image] = []
-        budget = _Budget(task)
+        quota = _Quota(task)
         while True:
-            match self._reply(watch):
-                case Picture() as header:
-                    budget.take(header)
-                    pictures.append(self._picture(header, watch))
-                case Again():
-                    watch.heed_time()  # there is no end to what may come after
+            match self._reply(limits):
+                case PictureHeader() as header:
+                    quota.charge(header)
+                    pictures.append(self._picture(header, limits))
+                case Restarted():
+                    limits.check_time()  # a hostile decoder may restart for ever
                     pictures.clear()
-                    budget = _Budget(task, budget.num_passes + 1)
-                case Decoded() as ending:
-                    return _media(task, tuple(pictures), ending)
+                    quota = _Quota(task, quota.num_passes + 1)
+                case Decoded() as decoded:
+                    return _media(task, tuple(pictures), decoded)
                 case Refused() as refused if refused.code in _REFUSALS:
-                    raise _REFUSALS[refused.code](refused.words)
-                case OutOfRoom():
-                    self._is_cramped = True
+                    raise _REFUSALS[refused.code](refused.message)
+                case MemoryExhausted():
+                    self._ran_out_of_memory = True
                     raise MediaTooLarge(
                         f"decoding needs more than {self._limits.memory_bytes} bytes of memory, which is the limit"
                     )
                 case Broken() as broken:
-                    raise DecoderBroken(broken.words)
+                    raise DecoderBroken(broken.message)
                 case _:
                     raise DecoderCrashed("")
 
-    def _picture(self, header: Picture, watch: _Watch) -> Image.Image:
-        pixels = self._read(header.width * header.height * PIXEL_BYTES, watch)
+    def _picture(self, header: PictureHeader, limits: _Limits) -> Image.Image:
+        pixels = self._read(header.width * header.height * PIXEL_BYTES, limits)
         return Image.frombuffer("RGB", (header.width, header.height), pixels, "raw", "RGB", 0, 1)
 
-    def _reply(self, watch: _Watch) -> Reply:
-        (num_bytes,) = PREFIX.unpack(self._read(PREFIX.size, watch))
+    def _reply(self, limits: _Limits) -> Reply:
+        (num_bytes,) = PREFIX.unpack(self._read(PREFIX.size, limits))
         if num_bytes > MAX_MESSAGE_BYTES:
             raise DecoderCrashed("")
         try:
-            return read_reply(bytes(self._read(num_bytes, watch)))
+            return read_reply(bytes(self._read(num_bytes, limits)))
         except ValueError as error:
             raise DecoderCrashed("") from error
 
-    def _read(self, num_bytes: int, watch: _Watch) -> bytearray:
+    def _read(self, num_bytes: int, limits: _Limits) -> bytearray:
         content = bytearray(num_bytes)
         left = memoryview(content)
         poll = select.poll()  # select() knows no descriptors above 1023
         poll.register(self._replies, select.POLLIN)
         while left:
-            watch.heed_stop()
+            limits.check_stop()
             if not poll.poll(0):
-                # What has come counts, however late we look.
-                watch.heed_time()
+                # The time counts only while there is nothing to read: this thread may be late itself.
+                limits.check_time()
                 poll.poll(POLL_S * 1000)
                 continue
             num_read = os.readv(self._replies.fileno(), [left])
             if num_read == 0:
-                raise self._death()
+                raise self._exit_error()
             left = left[num_read:]
         return content
 
-    def _death(self) -> Exception:
-        """Return what its end means: for this file, or for the machine."""
+    def _exit_error(self) -> Exception:
+        """Return the exception for its exit status."""
         try:
             status = self._process.wait(REAP_S)
-        except subprocess.TimeoutExpired:  # it closed its pipes and lives on
+        except subprocess.TimeoutExpired:  # it closed its pipes and is still running
             return DecoderCrashed("")
         if status == -signal.SIGXCPU:
             return TimeoutError()
@@ -247,22 +249,22 @@ class DecoderProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
-    """Until when to wait, and whether at all."""
+class _Limits:
+    """The deadline of a wait, and the job's own reason to stop."""
 
     until: float
     should_stop: Callable[[], None]
 
-    def heed_stop(self) -> None:
+    def check_stop(self) -> None:
         self.should_stop()
 
-    def heed_time(self) -> None:
+    def check_time(self) -> None:
         if time.monotonic() > self.until:
             raise TimeoutError
 
 
-class _Budget:
-    """The pictures that a task may yet bring. A decoder keeps to it by itself, unless it is no longer itself."""
+class _Quota:
+    """The pictures and pixels that a task may still return. Only a decoder that was taken over exceeds it."""
 
     def __init__(self, task: DecodeTask, num_passes: int = 1) -> None:
         self.num_passes = num_passes
@@ -270,7 +272,7 @@ class _Budget:
         self._num_pictures = 1 if is_image else task.num_frames
         self._num_pixels = _max_pixels(task.policy, is_image=is_image)
 
-    def take(self, picture: Picture) -> None:
+    def charge(self, picture: PictureHeader) -> None:
         self._num_pictures -= 1
         self._num_pixels -= picture.width * picture.height
         if self._num_pictures < 0 or self._num_pixels < 0:
@@ -281,9 +283,9 @@ def _max_pixels(policy: MediaPolicy, *, is_image: bool) -> int:
     return policy.max_image_pixels if is_image else policy.max_clip_pixels
 
 
-def _media(task: DecodeTask, pictures: tuple[Image.Image, ...], ending: Decoded) -> DecodedMedia:
+def _media(task: DecodeTask, pictures: tuple[Image.Image, ...], decoded: Decoded) -> DecodedMedia:
     if task.kind is MediaKind.IMAGE and len(pictures) == 1:
         return DecodedImage(pictures[0])
-    if task.kind is MediaKind.VIDEO and 0 < len(pictures) == len(ending.timestamps_s):
-        return DecodedClip(pictures, ending.timestamps_s, ending.duration_s, ending.fps)
+    if task.kind is MediaKind.VIDEO and 0 < len(pictures) == len(decoded.timestamps_s):
+        return DecodedClip(pictures, decoded.timestamps_s, decoded.duration_s, decoded.fps)
     raise DecoderCrashed("")

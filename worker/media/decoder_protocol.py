@@ -1,7 +1,8 @@
-"""What a worker and its decoder processes say to each other: length-prefixed JSON, and pixels as plain bytes.
+"""The protocol between a worker and its decoder processes: length-prefixed JSON messages, and pixels as raw bytes.
 
-A task goes down. Up come a `Ready` once, then for each task pictures, each followed by its pixels, and one ending.
-The worker believes none of it unchecked: whatever took over a decoder can only ever say one of these.
+The worker sends tasks. A decoder sends `Ready` once, then for each task headers of pictures, each followed by its
+pixels, and one final reply. The worker validates every message, because a decoder may have been taken over by what it
+decodes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from worker.media.sniff import MediaKind
 from worker.media.types import MediaPolicy
 
 PREFIX: Final = struct.Struct("<I")
-#: Longer than the times of as many frames as a job may ask for.
+#: More than the timestamps of the most frames that a job may ask for.
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
-#: Red, green, blue.
+#: RGB.
 PIXEL_BYTES: Final = 3
-MAX_WORDS: Final = 500
+MAX_MESSAGE_CHARS: Final = 500
 
 
 class _Message(BaseModel):
@@ -39,12 +40,12 @@ class DecodeTask(_Message):
 
 
 class Ready(_Message):
-    """The decoder has loaded everything and given up what it does not need."""
+    """The decoder has loaded everything and entered its sandbox."""
 
     type: Literal["ready"] = "ready"
 
 
-class Picture(_Message):
+class PictureHeader(_Message):
     """The next picture; width × height × `PIXEL_BYTES` bytes follow, rows from the top."""
 
     type: Literal["picture"] = "picture"
@@ -52,10 +53,10 @@ class Picture(_Message):
     height: int = Field(ge=1)
 
 
-class Again(_Message):
-    """The clip turned out shorter than its index: forget the pictures so far."""
+class Restarted(_Message):
+    """The clip turned out shorter than its index: its pictures so far are void and are sent again."""
 
-    type: Literal["again"] = "again"
+    type: Literal["restarted"] = "restarted"
 
 
 class Decoded(_Message):
@@ -68,32 +69,34 @@ class Decoded(_Message):
 
 
 class Refused(_Message):
-    """The file is not decoded, and why, as the producer may read it."""
+    """The file cannot be decoded; code and message are the producer's."""
 
     type: Literal["refused"] = "refused"
     code: ErrorCode
-    words: str = Field(max_length=MAX_WORDS)
+    message: str = Field(max_length=MAX_MESSAGE_CHARS)
 
 
-class OutOfRoom(_Message):
-    """Decoding needs more memory than the decoder may have."""
+class MemoryExhausted(_Message):
+    """Decoding needs more memory than the decoder may use."""
 
-    type: Literal["out_of_room"] = "out_of_room"
+    type: Literal["memory_exhausted"] = "memory_exhausted"
 
 
 class Broken(_Message):
-    """The decoder's own code failed; a defect of ours, not of the file."""
+    """The decoder's own code failed: a bug, not a fault of the file."""
 
     type: Literal["broken"] = "broken"
-    words: str = Field(max_length=MAX_WORDS)
+    message: str = Field(max_length=MAX_MESSAGE_CHARS)
 
 
-Reply = Annotated[Ready | Picture | Again | Decoded | Refused | OutOfRoom | Broken, Field(discriminator="type")]
+Reply = Annotated[
+    Ready | PictureHeader | Restarted | Decoded | Refused | MemoryExhausted | Broken, Field(discriminator="type")
+]
 _REPLY: Final[TypeAdapter[Reply]] = TypeAdapter(Reply)
 
 
-def packed(message: _Message) -> bytes:
-    """Return a message as it travels."""
+def encode(message: _Message) -> bytes:
+    """Return a message as bytes, with its length prefix."""
     body = message.model_dump_json().encode()
     return PREFIX.pack(len(body)) + body
 
@@ -104,5 +107,5 @@ def read_task(body: bytes) -> DecodeTask:
 
 
 def read_reply(body: bytes) -> Reply:
-    """Parse a reply without its prefix. Raises ValueError for anything that is none."""
+    """Parse a reply without its prefix. Raises ValueError for anything else."""
     return _REPLY.validate_json(body)

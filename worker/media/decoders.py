@@ -1,7 +1,7 @@
-"""The processes that decode for a worker: as many as it may have, started when needed, replaced when they die.
+"""The pool of a worker's decoder processes: bounded in number, started when needed, replaced when they die.
 
-In: a file and what it is. Out: a decoded medium, or an error with a code. No crash, loop or memory hunger of a codec
-reaches the process that holds the model.
+In: a file and its kind. Out: a decoded medium, or an error with a code. A crash, an endless loop or excessive memory
+use of a codec does not affect the process that holds the model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from worker.media.types import DecodedMedia, MediaPolicy
 
 logger = logging.getLogger(__name__)
 
-#: A decoder is replaced after so many files: whatever its codecs leak stays small.
+#: A decoder is replaced after this many files, which bounds what its codecs leak.
 MAX_TASKS: Final = 500
-#: All of the worker's environment that a decoder gets: no credential, no address.
+#: The variables that a decoder inherits: no credentials, no addresses.
 _INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
-#: OpenCV reads FFmpeg's options from nowhere else. A second wall behind `sniff`: FFmpeg itself would follow playlists
-#: and concat lists. It also keeps FFmpeg off stderr.
+#: FFmpeg's options, which OpenCV reads from the environment only. A second defence after `sniff`: FFmpeg itself would
+#: open playlists and concat lists. Also silences FFmpeg on stderr.
 FFMPEG_ENVIRONMENT: Final = {
     "OPENCV_FFMPEG_CAPTURE_OPTIONS": (
         "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
@@ -49,12 +49,12 @@ class Decoders:
 
     def __init__(self, num_processes: int, limits: DecodeLimits) -> None:
         self._limits = limits
-        self._slots = threading.Semaphore(num_processes)
+        self._permits = threading.Semaphore(num_processes)
         self._lock = threading.Lock()
-        self._idle: list[DecoderProcess] = []  # the one used last is warm in the processor's caches
+        self._idle: list[DecoderProcess] = []  # the one used last is taken first: its caches are warm
         self._busy: set[DecoderProcess] = set()
         self._is_closed = False
-        # Linux ends a decoder with the thread that started it, so that thread must live as long as the worker.
+        # Linux ends a decoder with the thread that started it, so this thread lives as long as the worker.
         self._starter = ThreadPoolExecutor(1, "decoder-starter")
 
     def start(self) -> None:
@@ -64,8 +64,8 @@ class Decoders:
     def wait_ready(self) -> None:
         """Wait until a decoder has loaded. Raises CannotStart when none can."""
         try:
-            with self._lent(_go_on, fresh=False) as decoder:
-                decoder.wait_ready(_go_on)
+            with self._borrow(_never_stop, fresh=False) as decoder:
+                decoder.wait_ready(_never_stop)
         except (DecoderBroken, DecoderOutOfMemory) as error:
             raise CannotStart(f"media cannot be decoded: {error}") from error
 
@@ -80,8 +80,7 @@ class Decoders:
     ) -> DecodedMedia:
         """Decode the file at `path`; `num_frames` counts for clips.
 
-        Waits for a free decoder as long as it takes. `should_stop` raises to give the job up; it is called at least
-        every 0.1 s.
+        Waits for a free decoder without a limit. `should_stop` is called at least every `POLL_S` and raises to abort.
 
         Raises MediaUnsupported, MediaTooLarge (also for time and memory), MediaCorrupt (also for a file that crashes
         a decoder), DecoderOutOfMemory, DecoderFailed.
@@ -96,7 +95,7 @@ class Decoders:
         try:
             return self._decode(task, should_stop)
         except DecoderCrashed:
-            pass  # an earlier file may have left the decoder ill: only a crash of a fresh one is this file's own
+            pass  # an earlier file may have corrupted the decoder: only a crash of a fresh one is this file's fault
         except DecoderBroken as error:
             raise _failed(error) from error
         try:
@@ -107,7 +106,7 @@ class Decoders:
             raise _failed(error) from error
 
     def close(self) -> None:
-        """End all decoders; jobs that still decode lose theirs."""
+        """End all decoders, also those that are decoding."""
         with self._lock:
             self._is_closed = True
             idle, self._idle, busy = self._idle, [], list(self._busy)
@@ -119,12 +118,12 @@ class Decoders:
 
     @property
     def pids(self) -> list[int]:
-        """The processes that live now."""
+        """The ids of the processes that run now."""
         with self._lock:
             return [decoder.pid for decoder in (*self._idle, *self._busy)]
 
     def _decode(self, task: DecodeTask, should_stop: Callable[[], None], *, fresh: bool = False) -> DecodedMedia:
-        with self._lent(should_stop, fresh=fresh) as decoder:
+        with self._borrow(should_stop, fresh=fresh) as decoder:
             decoder.wait_ready(should_stop)
             try:
                 return decoder.decode(task, should_stop)
@@ -134,8 +133,8 @@ class Decoders:
                 raise
 
     @contextmanager
-    def _lent(self, should_stop: Callable[[], None], *, fresh: bool) -> Iterator[DecoderProcess]:
-        while not self._slots.acquire(timeout=POLL_S):
+    def _borrow(self, should_stop: Callable[[], None], *, fresh: bool) -> Iterator[DecoderProcess]:
+        while not self._permits.acquire(timeout=POLL_S):
             should_stop()
         try:
             decoder = self._fresh() if fresh else self._any()
@@ -144,10 +143,10 @@ class Decoders:
             finally:
                 self._put_back(decoder)
         finally:
-            self._slots.release()
+            self._permits.release()
 
     def _any(self) -> DecoderProcess:
-        while (decoder := self._idle_one()) is not None:
+        while (decoder := self._pop_idle()) is not None:
             if decoder.is_alive:
                 with self._lock:
                     self._busy.add(decoder)
@@ -156,11 +155,11 @@ class Decoders:
         return self._new()
 
     def _fresh(self) -> DecoderProcess:
-        if (replaced := self._idle_one()) is not None:
+        if (replaced := self._pop_idle()) is not None:
             replaced.close()
         return self._new()
 
-    def _idle_one(self) -> DecoderProcess | None:
+    def _pop_idle(self) -> DecoderProcess | None:
         with self._lock:
             return self._idle.pop() if self._idle else None
 
@@ -188,10 +187,10 @@ class Decoders:
 
 
 def _failed(error: DecoderBroken) -> DecoderFailed:
-    """Its words are for the operator: they may hold what the file holds."""
+    """Log the decoder's message, which may quote the file, and return an error without it."""
     logger.error("a decoder's program failed", extra={"action": "decoder_broken", "error": str(error)})
     return DecoderFailed("the decoder's own program failed; the worker's log has the details")
 
 
-def _go_on() -> None:
-    """Nobody gives up at boot."""
+def _never_stop() -> None:
+    """At boot there is no job to abort."""

@@ -1,7 +1,7 @@
-"""Read one object from S3 into a file: allow-listed buckets only, sizes capped, faults retried.
+"""Reads one object from S3 into a file: from allow-listed buckets only, with size limits and retries.
 
-In: a media URI. Out, in two steps: which state of the object storage has, and a file in a directory of the caller's
-with what its first bytes say it is. The name of the file never comes from the key. Decoding is not done here.
+In: a media URI. Out, in two steps: the object's current state, then a file in the caller's directory with the format
+that its first bytes show. The file's name is never derived from the key. Does not decode.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from worker.errors import (
 from worker.media.cache import ObjectIdentity
 from worker.media.sniff import HEAD_BYTES, MediaFormat, MediaKind, sniff
 from worker.media.storage import STORAGE_ERRORS, Refusals, is_passing, version_of
-from worker.media.storage import s3_client as s3_client
 from worker.media.types import MediaPolicy
 
 if TYPE_CHECKING:
@@ -43,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Sizes of one read: small while storage trickles, so that an abandoned read ends soon; large while it flows.
+#: Sizes of one read: small while storage is slow, so that an abandoned read ends soon; large while it is fast.
 MIN_READ_BYTES, MAX_READ_BYTES = 512, 1024 * 1024
 FAST_READ_S, SLOW_READ_S = 0.05, 0.5
-#: A try may take this long plus its bytes at this rate; slower than that counts as a fault of storage.
+#: A try may take this long plus the object's size at this rate; then it counts as failed.
 TRY_S = 30.0
 SLOWEST_BYTES_PER_S = 64 * 1024
 POLL_S = 0.1
@@ -56,7 +55,7 @@ MAX_BACKOFF_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """One state of an object, as storage told it. `media` is the reference by which a job named it."""
+    """One state of an object, as storage reported it. `media` is the reference in the job."""
 
     media: S3Object
     num_bytes: int
@@ -65,13 +64,13 @@ class StoredObject:
 
     @property
     def identity(self) -> ObjectIdentity:
-        """What tells this state from every other state of every object."""
+        """The identity of this state for the cache."""
         return ObjectIdentity(self.media.bucket, self.media.key, self.version_id, self.etag)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchedMedia:
-    """An object on disk. The file belongs to the caller's directory and goes with it."""
+    """An object on disk, in the caller's directory."""
 
     path: Path
     format: MediaFormat
@@ -79,20 +78,20 @@ class FetchedMedia:
 
     @property
     def kind(self) -> MediaKind:
-        """Image or clip, by the object's own bytes."""
+        """Image or clip, by the object's first bytes."""
         return self.format.kind
 
 
-class _Passing(Exception):
-    """Raised when a try failed in a way that the next one may not; carries what to say if none succeeds."""
+class _TransientFault(Exception):
+    """Raised when a try failed and the next one may succeed. `final` is the error if none does."""
 
     def __init__(self, final: WorkerError) -> None:
         super().__init__(str(final))
         self.final = final
 
 
-class MediaFetcher:
-    """Fetches media for many jobs at once; holds no state of any of them."""
+class ObjectFetcher:
+    """Fetches media for many jobs at once; keeps no state of a job. Any thread."""
 
     def __init__(
         self,
@@ -113,21 +112,23 @@ class MediaFetcher:
     def head(self, uri: str, *, should_stop: Callable[[], None]) -> StoredObject:
         """Ask for the state of the object at `uri` without reading it.
 
-        `should_stop` raises to give the job up (cancel, deadline, lost lease); it is called on the calling thread at
-        least every `POLL_S`, also while storage is silent, and what it raises passes through. Passing faults are
-        retried up to `retries` times with exponential backoff and jitter.
+        `should_stop` raises to abort (cancel, deadline, lost lease); it is called on the calling thread at least every
+        `POLL_S`, also while storage does not answer. Transient faults are retried up to `retries` times, with
+        exponential backoff and jitter.
 
         Raises InvalidRequest, MediaForbidden (before any network for a foreign bucket), MediaNotFound, MediaTooLarge,
         MediaCorrupt (no bytes), StorageUnavailable.
         """
         media = self._allowed(uri)
-        return self._retrying(lambda _: self._aside(media, 0, lambda _: self._head(media), should_stop), should_stop)
+        return self._retrying(
+            lambda _: self._on_own_thread(media, 0, lambda _: self._head(media), should_stop), should_stop
+        )
 
     def read(self, stored: StoredObject, directory: Path, *, should_stop: Callable[[], None]) -> FetchedMedia:
-        """Read an object in the state that `head` told into a new file in `directory`, which must exist.
+        """Read an object in the state that `head` returned into a new file in `directory`, which must exist.
 
-        Exactly that state is asked for (If-Match). Each retry heads the object anew, so what is returned is of a later
-        state when the object changed meanwhile: `FetchedMedia.stored` is what was really read.
+        The request has an If-Match for that state. Each retry heads the object again, so that a later state is read if
+        the object changed meanwhile: `FetchedMedia.stored` is the state that was read.
 
         Stops and raises as `head`, and MediaUnsupported (first bytes of no known format).
         """
@@ -141,7 +142,7 @@ class MediaFetcher:
                     return self._download(state, sink, Path(name), abandoned)
 
             try:
-                return self._aside(stored.media, stored.num_bytes, download, should_stop)
+                return self._on_own_thread(stored.media, stored.num_bytes, download, should_stop)
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
@@ -149,7 +150,7 @@ class MediaFetcher:
         return self._retrying(one_try, should_stop)
 
     def is_served(self) -> bool:
-        """Tell whether storage serves this worker, as far as that can be found out without a job."""
+        """Return whether storage serves this worker from all its buckets, as far as can be tested without a job."""
         return all(self._refusals.is_served(bucket) for bucket in self._policy.buckets)
 
     def _allowed(self, uri: str) -> S3Object:
@@ -162,13 +163,13 @@ class MediaFetcher:
         return media
 
     def _retrying(self, one_try: Callable[[int], T], should_stop: Callable[[], None]) -> T:
-        """Call `one_try` with the number of tries that failed before, until one does not fail in passing."""
+        """Call `one_try` with the number of failed tries, until one succeeds or fails for good."""
         failed_tries = 0
         while True:
             should_stop()
             try:
                 return one_try(failed_tries)
-            except _Passing as fault:
+            except _TransientFault as fault:
                 failed_tries += 1
                 if failed_tries > self._retries:
                     raise StorageUnavailable(f"{fault.final} (tried {failed_tries} times)") from fault
@@ -180,13 +181,13 @@ class MediaFetcher:
         ceiling = min(MAX_BACKOFF_S, self._first_backoff_s * 2 ** (failed_tries - 1))
         return random.uniform(ceiling / 2, ceiling)
 
-    def _aside(
+    def _on_own_thread(
         self, media: S3Object, num_bytes: int, ask: Callable[[threading.Event], T], should_stop: Callable[[], None]
     ) -> T:
-        """Call `ask` on a thread of its own: a job must be able to leave a silent or trickling socket behind.
+        """Call `ask` on a thread of its own, so that a job can abandon a socket that is silent or slow.
 
-        An abandoned thread, told by the event it is given, ends at its next read or its socket's timeout; it writes
-        only to the file it was given. Raises _Passing, also when `num_bytes` take too long, or the job's error.
+        The event that `ask` gets is set when it is abandoned; its thread then ends at its next read or its socket's
+        timeout. Raises _TransientFault, also when `num_bytes` take too long, or the job's error.
         """
         limit_s = self._try_s + num_bytes / SLOWEST_BYTES_PER_S
         give_up_at = time.monotonic() + limit_s
@@ -197,8 +198,8 @@ class MediaFetcher:
                 answer = ask(abandoned)
             except STORAGE_ERRORS as error:
                 final = self._refusals.judge(error, media)
-                outcome.set_exception(_Passing(final) if is_passing(error) else final)
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the job runs
+                outcome.set_exception(_TransientFault(final) if is_passing(error) else final)
+            except BaseException as error:  # noqa: BLE001 - re-raised on the job's thread
                 outcome.set_exception(error)
             else:
                 outcome.set_result(answer)
@@ -208,7 +209,7 @@ class MediaFetcher:
             while not wait([outcome], timeout=POLL_S).done:
                 should_stop()
                 if time.monotonic() > give_up_at:
-                    raise _Passing(StorageUnavailable(f"{media.uri} was not read within {limit_s:.0f} s"))
+                    raise _TransientFault(StorageUnavailable(f"{media.uri} was not read within {limit_s:.0f} s"))
             return outcome.result()
         except BaseException:
             abandoned.set()
@@ -231,11 +232,11 @@ class MediaFetcher:
     def _save(
         self, body: StreamingBody, sink: IO[bytes], stored: StoredObject, abandoned: threading.Event
     ) -> MediaFormat:
-        """Copy the body; the first chunk decides the format, and so the cap, before the rest is read."""
-        pieces = _pieces(body, abandoned)
-        chunk = next(pieces, b"")
+        """Copy the body. The first chunk shows the format, and so the size limit, before the rest is read."""
+        chunks = _chunks(body, abandoned)
+        first = next(chunks, b"")
         try:
-            found = sniff(chunk[:HEAD_BYTES])
+            found = sniff(first[:HEAD_BYTES])
         except MediaUnsupported as error:
             raise MediaUnsupported(f"{stored.media.uri}: {error}") from error
         max_bytes = self._policy.max_image_bytes
@@ -243,24 +244,26 @@ class MediaFetcher:
             max_bytes = self._policy.max_video_bytes
         _check_size(stored, stored.num_bytes, max_bytes)
         num_read = 0
-        for piece in chain((chunk,), pieces):
-            num_read += len(piece)
+        for chunk in chain((first,), chunks):
+            num_read += len(chunk)
             _check_size(stored, num_read, max_bytes)
-            sink.write(piece)
+            sink.write(chunk)
         if num_read != stored.num_bytes:
-            raise _Passing(StorageUnavailable(f"{stored.media.uri}: {num_read} of {stored.num_bytes} bytes arrived"))
+            raise _TransientFault(
+                StorageUnavailable(f"{stored.media.uri}: {num_read} of {stored.num_bytes} bytes arrived")
+            )
         return found
 
 
-def _pieces(body: StreamingBody, abandoned: threading.Event) -> Iterator[bytes]:
-    """Read a body in pieces that take neither too long nor too many turns; end early when nobody wants it."""
-    num_bytes = HEAD_BYTES  # the first piece decides the format
+def _chunks(body: StreamingBody, abandoned: threading.Event) -> Iterator[bytes]:
+    """Read a body in chunks whose size adapts to its speed; end early when the read is abandoned."""
+    num_bytes = HEAD_BYTES  # the first chunk decides the format
     while not abandoned.is_set():
         started_at = time.monotonic()
-        piece = body.read(num_bytes)
-        if not piece:
+        chunk = body.read(num_bytes)
+        if not chunk:
             return
-        yield piece
+        yield chunk
         took_s = time.monotonic() - started_at
         if took_s > SLOW_READ_S:
             num_bytes = max(MIN_READ_BYTES, num_bytes // 8)
@@ -276,7 +279,7 @@ def _check_size(stored: StoredObject, num_bytes: int, max_bytes: int) -> None:
 
 
 def _wait(seconds: float, should_stop: Callable[[], None]) -> None:
-    """Let a backoff pass, looking up every `POLL_S`."""
+    """Wait, calling `should_stop` every `POLL_S`."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         should_stop()

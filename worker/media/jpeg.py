@@ -1,7 +1,7 @@
-"""JPEG (ITU T.81): what its pixels need without its metadata, and whether the pixels are all there.
+"""JPEG (ITU T.81): strips its metadata, and finds out whether its pixels are complete.
 
-libjpeg fills what is missing with grey and says nothing to Pillow, which in turn takes a missing end marker for missing
-pixels. Here both are told apart: pixels are whole when they do not depend on what follows the data.
+libjpeg fills missing pixels with grey and reports nothing to Pillow, while Pillow refuses every file without an end
+marker. Here the two cases are told apart: the pixels are complete if they do not change with the bytes that follow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from worker.media.bare import MAX_METADATA_BYTES
+from worker.media.metadata import MAX_METADATA_BYTES
 from worker.media.orientation import AS_STORED, of_exif, of_xmp
 
 _SOI, _EOI, _SOS, _DQT, _DHT, _DRI = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD
@@ -31,12 +31,13 @@ _MARKER: Final = re.compile(rb"\xff+[\x01-\xfe]")
 _SCAN_END: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _RESTART: Final = re.compile(rb"\xff[\xd0-\xd7]")
 _EXIF, _XMP = b"Exif\x00", b"http://ns.adobe.com/xap/1.0/\x00"
-#: Continuations of a scan that differ in their first bits, and so in the first code that is read from them. Longer than
-#: the pixels of one unit: of a unit that does not end, libjpeg shows nothing.
+#: Bytes appended to a scan to see whether its pixels change. They differ in their first bits, and so in the first code
+#: read from them, and are longer than one unit of pixels: of an unfinished unit libjpeg shows nothing.
 _PADDINGS: Final = tuple(byte * 4096 for byte in (b"\x00", b"\xaa", b"\x6d", b"\xd6"))
-#: Without the last so many bytes, one number or the other, a scan must lack something: else they are not the scan's.
+#: A complete scan must become incomplete without its last bytes, of one number or the other: else these are not its
+#: own.
 _LAST_BYTES: Final = (64, 40)
-#: Zeros at the end that may be the scan's own.
+#: Zero bytes at the end that may belong to the scan.
 _LAST_ZEROS: Final = 3
 _MID_GREY: Final = range(126, 130)
 
@@ -53,7 +54,7 @@ class _Frame:
 
 @dataclass
 class Jpeg:
-    """A JPEG without metadata. `data` ends with the last scan's, before the end marker that it may lack."""
+    """A JPEG without metadata. `data` ends with the last scan's, without the end marker."""
 
     data: bytes
     has_end: bool
@@ -65,21 +66,22 @@ class Jpeg:
 
     @property
     def content(self) -> bytes:
-        """The file with an end marker; padded before one that it lacked, because libjpeg looks some bytes ahead."""
+        """The file with an end marker; where it had none, padded first, because libjpeg reads some bytes ahead."""
         return self.data + (b"" if self.has_end else _PADDINGS[0]) + _END
 
     @property
     def coding(self) -> str:
-        """What is unusual about its coding; empty for what every decoder knows."""
+        """The coding where not every decoder supports it, for the error text; else empty."""
         if self.frame is None or (self.frame.process in _COMMON and self.frame.precision == 8):
             return ""
         return f"{_RARE.get(self.frame.process, 'arithmetic')} coding, {self.frame.precision} bits"
 
     def is_doubtful(self, last_pixel: tuple[int, ...]) -> bool:
-        """Whether pixels may be missing: no end marker, too little data, several scans, of which the last may be cut
-        and show nothing, or libjpeg's grey at the very end, with which pictures may also end by themselves.
+        """Whether pixels may be missing, so that `is_whole` must decide.
 
-        Arithmetic codes are believed when they have an end marker: their encoders leave out zeros at the end.
+        So it is without an end marker, with too little data, with several scans (the last may be truncated without an
+        effect on the pixels), or when the last pixel is libjpeg's grey. Arithmetic coding with an end marker is
+        trusted: its encoders leave out zeros at the end.
         """
         if not (self.has_end and self._has_scans() and self._has_restarts()):
             return True
@@ -88,18 +90,18 @@ class Jpeg:
         return len(self.scans) > 1 or _is_mid_grey(last_pixel)
 
     def is_whole(self, pixels: Callable[[bytes], bytes]) -> bool:
-        """Whether no pixel is missing; `pixels` decodes a file, and is asked two times or more.
+        """Whether no pixel is missing. `pixels` decodes a file; it is called twice or more.
 
-        A scan that ends early takes its next pixels from whatever follows, so other data give other pictures. A
-        file without an end marker must moreover have all its scans, and little behind the last one.
+        A truncated scan takes its next pixels from the bytes that follow, so different bytes give different pixels. A
+        file without an end marker must also have all its scans, and few bytes after the last one.
         """
         if not self._has_restarts():
             return False
-        if self.has_end:  # what may be missing is much; but a progressive file may leave details out
+        if self.has_end:  # a progressive file may leave out its last refinements
             return self._has_components() and not _depends_on_continuation(self.data, pixels, _PADDINGS[:2])
         data = self.data.rstrip(b"\xff")
         shorn = data.rstrip(b"\x00")
-        if len(data) - len(shorn) > _LAST_ZEROS:  # a file that was cut may be filled up with zeros
+        if len(data) - len(shorn) > _LAST_ZEROS:  # truncated files are often padded with zeros
             data = shorn + (b"\x00" if shorn.endswith(b"\xff") else b"")
         if not self._has_scans() or _depends_on_continuation(data, pixels):
             return False
@@ -124,12 +126,12 @@ class Jpeg:
         return len(_RESTART.findall(self.last_scan)) >= _ceil(num_units, self.interval) - 1
 
     def _has_components(self) -> bool:
-        """Whether the scans bring every component, at least roughly."""
+        """Whether there is a first scan for every component."""
         begun = {one for components, first, _, _ in self.scans if first == 0 for one in components}
         return self.frame is not None and begun >= set(self.frame.components)
 
     def _has_scans(self) -> bool:
-        """Whether the scans bring every coefficient of every component to its last bit (T.81, G.1.1.1)."""
+        """Whether the scans hold every coefficient of every component to its last bit (T.81, G.1.1.1)."""
         if self.frame is None:
             return False
         if self.frame.process not in _PROGRESSIVE:
@@ -143,7 +145,7 @@ class Jpeg:
 
 
 def read_jpeg(content: bytes) -> Jpeg:
-    """Follow the markers up to the end marker, the end of the file or what cannot be followed."""
+    """Parse the segments up to the end marker, the end of the file or the first that cannot be parsed."""
     kept: list[bytes | memoryview] = [b"\xff\xd8"]
     jpeg = Jpeg(b"", has_end=False)
     exif = xmp = None
@@ -169,7 +171,7 @@ def read_jpeg(content: bytes) -> Jpeg:
                 exif = exif or of_exif(body)
             elif marker == 0xE1 and body.startswith(_XMP):
                 xmp = xmp or of_xmp(body[:MAX_METADATA_BYTES])
-            if not _tells_colours(marker, body):
+            if not _sets_colour_space(marker, body):
                 continue
         elif marker in _FRAMES or marker == _JPEG_LS:
             jpeg.frame = jpeg.frame or _frame(marker, body)
@@ -201,15 +203,16 @@ def _frame(process: int, body: bytes) -> _Frame | None:
     return _Frame(process, body[0], (width, height), components)
 
 
-def _tells_colours(marker: int, body: bytes) -> bool:
+def _sets_colour_space(marker: int, body: bytes) -> bool:
     """JFIF's and Adobe's segments, whole: libjpeg takes the colour space from them."""
     is_jfif = marker == 0xE0 and body.startswith(b"JFIF\x00") and len(body) >= 14
     return is_jfif or (marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12)
 
 
 def _after_broken_length(content: bytes, start: int) -> int:
-    """Return where the next segment begins after metadata that lies about its length; the file's end if that could
-    be a preview's, which is a JPEG too."""
+    """Return the start of the next segment after metadata with a wrong length; the end of the file if it may belong to
+    an embedded preview, which is a JPEG too.
+    """
     for found in _MARKER.finditer(content, start + 2):
         marker, at = content[found.end() - 1], found.end()
         if marker == _SOI:
@@ -229,7 +232,7 @@ def _depends_on_continuation(
 
 
 def _is_mid_grey(pixel: tuple[int, ...]) -> bool:
-    """Whether a pixel has a missing one's brightness; its colour may come from its neighbours (subsampled chroma)."""
+    """Whether a pixel is as bright as a missing one; its colour may come from its neighbours (subsampled chroma)."""
     if len(pixel) == 3:  # T.871, 7
         red, green, blue = pixel
         return round(0.299 * red + 0.587 * green + 0.114 * blue) in _MID_GREY

@@ -1,8 +1,8 @@
-"""How a picture or a clip stands upright, as its file says, with square pixels.
+"""The orientation and pixel aspect with which an image or a clip is shown.
 
-In: EXIF, XMP or a display matrix. Out: one of EXIF's eight orientations, 1 to 8. What cannot be read is 1, "as stored":
-no broken metadata costs a picture. Pixels of a clip that are not square are made so by the width: the height is kept,
-as players do it. The frame is turned after that, as the container's matrix says.
+In: EXIF, XMP or a display matrix. Out: one of EXIF's eight orientations, 1 to 8; unreadable metadata give 1, "as
+stored". Frames with non-square pixels are scaled in width, as players do, and turned afterwards, as the container's
+matrix says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from PIL import Image
 
 AS_STORED: Final = 1
-# EXIF 2.32, tag 0x0112: what was done to the scene, undone.
+# EXIF 2.32, tag 0x0112: the operation that makes each orientation upright.
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,13 +44,13 @@ _XMP: Final = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([1-8])\s*(
 
 
 def upright(picture: Image.Image, orientation: int) -> Image.Image:
-    """Undo the camera's rotation and reflection."""
+    """Return the picture rotated and reflected so that it is upright."""
     transpose = _UPRIGHT.get(orientation)
     return picture if transpose is None else picture.transpose(transpose)
 
 
 def swaps_sides(orientation: int) -> bool:
-    """Whether width and height change places."""
+    """Whether an orientation swaps width and height."""
     return orientation > 4
 
 
@@ -95,13 +95,13 @@ def of_rotation(degrees_clockwise: float, *, then_mirrored: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """orientation: EXIF's number. pixel_aspect: width over height of a coded pixel."""
+    """How coded frames are shown. orientation: EXIF's number; pixel_aspect: width over height of a coded pixel."""
 
     orientation: int = AS_STORED
     pixel_aspect: float = 1.0
 
     def size(self, coded: tuple[int, int]) -> tuple[int, int]:
-        """Return width and height of a frame as it is shown; 0 for a side that vanishes."""
+        """Return width and height of a frame as it is shown; 0 for a side that rounds to nothing."""
         width, height = self._square(coded)
         return (height, width) if swaps_sides(self.orientation) else (width, height)
 

@@ -1,10 +1,11 @@
-"""Gives up what a decoder does not need: memory, processor time, files, network, other programs, a life of its own.
+"""The sandbox of a decoder process: limits on memory, CPU time and files, and no network, programs or writes.
 
-Resource limits and the tie to the parent's life are plain POSIX and Linux. Beyond that a seccomp filter forbids to open
-a socket, start a program or change a file: on Linux on x86-64 and arm64; elsewhere, or where the kernel refuses
-filters, nothing is forbidden. System call numbers: the kernel's syscall_64.tbl and asm-generic/unistd.h. Filter
-programs: the kernel's seccomp_filter documentation. On other systems than Linux, where workers only run for
-development, nothing is given up.
+Resource limits and PR_SET_PDEATHSIG, which ends the process with its parent, work on every Linux. On x86-64 and arm64 a
+seccomp filter also forbids opening sockets, starting programs and changing files; elsewhere, or where the kernel
+refuses filters, these stay allowed. Outside Linux, where workers run for development only, there is no sandbox. System
+call
+numbers: the kernel's syscall_64.tbl and asm-generic/unistd.h. Filter programs: the kernel's seccomp_filter
+documentation.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """`forbidden`: calls that fail always. `opening`: calls that open files, and which argument holds the flags."""
+    """`forbidden`: numbers of calls that always fail. `opening`: calls that open files, with the index of their
+    flags.
+    """
 
     audit: int
     forbidden: tuple[int, ...]
@@ -76,7 +79,7 @@ class _Program(ctypes.Structure):
 
 
 def forbid_system_calls() -> bool:
-    """Install the filter for this process and all its threads to come, for good; tell whether the kernel took it."""
+    """Install the filter for this process and its future threads, for good; return whether the kernel accepted it."""
     architecture = _ARCHITECTURES.get(platform.machine())
     if architecture is None:
         return False
@@ -89,7 +92,7 @@ def forbid_system_calls() -> bool:
 
 
 def _filter(architecture: _Architecture) -> bytes:
-    """Forbidden calls fail with EPERM, as a broken file's do: a codec that tries one is no reason to lose it."""
+    """Return the filter program. Forbidden calls fail with EPERM and do not end the process: some codecs try one."""
     refuse = (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM)
     instructions = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
@@ -119,7 +122,7 @@ _MAX_FILES: Final = 64
 
 
 class Confinement(BaseModel):
-    """What a decoder may have. `parent` is the process it must not outlive."""
+    """The limits of a decoder. It ends with the process `parent`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -128,7 +131,7 @@ class Confinement(BaseModel):
 
 
 def confine(confinement: Confinement) -> None:
-    """Confine this process for good; everything it needs must be loaded by now."""
+    """Enter the sandbox, for good; every module must be imported by now."""
     if sys.platform != "linux":
         return
     _die_with(confinement.parent)
@@ -143,14 +146,16 @@ def confine(confinement: Confinement) -> None:
 
 
 def limit_cpu_time(seconds: float) -> None:
-    """Allow this process so much more processor time; above it the kernel ends it, also when its parent is frozen."""
+    """Allow this process `seconds` more CPU time; then the kernel ends it, also when its parent hangs."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + seconds) + 1, hard))
 
 
 def _die_with(parent: int) -> None:
-    """End with the thread that started us (prctl(2), PR_SET_PDEATHSIG): an endless loop never sees that stdin ended."""
+    """Have the kernel end this process with the thread that started it (prctl(2)): in an endless loop it would not
+    notice that stdin was closed.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before we asked
         os._exit(0)

@@ -1,7 +1,7 @@
-"""Tell what a file is by its first bytes, never by its name: an allow-list of image and clip formats.
+"""Detects the format of a file by its first bytes, never by its name: an allow-list of image and clip formats.
 
-Playlists, scripts and containers that could make a decoder open something else are refused here, because only
-what this module recognises is ever handed to Pillow or FFmpeg.
+Only formats that this module recognises are passed to Pillow or FFmpeg. So playlists, scripts and containers that could
+make a decoder open other files are refused here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HEAD_BYTES = 256
 _BMP_HEADER_BYTES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 _QUICKTIME_ATOMS = frozenset({b"moov", b"mdat", b"wide", b"free", b"skip"})
 _AUDIO_BRANDS = frozenset({b"M4A ", b"M4B ", b"M4P "})
-#: Stills in boxes (ISO 23008-12 and others), by brand; the general brands say nothing of the codec.
+#: Names of still formats in ISO boxes (ISO 23008-12 and others), by brand; the general brands do not name the codec.
 _STILL_BRANDS = {
     b"heic": "HEIF (HEIC)", b"heix": "HEIF (HEIC)", b"heim": "HEIF (HEIC)", b"heis": "HEIF (HEIC)",
     b"hevc": "HEIF (HEIC)", b"hevx": "HEIF (HEIC)", b"avif": "AVIF", b"avis": "AVIF", b"mif1": "HEIF", b"msf1": "HEIF",
@@ -74,7 +74,7 @@ _REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"\x00\x00\x01\xb3", "an MPEG video stream"),
     (b"\x00\x00\x00\x01", "a video stream without a container"),
 )
-#: Text formats that are told by what stands behind their first letters.
+#: The second byte of Netpbm formats, whose first is P.
 _NETPBM = b"123456"
 _MARKUP: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype html", "HTML"),
@@ -89,7 +89,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class MediaKind(StrEnum):
-    """What a job sees in an object."""
+    """Whether an object is a still image or a clip."""
 
     IMAGE = "image"
     VIDEO = "video"

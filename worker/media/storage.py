@@ -1,7 +1,8 @@
-"""The S3 client, and what its errors mean: the object is refused, the worker is, or storage is slow.
+"""The S3 client, and the translation of its errors: the object is refused, the worker is refused, or storage is slow.
 
-The answer to a HEAD says why with a number only, so the object is asked for once more by GET, whose body names S3's
-code. Then the worker asks for what storage served it last, or for the bucket: if it gets that, the object is refused.
+The response to a refused HEAD has a status only, so the object is requested again by GET, whose response names S3's
+error code. Then the worker requests the object that storage served last, or the bucket: if that succeeds, it is the
+object that is refused.
 
 botocore's and urllib3's exceptions are translated here, once, into the worker's own. Messages name the object, the HTTP
 status and S3's code; never an endpoint, a credential or botocore's own text, which may hold either.
@@ -45,6 +46,9 @@ from worker.errors import (
     WorkerError,
 )
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
 #: Everything a read through boto3 raises.
 STORAGE_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, OSError)
 
@@ -67,7 +71,7 @@ _PASSING_CODES: Final = frozenset(
 _PASSING_STATUS: Final = frozenset({408, 409, 412, 425, 429})
 _MISSING_CODES: Final = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion"})
 _MISSING_STATUS: Final = frozenset({404, 405, 410})
-#: S3 does not take the worker for whom it says it is, whatever it asks for.
+#: S3 rejects the worker's credentials or clock, whatever it asks for.
 _CREDENTIAL_CODES: Final = frozenset(
     {
         "AuthFailure",
@@ -89,10 +93,95 @@ _CREDENTIAL_CODES: Final = frozenset(
         "UnrecognizedClientException",
     }
 )
+#: A range request that transfers one byte.
+_FIRST_BYTE: Final = "bytes=0-0"
+
+
+def s3_client(endpoint_url: str | None, region: str, timeout_s: float, max_connections: int = 64) -> S3Client:
+    """Make a worker's S3 client. Path-style addressing works on every S3 server. botocore's own retries are off: they
+    would ignore jobs' deadlines and multiply ours. Credentials come from the usual AWS chain.
+    """
+    config = Config(
+        connect_timeout=timeout_s,
+        read_timeout=timeout_s,
+        retries={"total_max_attempts": 1},
+        max_pool_connections=max_connections,
+        s3={"addressing_style": "path"},
+    )
+    client: S3Client = boto3.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
+    return client
+
+
+class Refusals:
+    """Classifies refusals for one worker. Any thread. A call sends up to two requests, and one per bucket that has
+    served the worker.
+    """
+
+    def __init__(self, client: S3Client) -> None:
+        self._client = client
+        self._served: dict[str, S3Object] = {}
+
+    def served(self, media: S3Object) -> None:
+        """Note that storage has served this object to the worker."""
+        self._served[media.bucket] = media
+
+    def judge(self, error: Exception, media: S3Object) -> WorkerError:
+        """Translate the error of a failed read of `media`; a refusal is looked into by further requests."""
+        if not is_refusal(error):
+            return translate(error, media)
+        detailed = self._with_code(error, media)
+        meaning, is_proven = translate(detailed, media), is_about_credentials(detailed)
+        if not (is_proven or isinstance(meaning, MediaForbidden)) or self.is_served(media.bucket):
+            return meaning
+        # S3 uses these codes for a single bucket, too: one in another region or of another account.
+        is_proven = is_proven and not any(
+            self.is_served(other) for other in list(self._served) if other != media.bucket
+        )
+        if is_proven or media.bucket in self._served:
+            code = refusal_code(detailed) or "no reason given"
+            return StorageRefuses(f"storage refuses this worker ({code})", is_proven=is_proven)
+        return MediaRefused(str(meaning))
+
+    def is_served(self, bucket: str) -> bool:
+        """Request the object that storage served last from a bucket, else the bucket; return whether it was not
+        refused.
+
+        Absence counts as served.
+        """
+        media = self._served.get(bucket)
+        try:
+            if media is not None:
+                self._read_first_byte(media)
+            else:
+                self._client.head_bucket(Bucket=bucket)
+        except STORAGE_ERRORS as error:
+            return is_absence(error)
+        return True
+
+    def _with_code(self, error: Exception, media: S3Object) -> Exception:
+        if refusal_code(error):
+            return error
+        try:
+            self._read_first_byte(media)
+        except ClientError as detailed:
+            return detailed
+        except STORAGE_ERRORS:
+            pass
+        return error
+
+    def _read_first_byte(self, media: S3Object) -> None:
+        answer = self._client.get_object(Bucket=media.bucket, Key=media.key, Range=_FIRST_BYTE, **version_of(media))
+        with closing(answer["Body"]) as body:
+            body.read()
+
+
+def version_of(media: S3Object) -> dict[str, Any]:
+    """Return the argument of boto3's calls that names a version."""
+    return {"VersionId": media.version_id} if media.version_id else {}
 
 
 def is_passing(error: Exception) -> bool:
-    """Tell whether the same read may succeed in a moment: silence, overload, a cut or changed body."""
+    """Whether the same read may succeed later: no answer, overload, a truncated or changed body."""
     if isinstance(error, ClientError):
         status, code = _status_and_code(error)
         return status >= 500 or status in _PASSING_STATUS or code in _PASSING_CODES
@@ -100,12 +189,12 @@ def is_passing(error: Exception) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether storage understood who asks for what, and says no for good."""
+    """Whether storage refuses the request for good, for a reason other than absence."""
     return isinstance(error, ClientError) and not is_passing(error) and not is_absence(error)
 
 
 def is_absence(error: Exception) -> bool:
-    """Tell whether storage says that there is no such thing."""
+    """Whether storage reports that the object, version or bucket does not exist."""
     if not isinstance(error, ClientError):
         return False
     status, code = _status_and_code(error)
@@ -113,18 +202,18 @@ def is_absence(error: Exception) -> bool:
 
 
 def is_about_credentials(error: Exception) -> bool:
-    """Tell whether storage refused the worker's clock, key or token, not the object."""
+    """Whether storage refused the worker's clock, key or token, not the object."""
     return refusal_code(error) in _CREDENTIAL_CODES
 
 
 def refusal_code(error: Exception) -> str:
-    """Return S3's own code; empty where the answer had no body, as those to HEAD have none."""
+    """Return S3's error code; empty where the response had no body, as for HEAD."""
     code = _status_and_code(error)[1] if isinstance(error, ClientError) else ""
     return "" if code.isdigit() else code
 
 
 def translate(error: Exception, media: S3Object) -> WorkerError:
-    """Return what a failed read of `media` means for its job."""
+    """Translate the error of a failed read of `media`."""
     if isinstance(error, ClientError) and not is_passing(error):
         return _refusal(*_status_and_code(error), media)
     if isinstance(error, ClientError):
@@ -153,7 +242,7 @@ def _refusal(status: int, code: str, media: S3Object) -> RequestError:
 
 
 def _detail(code: str) -> str:
-    """S3's own code; HEAD answers have no body, so botocore repeats the status there."""
+    """Return S3's code for a message. For HEAD, whose responses have no body, botocore repeats the status there."""
     return "" if not code or code.isdigit() else f", {code}"
 
 
@@ -162,88 +251,3 @@ def _status_and_code(error: ClientError) -> tuple[int, str]:
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = str(response.get("Error", {}).get("Code", ""))
     return status or (int(code) if code.isdigit() else 0), code
-
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
-#: Enough to see that a body comes.
-_FIRST_BYTE: Final = "bytes=0-0"
-
-
-def s3_client(endpoint_url: str | None, region: str, timeout_s: float, max_connections: int = 64) -> S3Client:
-    """Make the client a worker keeps. Path-style addressing works on every S3 server. botocore's own retries are off:
-    they would be invisible to deadlines and multiply ours. Credentials come from the usual AWS chain.
-    """
-    config = Config(
-        connect_timeout=timeout_s,
-        read_timeout=timeout_s,
-        retries={"total_max_attempts": 1},
-        max_pool_connections=max_connections,
-        s3={"addressing_style": "path"},
-    )
-    client: S3Client = boto3.client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
-    return client
-
-
-class Refusals:
-    """Judges refusals for one worker. Any thread; a call asks storage up to twice, and each bucket that served it."""
-
-    def __init__(self, client: S3Client) -> None:
-        self._client = client
-        self._served: dict[str, S3Object] = {}
-
-    def served(self, media: S3Object) -> None:
-        """Storage has served this object to the worker."""
-        self._served[media.bucket] = media
-
-    def judge(self, error: Exception, media: S3Object) -> WorkerError:
-        """Return what a failed read of `media` means for its job, asking storage again when it was a refusal."""
-        if not is_refusal(error):
-            return translate(error, media)
-        told = self._with_code(error, media)
-        meaning, is_proven = translate(told, media), is_about_credentials(told)
-        if not (is_proven or isinstance(meaning, MediaForbidden)) or self.is_served(media.bucket):
-            return meaning
-        # S3 says so of one bucket, too: of one in another region, or of another account.
-        is_proven = is_proven and not any(
-            self.is_served(other) for other in list(self._served) if other != media.bucket
-        )
-        if is_proven or media.bucket in self._served:
-            code = refusal_code(told) or "no reason given"
-            return StorageRefuses(f"storage refuses this worker ({code})", is_proven=is_proven)
-        return MediaRefused(str(meaning))
-
-    def is_served(self, bucket: str) -> bool:
-        """Ask for what storage served last from a bucket, else for the bucket itself; tell whether this was not
-        refused. What is gone was not refused either."""
-        media = self._served.get(bucket)
-        try:
-            if media is not None:
-                self._read_first_byte(media)
-            else:
-                self._client.head_bucket(Bucket=bucket)
-        except STORAGE_ERRORS as error:
-            return is_absence(error)
-        return True
-
-    def _with_code(self, error: Exception, media: S3Object) -> Exception:
-        if refusal_code(error):
-            return error
-        try:
-            self._read_first_byte(media)
-        except ClientError as told:
-            return told
-        except STORAGE_ERRORS:
-            pass
-        return error
-
-    def _read_first_byte(self, media: S3Object) -> None:
-        answer = self._client.get_object(Bucket=media.bucket, Key=media.key, Range=_FIRST_BYTE, **version_of(media))
-        with closing(answer["Body"]) as body:
-            body.read()
-
-
-def version_of(media: S3Object) -> dict[str, Any]:
-    """Return the argument of boto3's calls that names a version."""
-    return {"VersionId": media.version_id} if media.version_id else {}

@@ -1,7 +1,8 @@
-"""What a clip's container says of its streams, read from its tables without any decoder.
+"""The streams of a clip, read from its container's tables without a decoder; this module reads MP4 and QuickTime.
 
-In: a clip file. Out: its picture streams, with codec and display matrix, and what FFmpeg must not see. None for a
-container whose tables cannot be followed: what becomes of such a file is for FFmpeg to say.
+In: a clip file. Out: its picture streams, with codec and orientation, and the boxes to hide from FFmpeg. None for a
+container whose tables cannot be parsed: then FFmpeg alone decides whether it is a clip. `worker.media.containers` reads
+the other formats.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import BinaryIO, Final
 
 from worker.media.orientation import AS_STORED, of_matrix
 
-#: Boxes or elements that are looked at; hostile files have as many as they like.
+#: Boxes or elements that are read; hostile files may have any number.
 MAX_PARTS: Final = 50_000
 #: Bytes that are read of one part.
 MAX_PART_BYTES: Final = 64 * 1024
 
 
 class Unreadable(Exception):
-    """Raised when a container's tables cannot be followed."""
+    """Raised when a container's tables cannot be parsed within the limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +34,19 @@ class PictureStream:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """pictures: streams that are shown; not covers, not chapters' pictures.
+    """The streams of one clip.
 
-    in_the_way: places of boxes that FFmpeg would take for pictures of the clip. metadata: places of those that only
-    describe it, and may be broken. Both are where a box's type stands in the file.
+    pictures: video streams, without cover art and chapters' pictures.
+    to_hide: boxes that FFmpeg would take for pictures of the clip.
+    metadata: boxes that only describe the clip, and may be broken.
+    Boxes are named by the offset of their type in the file.
     """
 
     pictures: tuple[PictureStream, ...]
     num_sounds: int = 0
     num_others: int = 0
     has_cover: bool = False
-    in_the_way: tuple[int, ...] = ()
+    to_hide: tuple[int, ...] = ()
     metadata: tuple[int, ...] = ()
 
     @property
@@ -54,7 +57,7 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box, a chunk or an element: what it is, and where in the file its content lies."""
+    """A box, a chunk or an element: its type, the type's offset, and the range of its content in the file."""
 
     kind: bytes
     type_at: int
@@ -64,7 +67,7 @@ class Part:
 
 @dataclass
 class Tables:
-    """A file that is read part by part, up to `MAX_PARTS`."""
+    """Bounded access to a file's parts: at most `MAX_PARTS` of them, at most `MAX_PART_BYTES` of each."""
 
     file: BinaryIO
     num_bytes: int
@@ -113,7 +116,7 @@ _PICTURES, _SOUND = b"vide", b"soun"
 _ENCRYPTED: Final = frozenset({b"encv", b"drmi"})
 _ENTRY_BYTES: Final = 86  # a visual sample entry before its boxes: ISO 14496-12, 12.1.3
 _METADATA: Final = frozenset({b"udta", b"meta", b"uuid"})
-#: What of a movie its pictures need, by the box that it is in: ISO 14496-12, 6.2.3. The rest only describes them.
+#: Boxes needed to decode a movie's pictures, by the box they are in: ISO 14496-12, 6.2.3. The others are metadata.
 _NEEDED: Final = {
     b"moov": frozenset({b"mvhd", b"trak", b"mvex"}),
     b"trak": frozenset({b"tkhd", b"mdia", b"edts"}),
@@ -123,7 +126,7 @@ _NEEDED: Final = {
         {b"stsd", b"stts", b"ctts", b"cslg", b"stsc", b"stsz", b"stz2", b"stco", b"co64", b"stss", b"stps"}
     ),
 }
-#: In a description of pictures: their light, colours, fields, eyes and layers.
+#: Descriptive boxes in a visual sample entry: HDR, colour, fields, stereo and layers.
 _DESCRIBING: Final = frozenset(
     {b"clli", b"CoLL", b"mdcv", b"SmDm", b"amve", b"dvcC", b"dvvC", b"dvwC", b"fiel", b"hfov", b"vexu", b"st3d",
      b"sv3d", b"uuid", b"colr", b"btrt", b"gama", b"chrm"}
@@ -153,7 +156,7 @@ def read_mp4(tables: Tables) -> Streams | None:
                 movie = movie or part
             elif part.kind in _METADATA:
                 metadata.append(part.type_at)
-    except Unreadable:  # many fragments, say: what they are is in the movie
+    except Unreadable:  # many fragments, for instance; the streams are described in `moov`
         tables.num_parts = 0
     if movie is None:
         return None
@@ -174,7 +177,7 @@ def read_mp4(tables: Tables) -> Streams | None:
     pictures = [track for track in tracks if track.handler == _PICTURES]
     described = [one for track in pictures for one in _description(tables, track.box)]
     metadata += [one.type_at for one in described if one.kind in _DESCRIBING]
-    # FFmpeg would take the bytes behind for the rest of it.
+    # Of a box that is too short, FFmpeg would read the bytes after it.
     short = [one for one in described if one.kind == _PIXEL_ASPECT and one.end - one.start < _PIXEL_ASPECT_BYTES]
     return Streams(
         pictures=tuple(
@@ -185,7 +188,7 @@ def read_mp4(tables: Tables) -> Streams | None:
         num_sounds=sum(track.handler == _SOUND for track in tracks),
         num_others=sum(track.handler not in (_PICTURES, _SOUND) for track in tracks),
         has_cover=has_cover or any(track.number in chapters for track in pictures),
-        in_the_way=(
+        to_hide=(
             *(metadata if has_cover else ()),
             *(track.box.type_at for track in pictures if track.number in chapters),
             *(one.type_at for one in short),
@@ -228,7 +231,7 @@ def _codec(tables: Tables, described: Part) -> tuple[str, bool]:
 
 
 def _not_needed(tables: Tables, part: Part) -> Iterator[int]:
-    """Yield where boxes stand, at any depth, that the pictures of a movie do not need."""
+    """Yield the offsets of boxes, at any depth, that are not needed to decode a movie's pictures."""
     for one in tables.boxes(part.start, part.end):
         if one.kind not in _NEEDED[part.kind]:
             yield one.type_at
@@ -237,14 +240,14 @@ def _not_needed(tables: Tables, part: Part) -> Iterator[int]:
 
 
 def _description(tables: Tables, track: Part) -> Iterator[Part]:
-    """Yield the boxes in the descriptions of a track of pictures."""
+    """Yield the boxes in the visual sample entries of a track."""
     described = tables.find(track, b"mdia", b"minf", b"stbl", b"stsd")
     for entry in tables.boxes(described.start + 8, described.end) if described else ():
         yield from tables.boxes(entry.start + _ENTRY_BYTES - 8, entry.end)
 
 
 def _has_cover(tables: Tables, part: Part) -> bool:
-    """Whether a movie's metadata hold a picture, as iTunes writes it."""
+    """Whether a movie's metadata hold cover art, as iTunes writes it."""
     for path in ((b"meta",), ()) if part.kind == b"udta" else ((),):
         meta = tables.find(part, *path)
         if meta is None:
@@ -257,7 +260,7 @@ def _has_cover(tables: Tables, part: Part) -> bool:
 
 
 def _matrix(header: bytes, at: int, at_in_version_1: int) -> tuple[float, ...]:
-    """Return a, b, c and d of a display matrix: ISO 14496-12, 6.2.2; the identity for one that is cut off."""
+    """Return a, b, c and d of a display matrix: ISO 14496-12, 6.2.2; the identity for a truncated one."""
     start = at_in_version_1 if header[:1] == b"\x01" else at
     numbers = [int.from_bytes(header[place : place + 4], "big", signed=True) for place in range(start, start + 20, 4)]
     a, b, _, c, d = (number / 65_536 for number in numbers)

@@ -26,7 +26,8 @@ class MediaPolicy:
     max_video_frames: frames a clip may hold, sampled or not; bounds the time spent indexing it.
     max_job_bytes: all objects of one job, as storage tells their sizes; their files lie on disk together.
     max_job_pixels: width × height of all stills and sampled frames of one job, checked after each is decoded.
-    max_aspect: longer side over shorter side; processors resize by side, so extreme strips explode.
+    max_aspect: longer side over shorter side; processors that resize by the shorter side would make extreme strips
+    huge.
     """
 
     buckets: frozenset[str]

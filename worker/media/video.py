@@ -1,7 +1,7 @@
-"""Sample frames of a clip uniformly, decoding as little as that takes.
+"""Samples frames of a clip uniformly, decoding as few as possible.
 
-In: a clip file and a number of frames. Out: upright RGB pictures with their times. Which frames exist and where
-decoding may start comes from the index; what FFmpeg cannot decode shortens the clip.
+In: a clip file and a number of frames. Out: upright RGB pictures with their times. The index tells which frames exist
+and where decoding may start; frames at the end that FFmpeg cannot decode shorten the clip.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import cv2
 from PIL import Image
 
 from worker.errors import MediaCorrupt, MediaTooLarge, MediaUnsupported
-from worker.media.clip import Clip, look_at
+from worker.media.clip import Clip, inspect_clip
 from worker.media.clip_index import ClipIndex, read_index
-from worker.media.clip_reader import HAS_AV1, HOW_TO_GET_AV1, Av1Reader, ClipReader, EndOfClip
+from worker.media.clip_reader import HAS_AV1, HOW_TO_GET_AV1, Av1Reader, EndOfClip, FrameReader, OpenCvReader
 from worker.media.image import check_size
 from worker.media.orientation import View
 from worker.media.sniff import MediaFormat
 from worker.media.types import DecodedClip, MediaPolicy
 
-#: Passes through one clip: with seeks, without, and twice over what turned out to be decodable.
+#: Passes through one clip: with seeks, without, and twice more when fewer frames than indexed can be decoded.
 MAX_PASSES: Final = 4
-#: An AVI says when its packets are decoded, not when their frames are shown: up to this many frames are counted. In a
-#: longer one frames are found by time, which may be some places off where a codec shows them in another order.
+#: An AVI has decoding times and no presentation times, so frames are counted up to this many. In a longer one they are
+#: found by time, which may be some frames off where the codec reorders them.
 MAX_COUNTED_FRAMES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class ClipOutline:
-    """What a clip is beside its pictures; the fields of DecodedClip."""
+    """The fields of DecodedClip without the frames."""
 
     timestamps_s: tuple[float, ...]
     duration_s: float
@@ -42,7 +42,7 @@ class ClipOutline:
 def sample_clip(path: Path, num_frames: int, policy: MediaPolicy, *, should_stop: Callable[[], None]) -> DecodedClip:
     """Decode `num_frames` frames of the clip at `path` and keep them; else as `stream_clip`."""
     frames: list[Image.Image] = []
-    outline = stream_clip(path, num_frames, policy, put=frames.append, again=frames.clear, should_stop=should_stop)
+    outline = stream_clip(path, num_frames, policy, put=frames.append, restart=frames.clear, should_stop=should_stop)
     return DecodedClip(tuple(frames), outline.timestamps_s, outline.duration_s, outline.fps)
 
 
@@ -52,24 +52,24 @@ def stream_clip(
     policy: MediaPolicy,
     *,
     put: Callable[[Image.Image], None],
-    again: Callable[[], None],
+    restart: Callable[[], None],
     should_stop: Callable[[], None],
 ) -> ClipOutline:
     """Decode `num_frames` frames of the clip at `path`, spread evenly from its first to its last, and `put` each.
 
     Frame j of N is frame round(j·(n-1)/(N-1)) of the clip's n, the rule of `numpy.linspace`; a single frame is the
     middle one. A clip of fewer frames gives each of them once: fewer frames than asked, never one twice.
-    Frames that cannot be decoded at the end of a damaged clip do not count as frames; where that turns out on the
-    way, `again` is called and the frames so far are void. Frames come as a player shows them: turned and mirrored as
-    the container says, with square pixels.
+    Frames at the end of a damaged clip that cannot be decoded do not count; when a pass meets one, `restart` is called
+    and the frames put so far are void. Frames are as a player shows them: turned and mirrored as the container says,
+    with square pixels.
 
-    `should_stop` raises to give the job up; it is called every few dozen frames. Touches nothing but the file; any
+    `should_stop` is called every `STOP_CHECK_FRAMES` frames and raises to abort. Accesses nothing but the file; any
     thread.
 
     Raises MediaUnsupported (not a clip, no pictures, encrypted, a codec that is not decoded), MediaTooLarge (frames,
     seconds, pixels of a frame or of all sampled frames, before they are decoded), MediaCorrupt (no frame can be read).
     """
-    clip = look_at(path)
+    clip = inspect_clip(path)
     if clip.is_av1 and not HAS_AV1:
         raise MediaUnsupported(
             f"the {clip.format.value} video's codec {clip.undecoded} is not decoded: {HOW_TO_GET_AV1}"
@@ -84,7 +84,7 @@ def stream_clip(
                 with _reader(clip, index, may_seek=may_seek, should_stop=should_stop) as reader:
                     return _sample(reader, clip, index, num_frames, policy, put)
             except EndOfClip as end:
-                again()
+                restart()
                 if not may_seek or not reader.may_seek:
                     index = index.first(end.num_frames)
                 may_seek = False
@@ -106,7 +106,7 @@ def uniform_positions(num_available: int, num_wanted: int) -> list[int]:
 
 
 def _indexed(clip: Clip, policy: MediaPolicy, should_stop: Callable[[], None]) -> tuple[Clip, ClipIndex]:
-    """Index a clip; one that FFmpeg does not open, once more without its metadata, which may be what is broken."""
+    """Index a clip; if FFmpeg does not open it, once more with its metadata hidden, which may be broken."""
     index = read_index(clip.file, policy, should_stop=should_stop)
     if index.num_frames == 0 and clip.metadata:
         clip = replace(clip, file=clip.file.without(clip.metadata))
@@ -116,14 +116,14 @@ def _indexed(clip: Clip, policy: MediaPolicy, should_stop: Callable[[], None]) -
     return clip, index
 
 
-def _reader(clip: Clip, index: ClipIndex, *, may_seek: bool, should_stop: Callable[[], None]) -> ClipReader | Av1Reader:
+def _reader(clip: Clip, index: ClipIndex, *, may_seek: bool, should_stop: Callable[[], None]) -> FrameReader:
     if clip.is_av1:
         return Av1Reader(clip.file, index, may_seek=may_seek, should_stop=should_stop)
-    return ClipReader(clip.file, index, may_seek=may_seek, should_stop=should_stop)
+    return OpenCvReader(clip.file, index, may_seek=may_seek, should_stop=should_stop)
 
 
 def _sample(
-    reader: ClipReader | Av1Reader,
+    reader: FrameReader,
     clip: Clip,
     index: ClipIndex,
     num_frames: int,
@@ -150,7 +150,7 @@ def _sample(
 
 
 def _check_frames(coded: tuple[int, int], view: View, num_frames: int, policy: MediaPolicy) -> None:
-    """Frames count as they are shown; one that is coded larger than it is shown is decoded all the same."""
+    """Check the size of frames as they are shown, and as they are coded where that is larger."""
     size = view.size(coded)
     if size[0] * size[1] < coded[0] * coded[1]:
         check_size(coded, policy, policy.max_frame_pixels)

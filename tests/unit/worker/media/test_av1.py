@@ -173,7 +173,7 @@ def test_damaged_av1_gives_the_good_part_or_is_corrupt(tmp_path: Path) -> None:
 
 
 def test_a_clip_that_only_opencv_opens_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(clip_reader._OPTIONS, "format_whitelist", "avi")
+    monkeypatch.setitem(clip_reader._AV_OPTIONS, "format_whitelist", "avi")
     with pytest.raises(MediaCorrupt, match="cannot be decoded"):
         sample(AV1, 4)
 

@@ -24,7 +24,7 @@ from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
 from worker.errors import DecoderFailed, MediaCorrupt, MediaTooLarge, OutOfMemory
 from worker.media import decoder_process
 from worker.media.decoder_process import DecodeLimits, DecoderProcess
-from worker.media.decoder_protocol import MAX_MESSAGE_BYTES, Decoded, Picture, packed, read_reply
+from worker.media.decoder_protocol import MAX_MESSAGE_BYTES, Decoded, PictureHeader, encode, read_reply
 from worker.media.decoders import Decoders
 from worker.media.image import decode_image
 from worker.media.sniff import MediaKind
@@ -219,7 +219,7 @@ def test_a_decoder_that_dies_with_nothing_to_do_is_nobodys_loss(decoders: Decode
 def test_an_answer_that_has_come_counts_however_late_the_worker_looks(red: Path) -> None:
     limit_s = 0.2
     decoders = Decoders(1, DecodeLimits(MEMORY, image_s=limit_s, video_s=60.0))
-    answer = len(packed(Picture(width=30, height=20))) + 30 * 20 * 3 + len(packed(Decoded()))
+    answer = len(encode(PictureHeader(width=30, height=20))) + 30 * 20 * 3 + len(encode(Decoded()))
 
     def num_waiting() -> int:
         (decoder,) = decoders._busy
@@ -427,7 +427,7 @@ def test_a_reply_that_is_none_is_not_taken(body: bytes) -> None:
 
 
 def test_a_message_is_small_whatever_it_says() -> None:
-    assert len(packed(Picture(width=1 << 40, height=1 << 40))) < MAX_MESSAGE_BYTES
-    file = io.BytesIO(packed(Picture(width=3, height=2)))
+    assert len(encode(PictureHeader(width=1 << 40, height=1 << 40))) < MAX_MESSAGE_BYTES
+    file = io.BytesIO(encode(PictureHeader(width=3, height=2)))
     file.seek(4)
-    assert read_reply(file.read()) == Picture(width=3, height=2)
+    assert read_reply(file.read()) == PictureHeader(width=3, height=2)

@@ -338,8 +338,8 @@ def test_ffmpeg_itself_refuses_playlists_under_our_environment(tmp_path: Path) -
     concat.write_text(f"ffconcat version 1.0\nfile '{B_FRAMES}'\n")
     program = (
         "import sys\nfrom pathlib import Path\nfrom worker.media.clip import ClipFile\n"
-        "from worker.media.clip_index import calm_opencv, open_capture\n"
-        "calm_opencv()\nprint([open_capture(ClipFile(Path(path))).isOpened() for path in sys.argv[1:]])"
+        "from worker.media.clip_index import configure_opencv, open_capture\n"
+        "configure_opencv()\nprint([open_capture(ClipFile(Path(path))).isOpened() for path in sys.argv[1:]])"
     )
     paths = [str(path) for path in (playlist, concat, B_FRAMES, VARIABLE_RATE, write_clip(tmp_path / "a.avi", 5))]
     done = subprocess.run(

@@ -1,8 +1,9 @@
-"""Take from a still what its pixels need, and leave its metadata: so that no metadata can cost the pixels.
+"""Strips the metadata from a still image, so that broken or huge metadata cannot fail its decoding.
 
-In: a file's bytes. Out: a smaller file of the same format, and which way up it is. Text, profiles, comments, previews
-and further pages are stepped over by their lengths and never unpacked, but for the few that tell the orientation, which
-are unpacked up to a bound. A file whose structure cannot be followed is handed on as it is.
+In: a file's bytes. Out: a smaller file of the same format, and its orientation. Text, profiles, comments, previews and
+further pages are skipped by their lengths and never decompressed, except those that may hold the orientation, which are
+decompressed up to `MAX_METADATA_BYTES`. A file whose structure cannot be parsed is returned unchanged. JPEG has a
+module of its own.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from worker.errors import MediaUnsupported
 from worker.media.orientation import AS_STORED, of_exif, of_xmp
 from worker.media.sniff import MediaFormat
 
-#: Unpacked bytes of one block of metadata that may tell the orientation.
+#: Decompressed bytes of one metadata block that may hold the orientation.
 MAX_METADATA_BYTES: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Bare:
-    """`content`: pixels without metadata. `orientation`: EXIF's. `coding`: how the pixels are coded, where that is
-    something that the decoder need not know; else empty."""
+class Stripped:
+    """A file without its metadata.
+
+    orientation: EXIF's number.
+    coding: the coding of the pixels where Pillow may not decode it, for the error text; else empty.
+    """
 
     content: bytes
     orientation: int = AS_STORED
@@ -38,13 +42,13 @@ _PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS: Final = frozenset({b"IHDR", b"PLTE", b"IDAT"})
 _PNG_END: Final = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _PNG_KIND: Final = re.compile(rb"[A-Za-z]{4}")
-_PNG_CLEAR_BYTES: Final = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # tRNS by colour type
+_PNG_TRANSPARENCY_BYTES: Final = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # tRNS by colour type
 _PNG_XMP: Final = b"XML:com.adobe.xmp"
 #: ImageMagick's: a name, a length and hexadecimal digits, one a line.
 _PNG_EXIF: Final = frozenset({b"Raw profile type exif", b"Raw profile type APP1"})
 
 
-def bare_png(content: bytes) -> Bare:
+def strip_png(content: bytes) -> Stripped:
     """PNG (third edition): header, palette, transparency and the default image, which is an animation's first frame."""
     kept: list[bytes | memoryview] = [_PNG_MAGIC]
     exif = xmp = None
@@ -52,7 +56,7 @@ def bare_png(content: bytes) -> Bare:
     is_whole = True
     for kind, start, end in _png_chunks(content):
         body = memoryview(content)[start + 8 : end - 4]
-        if kind in _PNG_PIXELS or (kind == b"tRNS" and _is_png_clear(content, colour, start, end)):
+        if kind in _PNG_PIXELS or (kind == b"tRNS" and _is_png_transparency(content, colour, start, end)):
             kept.append(memoryview(content)[start:end])
             is_whole = end <= len(content)
         elif kind == b"eXIf":
@@ -63,7 +67,7 @@ def bare_png(content: bytes) -> Bare:
             xmp = xmp or (of_xmp(text) if name == _PNG_XMP else None)
     if is_whole:
         kept.append(_PNG_END)
-    return Bare(b"".join(kept), exif or xmp or AS_STORED)
+    return Stripped(b"".join(kept), exif or xmp or AS_STORED)
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -74,7 +78,7 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         end = at + 12 + length
         is_chunk = _PNG_KIND.fullmatch(kind) is not None
         if kind not in _PNG_PIXELS and (not is_chunk or end > num_bytes):
-            # A broken length: the pixels begin where their name stands.
+            # A broken length: go on at the next chunk named IDAT.
             at = content.find(b"IDAT", at + 8) - 4
             if at < 0:
                 return
@@ -85,15 +89,15 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         at = end
 
 
-def _is_png_clear(content: bytes, colour: int, start: int, end: int) -> bool:
-    """Whether transparency is whole and fits the colours."""
+def _is_png_transparency(content: bytes, colour: int, start: int, end: int) -> bool:
+    """Whether a tRNS chunk is complete and has the size that fits the colour type."""
     (checksum,) = struct.unpack_from(">I", content, end - 4)
-    fits = end - start - 12 in _PNG_CLEAR_BYTES.get(colour, range(0))
+    fits = end - start - 12 in _PNG_TRANSPARENCY_BYTES.get(colour, range(0))
     return fits and zlib.crc32(content[start + 4 : end - 4]) == checksum
 
 
 def _png_text(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """Return a text chunk's name and text; the text is empty when it is not one that is wanted, or broken."""
+    """Return a text chunk's keyword and text; the text is empty unless it may hold the orientation."""
     name, _, rest = body.partition(b"\x00")
     if name != _PNG_XMP and name not in _PNG_EXIF:
         return name, b""
@@ -126,7 +130,7 @@ _WEBP_FRAMES: Final = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
 _WEBP_METADATA_FLAGS: Final = 0x20 | 0x08 | 0x04  # profile, EXIF, XMP: RFC 9649, section 2.7
 
 
-def bare_webp(content: bytes) -> Bare:
+def strip_webp(content: bytes) -> Stripped:
     """RFC 9649: the image, or of an animation the first frame."""
     kept = bytearray()
     exif = xmp = None
@@ -145,7 +149,7 @@ def bare_webp(content: bytes) -> Bare:
         elif kind == b"XMP ":
             xmp = xmp or of_xmp(content[at + 8 : at + 8 + min(length, MAX_METADATA_BYTES)])
         at = end
-    return Bare(b"RIFF" + struct.pack("<I", 4 + len(kept)) + b"WEBP" + bytes(kept), exif or xmp or AS_STORED)
+    return Stripped(b"RIFF" + struct.pack("<I", 4 + len(kept)) + b"WEBP" + bytes(kept), exif or xmp or AS_STORED)
 
 
 # TIFF 6.0 and its supplements: tags that say where the pixels are and what they mean.
@@ -161,7 +165,7 @@ _SHORT: Final = 3
 _TIFF_ENTRY_BYTES: Final = 12
 
 
-def bare_tiff(content: bytes) -> Bare:
+def strip_tiff(content: bytes) -> Stripped:
     """TIFF 6.0: the first directory with its pixels' tags only. Raises MediaUnsupported for a camera's raw file, whose
     first directory is a preview."""
     order = "<" if content.startswith(b"II") else ">"
@@ -172,7 +176,7 @@ def bare_tiff(content: bytes) -> Bare:
         places = range(first, first + _TIFF_ENTRY_BYTES * num_entries, _TIFF_ENTRY_BYTES)
         entries = [_TiffEntry(*struct.unpack_from(f"{order}HHI4s", content, at)) for at in places]
     except struct.error:
-        return Bare(content)
+        return Stripped(content)
     found = {one.tag: one.number(order) for one in entries}
     _check_is_no_raw(content, found)
     kept = [content[at : at + _TIFF_ENTRY_BYTES] for one, at in zip(entries, places, strict=True)
@@ -180,7 +184,7 @@ def bare_tiff(content: bytes) -> Bare:
     table = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
     coding = found.get(_COMPRESSION, 1)
     xmp_at = found.get(_XMP, len(content))
-    return Bare(
+    return Stripped(
         content[:directory] + table + content[directory + len(table) :],
         of_exif(content) or of_xmp(content[xmp_at : xmp_at + MAX_METADATA_BYTES]) or AS_STORED,
         "" if coding in COMPRESSION_INFO else f"compression {coding}",
@@ -213,39 +217,39 @@ def _check_is_no_raw(content: bytes, found: dict[int, int]) -> None:
 _BMP_CODINGS: Final = {4: "JPEG inside", 5: "PNG inside"}
 
 
-def bare_bmp(content: bytes) -> Bare:
-    """A bitmap has no metadata that anything reads."""
+def strip_bmp(content: bytes) -> Stripped:
+    """Return a bitmap unchanged: Pillow reads no metadata of it."""
     coding = int.from_bytes(content[30:34], "little") if int.from_bytes(content[14:18], "little") >= 40 else 0
-    return Bare(content, coding=_BMP_CODINGS.get(coding, ""))
+    return Stripped(content, coding=_BMP_CODINGS.get(coding, ""))
 
 
-def bare_gif(content: bytes) -> Bare:
+def strip_gif(content: bytes) -> Stripped:
     """GIF89a: the first picture with the control block before it."""
     if len(content) < 13:
-        return Bare(content)
+        return Stripped(content)
     at = 13 + (3 << (content[10] & 7) + 1 if content[10] & 0x80 else 0)
     kept, control = bytearray(content[:at]), b""
-    while content[at : at + 1] == b"!":  # an extension; also one of no known kind
+    while content[at : at + 1] == b"!":  # an extension, known or not
         end = _end_of_blocks(content, at + 2)
         if content[at + 1 : at + 3] == b"\xf9\x04":
             control = content[at:end]
         at = end
     if content[at : at + 1] != b",":
-        return Bare(content)
-    return Bare(bytes(kept) + control + content[at:])
+        return Stripped(content)
+    return Stripped(bytes(kept) + control + content[at:])
 
 
 def _end_of_blocks(content: bytes, at: int) -> int:
-    """Step over sub-blocks to behind the empty one that ends them."""
+    """Return the place after a series of sub-blocks and the empty one that ends it."""
     while at < len(content) and content[at]:
         at += 1 + content[at]
     return at + 1
 
 
-BARE: Final[dict[MediaFormat, Callable[[bytes], Bare]]] = {
-    MediaFormat.PNG: bare_png,
-    MediaFormat.WEBP: bare_webp,
-    MediaFormat.TIFF: bare_tiff,
-    MediaFormat.BMP: bare_bmp,
-    MediaFormat.GIF: bare_gif,
+STRIPPERS: Final[dict[MediaFormat, Callable[[bytes], Stripped]]] = {
+    MediaFormat.PNG: strip_png,
+    MediaFormat.WEBP: strip_webp,
+    MediaFormat.TIFF: strip_tiff,
+    MediaFormat.BMP: strip_bmp,
+    MediaFormat.GIF: strip_gif,
 }
