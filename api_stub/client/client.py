@@ -289,4 +289,4 @@ def _http(module: str) -> ModuleType:
     """Import by name: most producers speak to Redis and have no httpx."""
     if importlib.util.find_spec("httpx") is None:
         raise InvalidSettings("a gateway is spoken to with httpx, which is not installed: pip install 'visionq[http]'")
-    return importlib.import_module(f"api_stub.http.{module}")
+    return importlib.import_module(f"api_stub.client.http.{module}")
