@@ -8,84 +8,48 @@ S3 credentials are not here: boto3 finds them itself (`AWS_ACCESS_KEY_ID`, `AWS_
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
-from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import SettingsConfigDict
 
 from api_stub.contract.names import is_model_name
 from api_stub.errors import InvalidSettings
-from api_stub.ledger.settings import LedgerConfig, check_redis_url
+from api_stub.ledger.settings import (
+    LedgerConfig,
+    LedgerSettings,
+    S3Settings,
+    ServiceSettings,
+    check_http_url,
+    explain_settings,
+    variable_of,
+)
 
-ENV_PREFIX = "VISIONQ_"
 T = TypeVar("T")
 
 
-class ClientSettings(BaseSettings):
+class ClientSettings(S3Settings, LedgerSettings):
     """Everything a producer can be told from outside. Durations are seconds."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        frozen=True,
-        extra="ignore",
-        env_ignore_empty=True,
-        populate_by_name=True,
-        hide_input_in_errors=True,
-    )
+    model_config = SettingsConfigDict(hide_input_in_errors=True)
 
-    redis_url: SecretStr = Field(
-        default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
-    )
     api_url: str | None = Field(
         default=None, description="Gateway that clients speak to over HTTP where VISIONQ_REDIS_URL is not set"
     )
     api_key: SecretStr = Field(default=SecretStr(""), description="API key that clients send to the gateway")
-    media_bucket: str = Field(default="media", min_length=3, max_length=63, description="Bucket of the uploads")
-    s3_endpoint_url: str | None = Field(
-        default=None,
-        validation_alias=AliasChoices("s3_endpoint_url", "AWS_ENDPOINT_URL_S3"),
-        description="S3 endpoint; empty: AWS",
-    )
-    s3_region: str = Field(
-        default="us-east-1", validation_alias=AliasChoices("s3_region", "AWS_REGION"), description="S3 region"
-    )
     s3_public_url: str | None = Field(
         default=None, description="S3 endpoint that presigned URLs name; empty: the S3 endpoint itself"
     )
     max_queued: int = Field(
         default=0, ge=0, description="Queued and running jobs per model that a submit admits; 0: no limit"
     )
-    lease_s: float = Field(default=15.0, gt=0, description="A job whose worker is silent this long goes to another")
-    grace_s: float = Field(default=15.0, gt=0, description="Time before a queued job is checked for a lost doorbell")
-    max_attempts: int = Field(
-        default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
-    )
-    tenant_max_running: int = Field(
-        default=0, ge=0, description="Jobs of one tenant and model that run at a time; 0: no limit"
-    )
-    ageing_s: float = Field(
-        default=60.0, gt=0, description="Time in the queue after which a job is served among those of priority 0"
-    )
-    result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
-    events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
-    unserved_ttl_s: int = Field(
-        default=86_400, ge=1, description="Time after which a queued job expires when no worker has served its model"
-    )
 
-    @field_validator("redis_url")
-    @classmethod
-    def _is_redis(cls, value: SecretStr) -> SecretStr:
-        check_redis_url(value.get_secret_value())
-        return value
-
-    @field_validator("s3_endpoint_url", "s3_public_url", "api_url")
+    @field_validator("s3_public_url", "api_url")
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in {"http", "https"}:
-            raise ValueError("must be an http:// or https:// URL")
-        return value
+        return check_http_url(value)
 
     @classmethod
     def load(cls, redis_url: str | None = None) -> Self:
@@ -93,25 +57,15 @@ class ClientSettings(BaseSettings):
         try:
             return cls() if redis_url is None else cls(redis_url=SecretStr(redis_url))
         except ValidationError as error:
-            raise InvalidSettings(_name_variables(error)) from error
+            raise InvalidSettings(explain_settings(cls, error)) from error
 
     @property
     def ledger(self) -> LedgerConfig:
         """The ledger's share of the settings."""
-        return LedgerConfig(
-            lease_s=self.lease_s,
-            grace_s=self.grace_s,
-            max_attempts=self.max_attempts,
-            tenant_max_running=self.tenant_max_running,
-            ageing_s=self.ageing_s,
-            max_queued=self.max_queued,
-            result_ttl_s=self.result_ttl_s,
-            events_ttl_s=self.events_ttl_s,
-            unserved_ttl_s=self.unserved_ttl_s,
-        )
+        return replace(super().ledger, max_queued=self.max_queued)
 
 
-class GatewaySettings(ClientSettings):
+class GatewaySettings(ServiceSettings, ClientSettings):
     """What the HTTP gateway can be told from outside. Durations are seconds, sizes bytes."""
 
     api_host: str = Field(default="127.0.0.1", description="Address the gateway listens on; without keys loopback only")
@@ -201,10 +155,6 @@ class GatewaySettings(ClientSettings):
         default="5,300,1800,7200,18000,36000,50400,72000,86400",
         description="Pauses between the tries of a webhook; after the last try it is given up",
     )
-    sweep_s: float = Field(default=1.0, gt=0, description="Time between two looks of the reaper")
-    log_level: str = Field(
-        default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
-    )
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
@@ -225,26 +175,9 @@ class GatewaySettings(ClientSettings):
         return tuple(name.strip() for name in self.api_models.split(",") if name.strip())
 
 
-def variable_of(field: str) -> str:
-    """Return the environment variable that sets a field of GatewaySettings, ClientSettings' included."""
-    alias = GatewaySettings.model_fields[field].validation_alias
-    return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"{ENV_PREFIX}{field.upper()}"
-
-
 def parsed(field: str, text: str, parse: Callable[[str], T]) -> T:
     """Read the text of a field of GatewaySettings. Raises InvalidSettings that names the variable."""
     try:
         return parse(text)
     except ValueError as error:
-        raise InvalidSettings(f"{variable_of(field)}: {error}") from error
-
-
-def _name_variables(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors(include_url=False):
-        place = str(problem["loc"][0]) if problem["loc"] else ""
-        variable = variable_of(place) if place in GatewaySettings.model_fields else place
-        is_ours = problem["type"] == "value_error"
-        reason = str(problem["ctx"]["error"]) if is_ours else f"{problem['msg']} (got {problem['input']!r})"
-        problems.append(f"{variable}: {reason}")
-    return "; ".join(problems)
+        raise InvalidSettings(f"{variable_of(GatewaySettings, field)}: {error}") from error

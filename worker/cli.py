@@ -11,8 +11,8 @@ from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
+from api_stub.ledger.settings import explain_settings
 from worker.errors import CannotStart
 from worker.lifecycle.health import Health
 from worker.lifecycle.probes import OperationsServer
@@ -206,13 +206,7 @@ def read_settings(given: dict[str, str]) -> WorkerSettings:
     try:
         return WorkerSettings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        refuse("; ".join(_named(problem) for problem in error.errors(include_url=False, include_input=False)))
-
-
-def _named(problem: ErrorDetails) -> str:
-    place = str(problem["loc"][0]) if problem["loc"] else "settings"
-    variable = place if place.startswith("AWS_") else f"VISIONQ_{place.upper()}"
-    return f"{variable}: {problem['msg']}"
+        refuse(explain_settings(WorkerSettings, error))
 
 
 def refuse(message: str) -> NoReturn:

@@ -7,39 +7,81 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AliasChoices, Field, field_validator
+from pydantic_settings import NoDecode
 
 from api_stub.contract.job import ModelName
 from api_stub.contract.media import MAX_PIXELS, MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME
-from api_stub.ledger.settings import LedgerConfig, check_redis_url
-from worker.choices import Attention as Attention
-from worker.choices import Dtype as Dtype
-from worker.choices import KVBackend as KVBackend
-from worker.choices import LogFormat as LogFormat
-from worker.choices import Quantization as Quantization
-from worker.choices import Switch as Switch
+from api_stub.ledger.settings import LedgerSettings, S3Settings, ServiceSettings
 
 MEBIBYTE = 1024 * 1024
 #: Read by libraries, not by these settings.
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 
 
-class WorkerSettings(BaseSettings):
+class Switch(StrEnum):
+    """A setting with an automatic choice."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+    @property
+    def choice(self) -> bool | None:
+        """What was chosen, None for automatic."""
+        return None if self is Switch.AUTO else self is Switch.ON
+
+
+class Dtype(StrEnum):
+    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class Attention(StrEnum):
+    """Attention code; auto takes flash-attn when it can be imported and used, else SDPA."""
+
+    AUTO = "auto"
+    SDPA = "sdpa"
+    EAGER = "eager"
+    FLASH = "flash_attention_2"
+
+
+class Quantization(StrEnum):
+    """Weight quantisation at load."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+class KVBackend(StrEnum):
+    """Where keys and values live; auto is paged, and slots for a model that blocks cannot serve."""
+
+    AUTO = "auto"
+    SLOTS = "slots"
+    PAGED = "paged"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
     """Everything a worker can be told from outside. Durations are seconds, sizes bytes."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="VISIONQ_", frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True
-    )
-
-    redis_url: SecretStr = Field(
-        default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
-    )
     model: str = Field(
         default="demo", min_length=1, description="Checkpoint: `demo`, a folder, a hub id or `s3://bucket/prefix/`"
     )
@@ -58,17 +100,8 @@ class WorkerSettings(BaseSettings):
     model_name: ModelName = Field(
         default=DEFAULT_MODEL_NAME, description="Model name this worker serves: queue `visionq.<name>`"
     )
-    media_bucket: str = Field(default="media", description="Bucket of the client's uploads")
     allowed_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Buckets the worker may read, comma-separated; empty: the media bucket only"
-    )
-    s3_endpoint_url: str | None = Field(
-        default=None,
-        validation_alias=AliasChoices("s3_endpoint_url", "AWS_ENDPOINT_URL_S3"),
-        description="S3 endpoint; empty: AWS",
-    )
-    s3_region: str = Field(
-        default="us-east-1", validation_alias=AliasChoices("s3_region", "AWS_REGION"), description="S3 region"
     )
     device: str = Field(
         default="auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `balanced`: spread over several GPUs"
@@ -122,13 +155,7 @@ class WorkerSettings(BaseSettings):
     )
     prepare_ahead: int = Field(default=4, ge=0, le=256, description="Jobs fetched and prepared beyond `max_num_seqs`")
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0: torch's own choice")
-    lease_s: float = Field(default=15.0, gt=0, description="A job whose worker is silent this long goes to another")
     beat_s: float = Field(default=3.0, gt=0, description="Time between heartbeats; at most a third of the lease")
-    grace_s: float = Field(default=15.0, gt=0, description="Time before a queued job is checked for a lost doorbell")
-    sweep_s: float = Field(default=1.0, gt=0, description="Time between two looks of the reaper")
-    max_attempts: int = Field(
-        default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
-    )
     drain_s: float = Field(default=30.0, ge=0, description="Time running jobs get after SIGTERM")
     stall_s: float = Field(
         default=300.0, ge=1, description="An engine with work that makes no step this long is restarted"
@@ -143,17 +170,6 @@ class WorkerSettings(BaseSettings):
         default=0, ge=0, le=65_000, description="Port of the first device's worker, the next ones follow; 0: none"
     )
     celery_events: bool = Field(default=False, description="Tell Celery's events when a task comes in, for Flower")
-    tenant_max_running: int = Field(
-        default=0, ge=0, description="Jobs of one tenant and model that run at a time; 0: no limit"
-    )
-    ageing_s: float = Field(
-        default=60.0, gt=0, description="Time in the queue after which a job is served among those of priority 0"
-    )
-    result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
-    events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
-    unserved_ttl_s: int = Field(
-        default=86_400, ge=1, description="Time after which a queued job expires when no worker has served its model"
-    )
     max_image_bytes: int = Field(default=32 * MEBIBYTE, ge=1, description="Bytes of one image")
     max_image_pixels: int = Field(default=50_000_000, ge=1, description="Pixels of one image")
     max_video_bytes: int = Field(default=512 * MEBIBYTE, ge=1, description="Bytes of one clip")
@@ -212,15 +228,6 @@ class WorkerSettings(BaseSettings):
         description="Times a job is put back, with growing pauses, before faulty storage fails it",
     )
     log_format: LogFormat = Field(default=LogFormat.JSON, description="`json` or `text`")
-    log_level: str = Field(
-        default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
-    )
-
-    @field_validator("redis_url")
-    @classmethod
-    def _is_redis(cls, value: SecretStr) -> SecretStr:
-        check_redis_url(value.get_secret_value())
-        return value
 
     @field_validator("allowed_buckets", mode="before")
     @classmethod
@@ -267,20 +274,6 @@ class WorkerSettings(BaseSettings):
     def num_decode_processes(self) -> int:
         """Media decoded at once."""
         return self.decode_processes or min(8, max(2, os.cpu_count() or 2))
-
-    @property
-    def ledger(self) -> LedgerConfig:
-        """The ledger's share of the settings."""
-        return LedgerConfig(
-            lease_s=self.lease_s,
-            grace_s=self.grace_s,
-            max_attempts=self.max_attempts,
-            tenant_max_running=self.tenant_max_running,
-            ageing_s=self.ageing_s,
-            result_ttl_s=self.result_ttl_s,
-            events_ttl_s=self.events_ttl_s,
-            unserved_ttl_s=self.unserved_ttl_s,
-        )
 
 
 def export(variables: Mapping[str, str]) -> None:

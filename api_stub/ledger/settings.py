@@ -1,7 +1,8 @@
-"""What the settings of either side say about Redis and the ledger: the address, what a call may cost, the limits.
+"""The settings that producers, gateways and workers share: Redis and the ledger, S3, and what every service has.
 
-A URL may hold a password: no message repeats it. Timeouts and certificates are given as redis-py's keyword arguments
-and as kombu's transport options; certificates are verified unless the URL says otherwise.
+`api_stub.settings` and `worker.settings` inherit the fields, so a name has one default, one bound and one text. A URL
+may hold a password: no message repeats it. Timeouts and certificates are given as redis-py's keyword arguments and as
+kombu's transport options; certificates are verified unless the URL says otherwise.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import redis
 import redis.asyncio.retry
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from api_stub.contract import names
 
+ENV_PREFIX: Final = "VISIONQ_"
 _WAY: Final = "give one address that always leads to the master, a name that moves or a TCP proxy"
 _SET_IN_THE_URL: Final = ("password", "username", "db")
 
@@ -92,6 +96,114 @@ class LedgerConfig:
     result_ttl_s: int = 86_400
     events_ttl_s: int = 3_600
     unserved_ttl_s: int = 86_400
+
+
+class _Environment(BaseSettings):
+    """How every settings object reads the environment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True
+    )
+
+
+class LedgerSettings(_Environment):
+    """Where Redis is, and how the ledger treats jobs. Durations are seconds."""
+
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), description="Redis that holds queue, ledger, events and results"
+    )
+    lease_s: float = Field(default=15.0, gt=0, description="A job whose worker is silent this long goes to another")
+    grace_s: float = Field(default=15.0, gt=0, description="Time before a queued job is checked for a lost doorbell")
+    max_attempts: int = Field(
+        default=3, ge=1, le=100, description="Lost workers a job survives before it is a poison job"
+    )
+    tenant_max_running: int = Field(
+        default=0, ge=0, description="Jobs of one tenant and model that run at a time; 0: no limit"
+    )
+    ageing_s: float = Field(
+        default=60.0, gt=0, description="Time in the queue after which a job is served among those of priority 0"
+    )
+    result_ttl_s: int = Field(default=86_400, ge=1, description="Time a result is kept")
+    events_ttl_s: int = Field(default=3_600, ge=1, description="Time an event stream is kept after its job is final")
+    unserved_ttl_s: int = Field(
+        default=86_400, ge=1, description="Time after which a queued job expires when no worker has served its model"
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        check_redis_url(value.get_secret_value())
+        return value
+
+    @property
+    def ledger(self) -> LedgerConfig:
+        """The ledger's share of the settings."""
+        return LedgerConfig(
+            lease_s=self.lease_s,
+            grace_s=self.grace_s,
+            max_attempts=self.max_attempts,
+            tenant_max_running=self.tenant_max_running,
+            ageing_s=self.ageing_s,
+            result_ttl_s=self.result_ttl_s,
+            events_ttl_s=self.events_ttl_s,
+            unserved_ttl_s=self.unserved_ttl_s,
+        )
+
+
+class S3Settings(_Environment):
+    """Where media are. Credentials are not here: boto3 finds them itself."""
+
+    media_bucket: str = Field(
+        default="media", min_length=3, max_length=63, description="Bucket that clients and gateways upload to"
+    )
+    s3_endpoint_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("s3_endpoint_url", "AWS_ENDPOINT_URL_S3"),
+        description="S3 endpoint; empty: AWS",
+    )
+    s3_region: str = Field(
+        default="us-east-1", validation_alias=AliasChoices("s3_region", "AWS_REGION"), description="S3 region"
+    )
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _is_endpoint(cls, value: str | None) -> str | None:
+        return check_http_url(value)
+
+
+class ServiceSettings(_Environment):
+    """What a process that serves has, a gateway or a worker."""
+
+    sweep_s: float = Field(default=1.0, gt=0, description="Time between two looks of the reaper")
+    log_level: str = Field(
+        default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least level that is logged"
+    )
+
+
+def variable_of(settings: type[BaseSettings], field: str) -> str:
+    """Return the environment variable that sets a field."""
+    alias = settings.model_fields[field].validation_alias
+    return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"{ENV_PREFIX}{field.upper()}"
+
+
+def explain_settings(settings: type[BaseSettings], error: ValidationError) -> str:
+    """Return one clause per bad value, after its variable: what is wrong, and the value unless it may be secret."""
+    fields = settings.model_fields
+    problems = []
+    for problem in error.errors(include_url=False):
+        place = str(problem["loc"][0]) if problem["loc"] else ""
+        variable = variable_of(settings, place) if place in fields else place
+        is_ours = problem["type"] == "value_error"
+        reason = str(problem["ctx"]["error"]) if is_ours else f"{problem['msg']} (got {problem['input']!r})"
+        problems.append(f"{variable}: {reason}")
+    return "; ".join(problems)
+
+
+def check_http_url(value: str | None) -> str | None:
+    """Return a URL that is absent or http(s). Raises ValueError."""
+    if value is not None and urlsplit(value).scheme not in {"http", "https"}:
+        raise ValueError("must be an http:// or https:// URL")
+    return value
 
 
 #: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.

@@ -10,10 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, SecretStr
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from api_stub.ledger.settings import variable_of
 from api_stub.settings import ClientSettings, GatewaySettings
 from worker.settings import WorkerSettings
 
@@ -31,7 +32,7 @@ def table() -> str:
     )
     for reader, settings in readers:
         for name, field in settings.model_fields.items():
-            variable = _variable(name, field)
+            variable = variable_of(settings, name)
             default, known_readers, meaning = rows.get(variable, (_default(field), set(), field.description or ""))
             rows[variable] = (default, known_readers | {reader}, meaning)
     lines = ["| variable | default | read by | meaning |", "|---|---|---|---|"]
@@ -44,11 +45,6 @@ def table() -> str:
 def with_table(readme: str) -> str:
     """Return the README's text with the table as it should be."""
     return BLOCK.sub(lambda match: f"{match[1]}{table()}{match[2]}", readme)
-
-
-def _variable(name: str, field: FieldInfo) -> str:
-    alias = field.validation_alias
-    return str(alias.choices[-1]) if isinstance(alias, AliasChoices) else f"VISIONQ_{name.upper()}"
 
 
 def _default(field: FieldInfo) -> str:

@@ -8,7 +8,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from api_stub.errors import InvalidSettings
-from api_stub.settings import ClientSettings, variable_of
+from api_stub.ledger.settings import variable_of
+from api_stub.settings import ClientSettings
 
 
 def test_environment_is_read_and_an_argument_wins_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,4 +72,4 @@ def test_settings_cannot_be_changed_and_do_not_show_the_password() -> None:
 @pytest.mark.parametrize("field", ClientSettings.model_fields)
 def test_every_setting_is_described_and_its_variable_has_an_agreed_name(field: str) -> None:
     assert ClientSettings.model_fields[field].description
-    assert variable_of(field).startswith(("VISIONQ_", "AWS_"))
+    assert variable_of(ClientSettings, field).startswith(("VISIONQ_", "AWS_"))

@@ -8,6 +8,7 @@ import sys
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from api_stub.settings import ClientSettings, GatewaySettings
 from worker.bootstrap import connect
 from worker.errors import CannotStart
 from worker.settings import WorkerSettings
@@ -56,7 +57,14 @@ def test_a_beat_longer_than_a_third_of_the_lease_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("VISIONQ_MAX_NUM_SEQS", "many"), ("VISIONQ_DTYPE", "float7"), ("VISIONQ_MODEL_NAME", "Not A Name")],
+    [
+        ("VISIONQ_MAX_NUM_SEQS", "many"),
+        ("VISIONQ_DTYPE", "float7"),
+        ("VISIONQ_MODEL_NAME", "Not A Name"),
+        ("VISIONQ_KV", "tape"),
+        ("VISIONQ_MEDIA_BUCKET", "m"),
+        ("AWS_ENDPOINT_URL_S3", "host:9000"),
+    ],
 )
 def test_a_bad_value_refuses_to_start_and_names_the_variable(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
@@ -66,8 +74,15 @@ def test_a_bad_value_refuses_to_start_and_names_the_variable(
         [sys.executable, "-m", "worker.cli", "start"], capture_output=True, text=True, timeout=60, check=False
     )
     assert finished.returncode == 78
-    assert variable in finished.stderr
+    assert f"cannot start: {variable}: " in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_what_both_sides_read_is_declared_once() -> None:
+    shared = set(GatewaySettings.model_fields) & set(WorkerSettings.model_fields)
+    assert len(shared) > 10
+    for settings in (WorkerSettings, ClientSettings, GatewaySettings):
+        assert shared.isdisjoint(vars(settings)["__annotations__"])
 
 
 def test_a_context_too_small_for_one_prompt_refuses_to_start(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
