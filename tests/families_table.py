@@ -44,7 +44,7 @@ from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel, load
-from worker.prompting.pixels import AsItIs, Way
+from worker.prompting.pixels import FixedSize, SizeRule
 from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Dtype, Quantization, WorkerSettings
 
@@ -218,12 +218,12 @@ def _limits(builder: PromptBuilder) -> str:
     named = [
         f"{medium} {_named(way)}"
         for medium, way in (("pictures", limits.pictures), ("clips", limits.clips))
-        if way is not None and not isinstance(way, AsItIs)
+        if way is not None and not isinstance(way, FixedSize)
     ]
     return "; ".join(named) or "none"
 
 
-def _named(way: Way) -> str:
+def _named(way: SizeRule) -> str:
     return "min_pixels, max_pixels" if way.takes_min else "max_pixels"
 
 

@@ -22,7 +22,7 @@ from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedClip
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel, load
-from worker.prompting.pixels import AsItIs, LongestEdge, NumTiles, PixelCounts
+from worker.prompting.pixels import FixedSize, LongestEdge, NumTiles, PixelCounts
 from worker.prompting.prepare import PromptBuilder
 from worker.settings import WorkerSettings
 
@@ -175,7 +175,7 @@ def test_clips_of_different_lengths_in_one_prompt_all_stay_below_the_most(name: 
 
 def test_smolvlms_pictures_take_a_most_and_its_clips_have_one_tile_per_frame_anyway(builder_of: Builders) -> None:
     builder = builder_of("smolvlm")
-    assert (builder.limits.clips, builder.limits.least_tokens) == (AsItIs(32 * 32), 7)
+    assert (builder.limits.clips, builder.limits.least_tokens) == (FixedSize(32 * 32), 7)
     options = MediaOptions(max_pixels=1024)
     assert builder.prepare(*asked(1, (64, 64)), options).tensors["pixel_values"].shape[1] == 1
     asked_clip = (user(VIDEO, "What?"),), (clip(1, 4),)

@@ -1,4 +1,4 @@
-"""What a loaded processor and model can do: asked of them once at boot.
+"""What a loaded checkpoint supports, found out once at boot.
 
 In: a processor and a model config. Out: one frozen `Capabilities`. Knows no jobs and no media.
 """
@@ -15,31 +15,31 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from worker.models.templates import Captioner, ChatTemplate, captioner_of
 
 FALLBACK_CAPTION_PROMPT = "Describe this image."
-#: Attributes by which processors name their placeholders.
+#: Attributes in which processors keep their placeholder tokens.
 _TOKEN_NAMES: Mapping[str, Sequence[str]] = {"image": ("image_token", "boi_token"), "video": ("video_token",)}
 
-#: A template is a program: what jinja2 and transformers raise, and what its own sums, look-ups and calls do.
+#: A template is a program: what jinja2 and transformers raise, and what its expressions may.
 _RENDERING_ERRORS = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
-#: What a probing user says, and what stands beside the text in a part and is for nobody to see.
+#: The text of a trial conversation, and a further field of its parts that must not be rendered.
 _WORDS, _HIDDEN = "quux", "xyzzy"
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Facts about one checkpoint.
+    """What one checkpoint supports.
 
     has_chat_template: conversations can be rendered.
     has_system_role: the template accepts a system turn.
-    image_token: the token that one image part becomes in the rendered prompt; None: the template shows no images.
-    video_token: the same of one video part; None: the model takes no clips, they are shown as their frames.
-    can_mix_media: images and clips can stand in one prompt; False: clips beside images are shown as their frames.
-    can_mix_lengths: so can clips of different numbers of frames.
-    default_caption_prompt: what a caption job without a prompt asks; empty: pixels alone.
-    captioner: how a model without a chat template is asked; None: it has one, or its family is not known.
+    image_token: the token of one image part in the rendered prompt; None: the template renders no images.
+    video_token: the same for one video part; None: the model takes no clips, which are given as their frames.
+    can_mix_media: images and clips can be in one prompt; False: clips beside images are given as their frames.
+    can_mix_lengths: clips of different numbers of frames can be in one prompt.
+    default_caption_prompt: the prompt of a caption job without one; empty: pixels only.
+    captioner: the prompt format of a model without a chat template; None: it has one, or its family is not known.
     template_source: where the chat template came from; empty: there is none, or it is not used.
-    given_template: the operator's template, also where the processor would take another one of its own.
-    takes_parts: a turn is given as a list of parts; False: the template knows plain text only, so no media.
+    given_template: the operator's template, which overrides any other of the processor.
+    takes_parts: the template takes a turn as a list of parts; False: it takes plain text only, so no media.
     """
 
     has_chat_template: bool
@@ -56,14 +56,14 @@ class Capabilities:
 
     @property
     def native_video(self) -> bool:
-        """Whether the model gets a clip as a clip, with the times of its frames where the family uses them."""
+        """Whether the model takes a clip as a clip, with the times of its frames where the family uses them."""
         return self.video_token is not None
 
 
 def probe(processor: ProcessorMixin, config: PreTrainedConfig, template: ChatTemplate | None = None) -> Capabilities:
-    """Ask processor and config what they can do. Renders a few conversations, shows a few frames, runs no model.
+    """Find out what a processor and a config support: render a few conversations, process a few frames, run no model.
 
-    `template` is what `settle_template` set on the processor. Raises ValueError for a template that drops words.
+    `template` is what `settle_template` set on the processor. Raises ValueError for a template that drops text.
     """
     given = template.text if template is not None and template.is_given else None
     render = _Renderer(processor, given)
@@ -71,7 +71,8 @@ def probe(processor: ProcessorMixin, config: PreTrainedConfig, template: ChatTem
     has_chat_template = getattr(processor, "chat_template", None) is not None
     image_token = _media_token(render, "image") if has_chat_template else None
     if captioner is not None and image_token is None and given is None:
-        has_chat_template = False  # a language model's template, saved beside a processor that has its own way
+        # It is a language model's, saved with a processor that has a prompt format of its own.
+        has_chat_template = False
     takes_parts = not has_chat_template or _takes_parts(render)
     takes_clips = has_chat_template and _takes_clips(processor, 2)
     if has_chat_template:
@@ -93,10 +94,10 @@ def probe(processor: ProcessorMixin, config: PreTrainedConfig, template: ChatTem
 
 
 def _takes_parts(render: _Renderer) -> bool:
-    """Tell whether the template reads parts as parts: their text comes out, and not the whole part.
+    """Return whether the template takes a turn as a list of parts: it renders their text, and nothing else of them.
 
-    Templates of language models take a turn's content for text: of a list they print its Python form, or nothing.
-    Raises ValueError when a turn of plain text does not come out either.
+    Templates of language models expect text: of a list they render its Python representation, or nothing. Raises
+    ValueError when a turn of plain text is not rendered either.
     """
     shown = render([_turn("user", _WORDS)])
     if shown is not None and _WORDS in shown.casefold() and _HIDDEN not in shown.casefold():
@@ -108,7 +109,7 @@ def _takes_parts(render: _Renderer) -> bool:
 
 
 def _takes_clips(processor: ProcessorMixin, *num_frames: int) -> bool:
-    """Give the video processor clips of these lengths; some cannot stack clips that differ (LLaVA-OneVision)."""
+    """Whether the video processor takes clips of these lengths; some cannot stack different ones (LLaVA-OneVision)."""
     video_processor = getattr(processor, "video_processor", None)
     if video_processor is None:
         return False
@@ -121,7 +122,7 @@ def _takes_clips(processor: ProcessorMixin, *num_frames: int) -> bool:
 
 
 def _shared_tensors(processor: ProcessorMixin) -> set[str]:
-    """Return the tensors that images and clips both claim: one would silently replace the other (SmolVLM)."""
+    """Return the names of tensors that images and clips share: one would silently replace the other (SmolVLM)."""
     return set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
 
 
@@ -150,7 +151,7 @@ def _turn(role: str, text: str, *kinds: str) -> Mapping[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class _Renderer:
-    """Renders with the processor's template, or with the given one; None: the template does not take it."""
+    """Renders with the processor's template, or with `template`; returns None when the template fails."""
 
     processor: ProcessorMixin
     template: str | None

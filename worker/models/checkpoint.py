@@ -1,8 +1,7 @@
-"""Whether a checkpoint is a whole model: adapters, unknown quantisation, missing and surplus weights are refused.
+"""Checks that a checkpoint is a complete model: refuses adapters, unknown quantisation, missing and surplus weights.
 
-In: where the checkpoint is, its config, what was loaded of it. Out: nothing, or CannotStart naming what is wrong.
-transformers itself warns in these cases and goes on: with random weights, or as another model than the folder's name
-says.
+In: the checkpoint's place, its config, the loading report. Out: nothing, or CannotStart naming the fault. transformers
+only warns in these cases and continues: with random weights, or with the base model instead of the adapter's.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG: Final = "adapter_config.json"
 #: Files of an adapter, as PEFT names them.
 ADAPTER_FILES: Final = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-#: Buffers that older files hold and current models compute; nothing is lost with them.
+#: Buffers that older files hold and current models compute themselves; they may be left out.
 _COMPUTED_BUFFERS: Final = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|num_batches_tracked|masked_bias|relative_position_index)$"
 )
-#: Parts that a tower or a decoder may leave unused: for training, for scores of whole pictures, for guessing ahead.
+#: Modules of a tower or decoder that inference does not need: training heads, poolers, speculative decoding.
 _UNUSED_PARTS: Final = re.compile(r"(^|_)(heads?|pooler|classifier|score|mtp)($|_)")
-#: As safetensors names them.
-_WHOLE_NUMBERS: Final = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+#: safetensors' names of integer types.
+_INTEGER_TYPES: Final = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 #: Parameters that adapters add, by the names that PEFT gives them.
 _ADAPTER_WEIGHTS: Final = re.compile(r"(^|\.)(lora_|ia3_|base_layer\.|modules_to_save\.)")
 
@@ -52,7 +51,9 @@ def refuse_adapters(name: str, source: str | Path, revision: str | None = None) 
 
 
 def adapter_refused(name: str, adapter_config: bytes = b"") -> CannotStart:
-    """Return the refusal of an adapter; `adapter_config` is what its file of that name holds, the base's name too."""
+    """Return the error for an adapter; `adapter_config` is the content of its adapter_config.json, which names the
+    base.
+    """
     try:
         fields = json.loads(adapter_config or b"{}")
     except (ValueError, RecursionError):
@@ -68,7 +69,7 @@ def adapter_refused(name: str, adapter_config: bytes = b"") -> CannotStart:
 
 
 def refuse_unknown_quantization(name: str, config: PreTrainedConfig, wanted: Quantization) -> None:
-    """Raise CannotStart for weights stored in a way that nobody here can read, or that are to be quantised twice."""
+    """Raise CannotStart for weights quantised by an unknown method, or that are to be quantised a second time."""
     for part in _configs(config):
         stored: Any = getattr(part, "quantization_config", None)
         if stored is None:
@@ -84,10 +85,10 @@ def refuse_unknown_quantization(name: str, config: PreTrainedConfig, wanted: Qua
             raise CannotStart(f"VISIONQ_QUANTIZATION={wanted}: the checkpoint is already quantised, by {method}")
 
 
-def refuse_whole_numbers(name: str, source: str | Path, revision: str | None, config: PreTrainedConfig) -> None:
-    """Raise CannotStart for weights stored as whole numbers, though the config has no quantisation to read them by.
+def refuse_integer_weights(name: str, source: str | Path, revision: str | None, config: PreTrainedConfig) -> None:
+    """Raise CannotStart for weights stored as integers without a quantisation config that says how to decode them.
 
-    transformers would take the numbers themselves for the weights.
+    transformers would use the integers themselves as weights.
     """
     beside = stored_file(source, "config.json", revision)
     if beside is None or any(getattr(part, "quantization_config", None) is not None for part in _configs(config)):
@@ -96,7 +97,7 @@ def refuse_whole_numbers(name: str, source: str | Path, revision: str | None, co
         with safe_open(path, framework="pt") as file:
             types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no mapping
         for key, stored_as in types.items():
-            if key.endswith((".weight", ".bias")) and stored_as in _WHOLE_NUMBERS:
+            if key.endswith((".weight", ".bias")) and stored_as in _INTEGER_TYPES:
                 raise CannotStart(
                     f"VISIONQ_MODEL={name}: {key} is stored as {stored_as}, and config.json has no quantization_config "
                     "that says how to read it"
@@ -106,9 +107,9 @@ def refuse_whole_numbers(name: str, source: str | Path, revision: str | None, co
 def check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     """Raise CannotStart unless the file held every weight of the model, and all of its weights belong to the model.
 
-    report: the loading report of `from_pretrained`. Tied weights are not missing. Weights that are left over are
-    refused when they belong to a part of this model (a bias or norm that the config says is not there, a layer more
-    than the config counts); others, such as heads for training, are named once in the log.
+    report: the loading report of `from_pretrained`. Tied weights are not missing. Surplus weights are refused when they
+    belong to a module of this model (a bias or norm that the config disables, a further layer); others, such as heads
+    for training, are logged once.
     """
     missing = sorted(report["missing_keys"])
     misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
@@ -131,14 +132,16 @@ def check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Any]) 
 
 
 def _dropped(model: PreTrainedModel, keys: list[str]) -> Iterator[str]:
-    """Yield the keys that belong to a module which the model has, or to a further one of a list that it has."""
+    """Yield the keys of surplus weights that belong to a module of the model, or to a further one of a list of
+    modules.
+    """
     modules = {name for name, _ in model.named_modules()}
     places = {_any_number(key) for key, _ in model.named_parameters()}
     for key in keys:
         names = key.split(".")
         num_known = max(count for count in range(len(names)) if ".".join(names[:count]) in modules)
         owner, part = ".".join(names[:num_known]), names[num_known]
-        # What stands beside the towers and the decoder is none of theirs; a lone parameter belongs to its owner.
+        # A module beside the towers and the decoder is none of theirs; a single parameter belongs to its owner.
         is_apart = owner in ("", model.base_model_prefix) and num_known < len(names) - 1
         is_in_a_layer = any(name.isdecimal() for name in names[:num_known])
         is_unused = not is_in_a_layer and _UNUSED_PARTS.search(part)
@@ -151,7 +154,7 @@ def _any_number(key: str) -> str:
 
 
 def _quant_method(fields: Mapping[str, Any]) -> str:
-    """Return the method as transformers looks it up; a bitsandbytes config of old does not name it."""
+    """Return the method's name as transformers looks it up; older bitsandbytes configs do not have it."""
     if fields.get("load_in_8bit") or fields.get("load_in_4bit"):
         return "bitsandbytes_4bit" if fields.get("load_in_4bit") else "bitsandbytes_8bit"
     method = fields.get("quant_method")
@@ -174,7 +177,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def stored_file(source: str | Path, file: str, revision: str | None = None) -> Path | None:
-    """Return where a folder or hub checkpoint has a file, whether it can be read or not; None: it has none."""
+    """Return the path of a file of a folder or hub checkpoint, readable or not; None if there is none."""
     if isinstance(source, Path):
         return source / file if lexists(source / file) else None
     found = cached_file(

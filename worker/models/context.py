@@ -1,4 +1,4 @@
-"""How many tokens of prompt and answer a model can tell apart, by its config alone."""
+"""The longest context of a model, by its config alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from transformers import PreTrainedConfig
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the positions that the text model has, None when its config does not say."""
+    """Return the number of positions of the text model; None when its config has none."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return positions if isinstance(positions, int) else None
 
 
 def max_context(config: PreTrainedConfig) -> int | None:
-    """Return the positions of the text model, as far as they do not depend on how long a sequence is.
+    """Return the longest context in which a position's embedding does not depend on the sequence's length.
 
-    Beyond the length it was first trained on, `longrope` turns all keys of a batch by other frequencies (Ding et al.:
-    LongRoPE, 2024): one long request would change the answers of the others.
+    Beyond the length that it was first trained on, `longrope` rotates all keys of a batch by other frequencies (Ding et
+    al.: LongRoPE, 2024): one long request would change the answers of the others.
     """
     positions = max_positions(config)
     if positions is None:
@@ -31,6 +31,6 @@ def max_context(config: PreTrainedConfig) -> int | None:
 
 
 def _ropes(text_config: PreTrainedConfig) -> list[Mapping[str, Any]]:
-    """Return the parameters of the rotary positions, of each layer type where they differ."""
+    """Return the parameters of the rotary embeddings, one per layer type where they differ."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
     return [each for each in (parameters, *parameters.values()) if isinstance(each, Mapping) and "rope_type" in each]

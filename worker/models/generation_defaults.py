@@ -1,7 +1,7 @@
-"""What a checkpoint's generation config says about greedy text, checked and in the types that the engine takes.
+"""The defaults of a checkpoint's generation config that change greedy text, validated and typed for the engine.
 
-In: a loaded model. Out: `GenerationDefaults`, what `model.generate(do_sample=False)` would follow, with the names of
-the fields that this worker does not follow. The end tokens, `eos_token_id`, always count.
+In: a loaded model. Out: `GenerationDefaults`: the fields that `model.generate(do_sample=False)` would apply, and the
+names of those that this worker ignores. The end tokens, `eos_token_id`, are always used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from worker.errors import CannotStart
 
-#: Fields that change no greedy text, those that a job has of its own, and those that only others of them use.
+#: Fields that do not change greedy text, fields that a job sets itself, and fields that modify only such fields.
 # fmt: off
 _NO_EFFECT: Final = frozenset({
     "max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "renormalize_logits",
@@ -28,8 +28,8 @@ _NO_EFFECT: Final = frozenset({
     "speculation_type", "compile_config", "disable_compile", "continuous_batching_config", "transformers_version",
 })
 # fmt: on
-#: Values other than None under which a field that is not followed asks for nothing.
-_ASKS_NOTHING: Final[Mapping[str, float]] = {
+#: Neutral values, other than None, of fields that are not supported.
+_NEUTRAL_VALUES: Final[Mapping[str, float]] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
@@ -47,14 +47,14 @@ _ASKS_NOTHING: Final[Mapping[str, float]] = {
 class GenerationDefaults:
     """Fields of transformers' GenerationConfig, with its meanings; the defaults are neutral.
 
-    A job's own `min_new_tokens`, `repetition_penalty` and `stop` beat `min_new_tokens` with `min_length`,
-    `repetition_penalty` and `stop_strings`; the others hold for every job.
+    A job's own `min_new_tokens`, `repetition_penalty` and `stop` override `min_new_tokens` with `min_length`,
+    `repetition_penalty` and `stop_strings`; the others apply to every job.
 
     min_length: tokens of prompt and answer before an end token may come; counts only without `min_new_tokens`.
     sequence_bias: token ids and what is added to the logit of the last when the others came just before it.
     exponential_decay_length_penalty: tokens after which end tokens become likelier, and the growth per token.
     begin_suppress_tokens: never the first token.
-    ignored: names of the fields that ask for something and are not followed.
+    ignored: names of the fields that are not neutral and not supported.
     """
 
     min_length: int = 0
@@ -81,35 +81,35 @@ class GenerationDefaults:
         return {name: value for name, (value, neutral) in values.items() if value != neutral and name != "ignored"}
 
 
-#: What a worker without a checkpoint's word does.
+#: Without a generation config.
 NEUTRAL: Final = GenerationDefaults()
 
 
 def read_generation_defaults(model: PreTrainedModel) -> GenerationDefaults:
-    """Return what the model's generation config asks for; transformers has filled it from the checkpoint.
+    """Return the defaults of the model's generation config, which transformers has read from the checkpoint.
 
-    Raises CannotStart for a value that `generate` would refuse or that nobody can follow, naming field and value.
+    Raises CannotStart for a value that is invalid or cannot be satisfied, naming field and value.
     """
     given: dict[str, Any] = {
         name: value
         for name, value in model.generation_config.to_dict().items()
         if value is not None and name not in _NO_EFFECT and not name.startswith("_")
     }
-    followed = {} if _delegates(model) else {name: given[name] for name in _TYPES if name in given}
-    parsed: dict[str, Any] = {name: _parsed(name, value) for name, value in followed.items()}
+    supported = {} if _delegates(model) else {name: given[name] for name in _TYPES if name in given}
+    parsed: dict[str, Any] = {name: _parsed(name, value) for name, value in supported.items()}
     defaults = GenerationDefaults(**parsed)
     _check_forced(defaults, model)
-    left = [name for name, value in given.items() if name not in followed and _asks(name, value)]
+    left = [name for name, value in given.items() if name not in supported and _is_effective(name, value)]
     return replace(defaults, ignored=tuple(sorted(left)))
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: of the generation config, else the config, else the tokenizer.
 
-    Both configs are those of the model whose `generate` decides. Raises CannotStart for what is no token id.
+    Both configs are those of the model whose `generate` runs. Raises CannotStart for invalid ids.
     """
-    decider = model.language_model if _delegates(model) else model
-    for source in (decider.generation_config, decider.config, tokenizer):
+    owner = model.language_model if _delegates(model) else model
+    for source in (owner.generation_config, owner.config, tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
             try:
@@ -122,16 +122,16 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _delegates(model: PreTrainedModel) -> bool:
-    """Whether `generate` hands over to a language model inside, with a generation config of its own (BLIP-2)."""
+    """Whether `generate` delegates to an inner language model with a generation config of its own (BLIP-2)."""
     is_own = type(model).generate is not GenerationMixin.generate
     return is_own and isinstance(getattr(model, "language_model", None), GenerationMixin)
 
 
-def _asks(name: str, value: object) -> bool:
-    """Whether a field that is not followed has a value that would change something."""
+def _is_effective(name: str, value: object) -> bool:
+    """Whether an unsupported field has a value that is not neutral."""
     if name in _TYPES:
         return bool(_parsed(name, value) != getattr(NEUTRAL, name))
-    return name not in _ASKS_NOTHING or value != _ASKS_NOTHING[name]
+    return name not in _NEUTRAL_VALUES or value != _NEUTRAL_VALUES[name]
 
 
 def _parsed(name: str, value: object) -> object:
@@ -145,7 +145,7 @@ def _parsed(name: str, value: object) -> object:
 
 
 def _check_forced(defaults: GenerationDefaults, model: PreTrainedModel) -> None:
-    """A token that the model cannot choose, or must not, can be banned, but not forced."""
+    """Raise CannotStart for a forced token that is beyond the vocabulary or suppressed."""
     vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         beyond = [token for token in getattr(defaults, name) if vocab_size is not None and token >= vocab_size]
@@ -167,7 +167,7 @@ def _listed(value: object) -> object:
 
 
 def _pairs(value: object) -> object:
-    """In memory a bias may be a dict of tuples; JSON has a list of pairs."""
+    """A bias may be a dict with tuples as keys; in JSON it is a list of pairs."""
     return tuple(value.items()) if isinstance(value, dict) else value
 
 
@@ -176,7 +176,7 @@ def _last_of_each(pairs: tuple[tuple[tuple[int, ...], float], ...]) -> tuple[tup
 
 
 def _at_least_none(count: int) -> int:
-    """Below 0 a count asks for nothing, as 0 does."""
+    """A negative count means 0."""
     return max(count, 0)
 
 

@@ -1,4 +1,4 @@
-"""What the processor makes of one job and the engine takes: batch-1 tensors, still on the CPU."""
+"""The model's inputs for one job: what prompting returns and the engine takes; tensors of batch size 1 on the CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ModelInputs:
         and whatever the family adds (`pixel_values`, `image_sizes`, …). Owned by the receiver.
     num_images, num_frames: stills and clip frames in the prompt, for `usage`.
     is_continuation: the prompt ends inside an assistant's turn; leading white space of the answer is kept.
-    num_media_tokens: of the prompt's tokens, those that stand for media and around them.
-    can_take_fewer: a smaller `media_options.max_pixels` would make them fewer.
+    num_media_tokens: the prompt's tokens that stand for media, with those that enclose them.
+    can_take_fewer: a smaller `media_options.max_pixels` would reduce them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -34,7 +34,7 @@ class ModelInputs:
 
     @property
     def cost_of_media(self) -> str:
-        """For a message about a prompt that is too long: what of it the media are; empty: nothing."""
+        """The share of media, for the message about a prompt that is too long; empty without media."""
         if not self.num_media_tokens:
             return ""
         advice = " (media_options.max_pixels makes them fewer)" if self.can_take_fewer else ""

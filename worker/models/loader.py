@@ -1,7 +1,7 @@
-"""Loads the one checkpoint a worker serves: model, processor, and what they can do.
+"""Loads the one checkpoint that a worker serves: its model, its processor and its capabilities.
 
-In: settings. Out: a `LoadedModel` in eval mode on its device. Everything that can be wrong with the settings or the
-checkpoint ends as CannotStart with the variable's name. A folder is loaded without any network; pickles never are.
+In: settings. Out: a `LoadedModel` in eval mode on its device. Any fault of the settings or the checkpoint is
+CannotStart with the variable's name. A folder is loaded without network access; pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ logger = logging.getLogger(__name__)
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model" / "checkpoint"
 
-#: transformers would ask a public service to convert a hub checkpoint that has pickles only.
+#: transformers would have a public service convert a hub checkpoint that has pickles only.
 _LIBRARY_ENVIRONMENT = {"DISABLE_SAFETENSORS_CONVERSION": "1"}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A warm checkpoint. Shared by all threads; nobody changes it.
+    """A loaded checkpoint. Shared by all threads, and not changed by them.
 
-    attention: the attention code in use, as transformers names it.
+    attention: transformers' name of the attention implementation.
     max_context: tokens of prompt and answer that the text model's positions allow.
-    generation: what the checkpoint's generation config says where a job says nothing.
+    generation: the checkpoint's defaults for what a job leaves open.
     """
 
     model: PreTrainedModel
@@ -95,7 +95,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     template = settle_template(settings, processor, source)
     _check_generation_config(settings, source, revision)
     model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
-    checkpoint.refuse_whole_numbers(settings.model, source, revision, config)
+    checkpoint.refuse_integer_weights(settings.model, source, revision, config)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -110,7 +110,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
 
 
 def _source(value: str) -> str | Path:
-    """Return a folder that holds a checkpoint, or a hub id as it stands."""
+    """Return the folder of a checkpoint, or the hub id unchanged."""
     folder = DEMO_CHECKPOINT if value == "demo" else Path(value).expanduser()
     is_folder_name = value == "demo" or value.startswith(("/", ".", "~"))
     if not folder.is_dir():
@@ -124,7 +124,7 @@ def _source(value: str) -> str | Path:
 
 
 def _revision(settings: WorkerSettings, *, is_of_hub: bool) -> str | None:
-    """Return the revision that every file of a hub checkpoint is read at; None: the hub's own choice."""
+    """Return the revision at which all files of a hub checkpoint are read; None: the hub's default."""
     if settings.model_revision and not is_of_hub:
         raise CannotStart(
             f"VISIONQ_MODEL_REVISION={settings.model_revision}: only checkpoints of the model hub have revisions, "
@@ -134,7 +134,7 @@ def _revision(settings: WorkerSettings, *, is_of_hub: bool) -> str | None:
 
 
 def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
-    """Half-precision files are loaded as float32 on a CPU too: its half-precision kernels are slower."""
+    """Return the dtype of the weights. On a CPU `auto` is float32: half-precision kernels are slower there."""
     if settings.dtype is Dtype.AUTO:
         return torch.bfloat16 if is_on_gpu and settings.device != "cpu" else torch.float32
     named: dict[Dtype, torch.dtype] = {
@@ -146,7 +146,7 @@ def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
 
 
 def _read_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> PreTrainedConfig:
-    """Read the config alone and refuse an architecture that is not served, before gigabytes are read."""
+    """Read the config and refuse an architecture that is not served, before gigabytes are downloaded or read."""
     problem = (
         "its config cannot be read"
         if isinstance(source, Path)
@@ -164,7 +164,7 @@ def _read_config(settings: WorkerSettings, source: str | Path, revision: str | N
 
 
 def _empty_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model without its weights; what it does to the config stays with it."""
+    """Return the model on the meta device, without weights; it has a copy of the config, which models may change."""
     with init_empty_weights():
         empty = architecture(deepcopy(config))
     empty.tie_weights()
@@ -187,7 +187,7 @@ def _load_processor(settings: WorkerSettings, source: str | Path, revision: str 
 
 
 def _set_image_splitting(processor: ProcessorMixin, switch: Switch) -> None:
-    """Idefics processors read the switch from the image processor in both places: pixels and placeholder text."""
+    """Set image splitting for pixels and placeholder text alike: Idefics processors read both from here."""
     if hasattr(processor.image_processor, "do_image_splitting"):
         processor.image_processor.do_image_splitting = switch is Switch.ON
     elif switch is Switch.ON:
@@ -238,7 +238,7 @@ def _quantization_options(
             "Layers left unquantised: the library cannot compute their sizes here",
             extra={"action": "load", "quantization": str(settings.quantization), "layers": list(choice.unserved)},
         )
-    # Quantisers want to be told, also about a CPU.
+    # Quantisers need a device_map, also for a CPU.
     config = quantization_config(settings.quantization, dtype, choice)
     return {"device_map": {"": placement.device}, "quantization_config": config}
 
@@ -266,15 +266,15 @@ def _max_context(settings: WorkerSettings, model: PreTrainedModel) -> int:
 
 
 def _check_generation_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> None:
-    """Refuse a file that cannot be read: transformers would go on without it, and without its end tokens."""
+    """Refuse a file that cannot be read: transformers would continue without it, and without its end tokens."""
     if checkpoint.stored_file(source, GENERATION_CONFIG_NAME, revision) is not None:
         with _refusing(settings, f"its {GENERATION_CONFIG_NAME} cannot be read"):
             GenerationConfig.from_pretrained(source, revision=revision, local_files_only=isinstance(source, Path))
 
 
 def _generation(settings: WorkerSettings, model: PreTrainedModel, processor: ProcessorMixin) -> GenerationDefaults:
-    """Return the checkpoint's defaults and say once which of its wishes are not followed."""
-    eos_token_ids(model, processor.tokenizer)  # refuses what are no tokens
+    """Return the checkpoint's defaults, and log once which of its fields are ignored."""
+    eos_token_ids(model, processor.tokenizer)  # raises CannotStart for invalid ones
     if settings.generation_config == "off":
         return NEUTRAL
     defaults = read_generation_defaults(model)
@@ -285,14 +285,14 @@ def _generation(settings: WorkerSettings, model: PreTrainedModel, processor: Pro
 
 @contextmanager
 def _refusing(settings: WorkerSettings, problem: str) -> Iterator[None]:
-    """Turn whatever transformers raises for an unusable checkpoint into CannotStart with its first line."""
+    """Turn any exception of transformers for an unusable checkpoint into CannotStart with its first line."""
     try:
         yield
     except CannotStart:
         raise
-    except Exception as error:  # transformers and tokenizers document no closed set; tokenizers raises bare Exception
+    except Exception as error:  # neither library documents what it raises; tokenizers raises plain Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        # Without torchvision some processors are empty names, others say so when they are made.
+        # Without torchvision some processors are empty stubs, others raise when they are constructed.
         may_be_torchvision = isinstance(error, AttributeError) or "orchvision" in reason
         if may_be_torchvision and find_spec("torchvision") is None:
             reason = f"the family may need torchvision, install the `vision` extra ({reason})"

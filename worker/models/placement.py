@@ -1,8 +1,8 @@
-"""Where the weights go, and which attention code runs over them.
+"""The devices of the weights, and the attention implementation.
 
-Where: a CPU, one GPU, or, when they do not fit one, all GPUs that this process sees. In: VISIONQ_DEVICE and what is
-free. Out: a `Placement`, whose options transformers and accelerate carry out. The attention: flash-attn where it can be
-imported and used, else SDPA or what a family has.
+Devices: a CPU, one GPU or, when the weights do not fit one, all visible GPUs. In: VISIONQ_DEVICE and the free memory.
+Out: a `Placement`, whose options transformers and accelerate apply. Attention: flash-attn where it can be imported and
+used, else SDPA or what the family supports.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MIN_CAPABILITY: Final = (8, 0)
 def attention_name(
     wanted: Attention, architecture: type[PreTrainedModel], device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Return the name for transformers; None leaves it the choice between SDPA and eager (GIT has no SDPA).
+    """Return the name for transformers; None lets it choose between SDPA and eager (GIT has no SDPA).
 
     Raises CannotStart when flash-attn is wanted and cannot be used.
     """
@@ -54,7 +54,7 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("flash_attn") is None:
         return "flash-attn is not installed"
     try:
-        # It is compiled against one version of torch and breaks with the next.
+        # It is compiled for one version of torch and fails to import with another.
         import_module("flash_attn")
     except (ImportError, OSError) as error:
         logger.warning("flash-attn cannot be imported", extra={"action": "load", "error": str(error)})
@@ -73,7 +73,7 @@ _CHOICES = "use auto, balanced, cpu, cuda or cuda:N"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """device: where inputs go first. options: what `from_pretrained` is told."""
+    """device: of the model's inputs. options: arguments of `from_pretrained`."""
 
     device: torch.device
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -82,9 +82,9 @@ class Placement:
 def place(value: str, free_bytes: Mapping[int, int], num_weight_bytes: Callable[[], int]) -> Placement:
     """Return the placement that VISIONQ_DEVICE asks for.
 
-    `free_bytes` holds the free memory of each GPU in sight. `num_weight_bytes` is asked only when it matters.
-    `auto` takes the first GPU unless the weights need several; `balanced` always spreads them.
-    Raises CannotStart for what is not there and for weights that do not fit.
+    `free_bytes`: the free memory of each visible GPU. `num_weight_bytes` is called only if the answer depends on it.
+    `auto` is the first GPU unless the weights need several; `balanced` always uses several.
+    Raises CannotStart for a device that does not exist and for weights that do not fit.
     """
     if value == "auto" and not free_bytes:
         return Placement(torch.device("cpu"))
@@ -94,12 +94,12 @@ def place(value: str, free_bytes: Mapping[int, int], num_weight_bytes: Callable[
 
 
 def free_gpu_bytes() -> dict[int, int]:
-    """Return the free memory of each GPU that this process sees, by its number."""
+    """Return the free memory of each visible GPU, by its number."""
     return {number: torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())}
 
 
 def require_on_gpus(value: str, model: PreTrainedModel) -> None:
-    """Refuse a spread model of which accelerate has left a part on a CPU or a disk: each token would wait for it."""
+    """Raise CannotStart if accelerate has put a part of the model on a CPU or a disk, which would slow every token."""
     devices = {name: str(device) for name, device in getattr(model, "hf_device_map", {}).items()}
     elsewhere = [name or "everything" for name, device in devices.items() if device in ("cpu", "disk")]
     if elsewhere and set(devices.values()) != {"cpu"}:
@@ -119,7 +119,7 @@ def _device(value: str, num_gpus: int) -> torch.device:
 
 
 def _on_one(device: torch.device) -> Placement:
-    # Straight onto the GPU: no second copy of the weights in host memory.
+    # Loaded directly onto the GPU, without a copy of the weights in host memory.
     return Placement(device, {"device_map": {"": device}} if device.type == "cuda" else {})
 
 

@@ -1,7 +1,7 @@
-"""Weights in fewer bits: int8 through optimum-quanto, nf4 with double quantisation through bitsandbytes.
+"""Quantised weights: int8 by optimum-quanto, nf4 with double quantisation by bitsandbytes.
 
-Linear layers are quantised while they are loaded; embeddings, norms and the output head keep their type, and so does
-a layer that the library cannot compute on this device: see `can_serve`. Both libraries run on CPUs too, slowly.
+Linear layers are quantised while they are loaded. Embeddings, norms and the output head keep their type, and so do
+layers that the library cannot compute on this device (`can_serve`). Both libraries also run on CPUs, slowly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _PACKAGES = {
 }
 #: Bytes per weight; nf4 adds an 8-bit scale per block of 64 and a 32-bit one per 256 of those (arXiv:2305.14314 §3).
 _BYTES_PER_WEIGHT = {Quantization.INT8: 1.0, Quantization.NF4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-#: Bytes per layer: the 16 values that 4 bits name, the 256 that 8 bits of a scale name, their mean; 32 bits each.
+#: Bytes per layer: the tables of the 16 values of 4 bits and of the 256 values of 8-bit scales, and a mean; 32 bits
+#: each.
 _BYTES_PER_LAYER = {Quantization.INT8: 0, Quantization.NF4: 4 * (16 + 256 + 1)}
 #: Weights that share one scale in nf4, and rows that bitsandbytes interleaves for AVX512-BF16.
 _NF4_BLOCK, _NF4_ROWS = 64, 32
@@ -41,8 +42,8 @@ _MEBIBYTE = 1024 * 1024
 class LayerChoice:
     """Full names of linear layers, in the model's order; `kept` are patterns as transformers matches them.
 
-    quantised: those that will be. kept: the output head and what else transformers leaves alone for every model.
-    unserved: those that would be quantised if the library could compute them on this device.
+    quantised: those that will be. kept: the output head and other modules that transformers never quantises.
+    unserved: layers that the library cannot compute on this device.
     """
 
     quantised: tuple[str, ...]
@@ -51,18 +52,18 @@ class LayerChoice:
 
     @property
     def skipped(self) -> list[str]:
-        """What transformers is told to leave alone; anchored, since it would also take a name for another's ending."""
+        """The patterns of layers that transformers shall not quantise; anchored, because it also matches by suffix."""
         return [*self.kept, *(f"^{re.escape(name)}$" for name in self.unserved)]
 
 
 def can_serve(
     kind: Quantization, in_features: int, out_features: int, *, device: str, dtype: torch.dtype, packs_nf4: bool
 ) -> bool:
-    """Tell whether the library computes a layer of this size rightly on a `device` type in `dtype`.
+    """Return whether the library computes a layer of this size correctly on a `device` type in `dtype`.
 
     nf4, on a CPU with AVX512-BF16 (`packs_nf4`): bitsandbytes 0.50 packs 32 rows together and lays the scales out as
-    rows x (columns / 64) at the first forward; what does not divide ends in an error there. Elsewhere it dequantises
-    the weight, which any size bears, as does CUDA where its fused kernel wants whole blocks.
+    rows x (columns / 64) at the first forward, which fails for other sizes. Elsewhere it dequantises the weight, which
+    works for any size, as does CUDA where its fused kernel needs whole blocks.
     int8, on a CPU in bfloat16: quanto 0.2.7 hands layers whose columns divide by 4 to torch's `_weight_int8pack_mm`,
     which reads 16 columns at a time and past the end of the last row (torch 2.13: a segmentation fault or noise).
     """
@@ -76,9 +77,9 @@ def can_serve(
 def choose_layers(model: PreTrainedModel, kind: Quantization, dtype: torch.dtype, device: torch.device) -> LayerChoice:
     """Return which linear layers of a model on the meta device are to be quantised for `device`.
 
-    A class derived from nn.Linear has a forward of its own or, as in nn.MultiheadAttention, an owner that reads its
-    weight: it is left alone. So is GPT-2's Conv1D, whose weight lies the other way round.
-    Raises CannotStart when the library is not installed.
+    Subclasses of nn.Linear are not quantised: they have a forward of their own or, as in nn.MultiheadAttention, an
+    owner that reads their weight. Nor is GPT-2's Conv1D, whose weight is transposed. Raises CannotStart when the
+    library is not installed.
     """
     _require_library(kind)
     packs_nf4 = kind is Quantization.NF4 and _packs_nf4()
@@ -98,7 +99,7 @@ def choose_layers(model: PreTrainedModel, kind: Quantization, dtype: torch.dtype
 def quantization_config(
     kind: Quantization, dtype: torch.dtype, choice: LayerChoice
 ) -> QuantoConfig | BitsAndBytesConfig:
-    """Return what transformers is told; `dtype` is the type that nf4 computes in."""
+    """Return the config for transformers; `dtype` is the compute type of nf4."""
     if kind is Quantization.INT8:
         return QuantoConfig(weights="int8", modules_to_not_convert=choice.skipped)
     return BitsAndBytesConfig(
@@ -111,11 +112,10 @@ def quantization_config(
 
 
 def guard_inputs(model: PreTrainedModel) -> None:
-    """Have quantised layers take their input dense, and refuse what is no floating point.
+    """Make the inputs of quantised layers contiguous, and raise TypeError for integer inputs.
 
-    On a CPU bitsandbytes 0.50 reads a transposed input as if it were not (with AVX512-BF16; wrong numbers without a
-    sign) and torch's int8 kernel refuses it. A model that casts its input to the type of an nf4 weight would make
-    bytes of it.
+    On a CPU with AVX512-BF16 bitsandbytes 0.50 ignores the strides of a transposed input (wrong results, no error), and
+    torch's int8 kernel refuses it. A model that casts its input to the dtype of an nf4 weight would make bytes of it.
     """
     for name, module in _linear_layers(model):
         if _is_quantised(module):
@@ -139,7 +139,7 @@ class _Guard:
 
 
 def expected_bytes(model: PreTrainedModel, kind: Quantization, dtype: torch.dtype, device: torch.device) -> int:
-    """Return what the weights of a model that is still on the meta device will take on `device`."""
+    """Return the bytes that the weights of a model on the meta device will take on `device`."""
     names = () if kind is Quantization.NONE else choose_layers(model, kind, dtype, device).quantised
     quantised = {id(model.get_submodule(name).weight) for name in names}
     tables = _BYTES_PER_LAYER[kind] * len(names) if names else 0
@@ -153,7 +153,7 @@ def expected_bytes(model: PreTrainedModel, kind: Quantization, dtype: torch.dtyp
 
 
 def describe_layers(model: PreTrainedModel, kind: Quantization) -> str:
-    """Say how many linear layers of a loaded model are quantised, and which, the output head aside, are not."""
+    """Describe how many linear layers of a loaded model are quantised, and which, without the output head, are not."""
     head = model.get_output_embeddings()
     layers = [(name, module) for name, module in _linear_layers(model) if module is not head]
     left = [(name, module) for name, module in layers if not _is_quantised(module)]
@@ -166,21 +166,21 @@ def describe_layers(model: PreTrainedModel, kind: Quantization) -> str:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes that parameters and buffers take as they are stored, scales of quantised ones included.
+    """Return the stored bytes of parameters and buffers, including the scales of quantised ones.
 
-    transformers' get_memory_footprint counts an int8 weight as what it stands for and forgets the scales of nf4.
+    transformers' get_memory_footprint counts int8 weights by their logical dtype and omits the scales of nf4.
     """
     stored: Iterable[Tensor] = (*model.parameters(), *model.buffers())
     return sum(part.numel() * part.element_size() for tensor in stored for part in _parts(tensor))
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    if hasattr(tensor, "__tensor_flatten__"):  # how a wrapper tells what it holds (torch.utils._python_dispatch)
+    if hasattr(tensor, "__tensor_flatten__"):  # a wrapper subclass (torch.utils._python_dispatch)
         names, _ = tensor.__tensor_flatten__()
         yield from (getattr(tensor, name) for name in names)
         return
     yield tensor
-    scales = getattr(tensor, "quant_state", None)  # bitsandbytes keeps them beside the parameter
+    scales = getattr(tensor, "quant_state", None)  # of bitsandbytes, outside the parameter
     if scales is not None:
         yield from (part for part in scales.as_dict().values() if isinstance(part, Tensor))
 
@@ -195,7 +195,7 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _packs_nf4() -> bool:
-    """Ask bitsandbytes what its layers ask; releases before 0.49 do not pack."""
+    """Return whether bitsandbytes packs nf4 weights on this CPU, by the check of its own layers; not before 0.49."""
     has_avx512bf16 = getattr(import_module("bitsandbytes.nn.modules"), "has_avx512bf16", None)
     return has_avx512bf16 is not None and bool(has_avx512bf16())
 

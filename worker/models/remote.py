@@ -1,8 +1,8 @@
-"""Brings a checkpoint from S3 onto this machine: downloaded once, verified, shared by all workers here.
+"""Downloads a checkpoint from S3 into a cache that all workers of a machine share, and verifies it.
 
-In: the settings, VISIONQ_MODEL being `s3://bucket/prefix/`. Out: a folder of the cache whose name depends on the ETags
-of the objects, so that a changed checkpoint is another folder. Only kinds of files that carry no code are taken; a
-pickle never is. The bucket is the operator's choice and need not be one that jobs may read.
+In: the settings, VISIONQ_MODEL being `s3://bucket/prefix/`. Out: a folder of the cache whose name depends on the
+objects' ETags, so that a changed checkpoint gets another folder. Only file types without code are downloaded, never a
+pickle. The bucket need not be one that jobs may read.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: The one folder of a checkpoint that is not the prefix itself.
+#: The only folder below the prefix that is downloaded.
 TEMPLATES: Final = "additional_chat_templates/"
-KINDS: Final = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
-PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+SUFFIXES: Final = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
+PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 NUM_CONNECTIONS: Final = 8
 LOCK_POLL_S: Final = 0.2
-#: Another worker of this machine may be downloading tens of gigabytes.
+#: Another worker of this machine may be downloading tens of gigabytes meanwhile.
 LOCK_WAIT_S: Final = 3_600.0
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -60,7 +60,7 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """What storage holds under a prefix. `prefix` is empty or ends with a slash."""
+    """A checkpoint in storage. `prefix` is empty or ends with a slash."""
 
     bucket: str
     prefix: str
@@ -68,7 +68,7 @@ class _Checkpoint:
 
     @property
     def folder_name(self) -> str:
-        """The prefix, for people, and a digest of every name, size and ETag."""
+        """The readable prefix, and a digest of all names, sizes and ETags."""
         identity = repr((self.bucket, self.prefix, self.files))
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.bucket}/{self.prefix}").strip("-")[:80]
         return f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
@@ -78,21 +78,21 @@ class _Checkpoint:
         return sum(file.num_bytes for file in self.files)
 
     def is_in(self, folder: Path) -> bool:
-        """Tell whether every file is in `folder` with its size."""
+        """Whether every file is in `folder` with its size."""
         return folder.is_dir() and all(_is_there(folder, file) for file in self.files)
 
 
 def download(settings: WorkerSettings) -> Path:
-    """Return a local folder with the checkpoint. Raises CannotStart, naming the variable, for whatever prevents it.
+    """Return a local folder with the checkpoint. Raises CannotStart, naming the variable, for any fault.
 
-    Workers of one machine that start together wait for one download. A download that was cut off goes on with the
-    next file.
+    Workers of one machine that start together wait for one download. An interrupted download continues with the file
+    that is missing.
     """
     bucket, prefix = _parse(settings.model)
     cache = settings.model_cache.expanduser()
     with _translated(settings):
         client = _client(settings)
-        wanted = _look(client, settings.model, bucket, prefix)
+        wanted = _list_checkpoint(client, settings.model, bucket, prefix)
         folder = cache / wanted.folder_name
         if not wanted.is_in(folder):
             cache.mkdir(parents=True, exist_ok=True)
@@ -123,14 +123,14 @@ def _client(settings: WorkerSettings) -> S3Client:
     return client
 
 
-def _look(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
-    """List what is directly under the prefix, and its further chat templates.
+def _list_checkpoint(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
+    """List the files directly under the prefix, and its additional chat templates.
 
-    Raises CannotStart when that is no checkpoint.
+    Raises CannotStart when they are no checkpoint.
     """
     found = list(_objects(client, bucket, prefix))
-    has_pickles = any(Path(file.name).suffix in PICKLES for file in found)
-    files = [file for file in found if Path(file.name).suffix in KINDS and _NAME.fullmatch(file.name)]
+    has_pickles = any(Path(file.name).suffix in PICKLE_SUFFIXES for file in found)
+    files = [file for file in found if Path(file.name).suffix in SUFFIXES and _NAME.fullmatch(file.name)]
     templates = [file for file in _objects(client, bucket, prefix + TEMPLATES) if file.name.endswith(".jinja")]
     files += [replace(file, name=TEMPLATES + file.name) for file in templates if _NAME.fullmatch(file.name)]
     names = {file.name for file in files}
@@ -147,14 +147,14 @@ def _look(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
 
 
 def _objects(client: S3Client, bucket: str, prefix: str) -> Iterator[_File]:
-    """Yield what lies directly under a prefix, named without it."""
+    """Yield the objects directly under a prefix, with names relative to it."""
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
         for entry in page.get("Contents", []):
             yield _File(entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"].strip('"'))
 
 
 def _fetch(client: S3Client, uri: str, wanted: _Checkpoint, folder: Path) -> None:
-    """Fill a draft beside `folder` and rename it, so that nobody ever sees half a checkpoint. Call with the lock."""
+    """Fill a draft beside `folder` and rename it, so that `folder` is always complete. Call it with the lock held."""
     started_at = time.monotonic()
     facts = {"action": "download", "model": uri, "num_files": len(wanted.files), "num_bytes": wanted.num_bytes}
     logger.info("downloading checkpoint", extra=facts)
@@ -162,7 +162,7 @@ def _fetch(client: S3Client, uri: str, wanted: _Checkpoint, folder: Path) -> Non
     draft.mkdir(exist_ok=True)
     if any(file.name.startswith(TEMPLATES) for file in wanted.files):
         (draft / TEMPLATES).mkdir(exist_ok=True)
-    _forget_strangers(draft, wanted)
+    _remove_other_files(draft, wanted)
     _require_space(uri, wanted, draft)
     for file in wanted.files:
         if not _is_there(draft, file):
@@ -173,10 +173,10 @@ def _fetch(client: S3Client, uri: str, wanted: _Checkpoint, folder: Path) -> Non
                 Config=TransferConfig(max_concurrency=NUM_CONNECTIONS),
             )
         _verify(client, uri, wanted, file, draft / file.name)
-    # The files were read one after the other, by name: all of them are of one moment only if nothing has changed.
-    if _look(client, uri, wanted.bucket, wanted.prefix) != wanted:
+    # The files were read one after the other: they belong together only if none has changed meanwhile.
+    if _list_checkpoint(client, uri, wanted.bucket, wanted.prefix) != wanted:
         raise CannotStart(f"VISIONQ_MODEL={uri}: it changed while it was downloaded; start again")
-    if folder.exists():  # somebody damaged it
+    if folder.exists():  # it is incomplete
         shutil.rmtree(folder)
     draft.rename(folder)
     logger.info("checkpoint downloaded", extra=facts | {"total_s": round(time.monotonic() - started_at, 2)})
@@ -187,8 +187,8 @@ def _is_there(folder: Path, file: _File) -> bool:
     return path.is_file() and path.stat().st_size == file.num_bytes
 
 
-def _forget_strangers(draft: Path, wanted: _Checkpoint) -> None:
-    """Remove what a cut-off download left half-written."""
+def _remove_other_files(draft: Path, wanted: _Checkpoint) -> None:
+    """Remove what an interrupted download left half-written."""
     names = {file.name for file in wanted.files}
     for path in draft.rglob("*"):
         if path.is_file() and str(path.relative_to(draft)) not in names:
@@ -205,7 +205,7 @@ def _require_space(uri: str, wanted: _Checkpoint, draft: Path) -> None:
 
 
 def _verify(client: S3Client, uri: str, wanted: _Checkpoint, file: _File, path: Path) -> None:
-    """Raise CannotStart, and remove the file, unless it is what storage holds and no weight file is cut."""
+    """Raise CannotStart, and remove the file, if its size or MD5 is wrong or a weight file is truncated."""
     problem = None
     if path.stat().st_size != file.num_bytes:
         problem = f"{path.stat().st_size} of {file.num_bytes} bytes arrived"
@@ -224,13 +224,13 @@ def _md5(path: Path) -> str:
 
 
 def _etag_is_md5(client: S3Client, wanted: _Checkpoint, file: _File) -> bool:
-    """Objects encrypted with keys of KMS or of the customer have another digest for an ETag."""
+    """Whether the ETag is an MD5; for objects encrypted with KMS or the customer's keys it is not."""
     head = client.head_object(Bucket=wanted.bucket, Key=wanted.prefix + file.name)
     return "SSEKMSKeyId" not in head and "SSECustomerAlgorithm" not in head
 
 
 def _weights_problem(path: Path) -> str | None:
-    """Read the header: names, shapes and that they add up to the file's length."""
+    """Return what is wrong with a safetensors file; opening it checks its header against its length."""
     try:
         with safe_open(path, framework="pt"):
             return None
@@ -242,7 +242,7 @@ def _weights_problem(path: Path) -> str | None:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock between processes; the system frees it when its holder dies."""
     deadline = time.monotonic() + LOCK_WAIT_S
-    is_told = False
+    is_logged = False
     with path.open("w") as file:
         while True:
             try:
@@ -253,16 +253,16 @@ def _locked(path: Path) -> Iterator[None]:
                     raise CannotStart(
                         f"VISIONQ_MODEL: another worker has been downloading for {LOCK_WAIT_S:.0f} s ({path})"
                     ) from None
-            if not is_told:
+            if not is_logged:
                 logger.info("another worker downloads the checkpoint; waiting", extra={"action": "download"})
-                is_told = True
+                is_logged = True
             time.sleep(LOCK_POLL_S)
         yield
 
 
 @contextmanager
 def _translated(settings: WorkerSettings) -> Iterator[None]:
-    """Turn what storage and disk raise into CannotStart, without their own words, which may hold credentials."""
+    """Turn errors of storage and disk into CannotStart, without their own texts, which may hold credentials."""
     try:
         yield
     except ClientError as error:

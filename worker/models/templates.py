@@ -1,12 +1,11 @@
-"""How a checkpoint is asked: with a chat template, or by its family's own convention where it has none.
+"""The prompt format of a checkpoint: its chat template or, if it has none, its family's convention.
 
-The template is found wherever checkpoints keep one; the operator's goes before all. In: a loaded processor and where it
-came from. Out: a `ChatTemplate`, also set on the processor, so that everything that renders takes the same one. A
-template that nothing can be rendered with is CannotStart. Places and their order are those of transformers,
-`ProcessorMixin.get_processor_dict`; after them the tokenizer's own.
+`settle_template`: in, a loaded processor and its place; out, a `ChatTemplate`, also set on the processor. The
+operator's template comes first, then the files of transformers' `ProcessorMixin.get_processor_dict` in their order,
+then the tokenizer's template. An invalid template is CannotStart.
 
-Without a template: `Captioner` says how GIT, BLIP-2 and PaliGemma are given a picture and, if any, one text. What a
-family is told when there is nothing to say is its documented convention for captions. Knows no turns and no jobs.
+`captioner_of`: how GIT, BLIP-2 and PaliGemma, which have no template, take pictures and at most one text. Knows no
+turns and no jobs.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ Encode = Callable[[ProcessorMixin, Sequence[Image.Image], str], Mapping[str, Any
 
 @dataclass(frozen=True, slots=True)
 class Captioner:
-    """One family's convention.
+    """The prompt format of a family without a chat template.
 
     family: its name, for messages.
-    takes_questions: it was made to answer; the others only go on with a caption that the text begins.
+    takes_questions: it answers questions; the others only continue a caption that the text begins.
     max_images: pictures per prompt; None: any number from 1.
     default_prompt: the text of a caption without a prompt; empty: none.
-    encode: `(processor, pictures, text)` to the forward's arguments, batch 1. Raises ValueError for odd input.
+    encode: `(processor, pictures, text)` to the forward's arguments, batch 1. Raises ValueError for invalid input.
     """
 
     family: str
@@ -49,14 +48,14 @@ class Captioner:
 
 
 def captioner_of(processor: ProcessorMixin) -> Captioner | None:
-    """Return the convention of the processor's family; None when it is none of the known ones."""
+    """Return the prompt format of the processor's family; None for other families."""
     return next((captioner for kind, captioner in _CAPTIONERS.items() if isinstance(processor, kind)), None)
 
 
 def _encode_git(processor: ProcessorMixin, pictures: Sequence[Image.Image], text: str) -> Mapping[str, Any]:
-    """The text opens the caption: after the start token and without the end token that BERT's tokenizer adds.
+    """The text is the beginning of the caption: after the start token, without the end token of BERT's tokenizer.
 
-    Without a text that is where `generate` starts from pixels alone.
+    Without a text this equals the start of `generate` with pixels only.
     """
     tokenizer = processor.tokenizer
     start = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
@@ -85,10 +84,10 @@ _CAPTIONERS: Mapping[type[ProcessorMixin], Captioner] = {
 }
 
 
-#: Real ones are a few kilobytes.
+#: Usual templates have a few kilobytes.
 MAX_TEMPLATE_BYTES: Final = 1024 * 1024
 VARIABLE: Final = "VISIONQ_CHAT_TEMPLATE"
-#: What transformers calls the template that is taken when nobody names one.
+#: transformers' name of the template that is used by default.
 _DEFAULT: Final = "default"
 _IN_PROCESSOR: Final = ("processor_config.json", "chat_template.json", "chat_template.jinja")
 
@@ -97,8 +96,8 @@ _IN_PROCESSOR: Final = ("processor_config.json", "chat_template.json", "chat_tem
 class ChatTemplate:
     """One Jinja template.
 
-    source: the file it came from, for people.
-    is_given: it is the operator's; families that would take another one for some conversations must take it, too.
+    source: the file it came from, for messages.
+    is_given: it is the operator's, and replaces every other template of the processor.
     """
 
     text: str
@@ -109,8 +108,8 @@ class ChatTemplate:
 def settle_template(settings: WorkerSettings, processor: ProcessorMixin, source: str | Path) -> ChatTemplate | None:
     """Choose the template, set it on the processor and return it; None: there is none. Raises CannotStart.
 
-    A family with its own way of asking takes a template that came with its processor, not one of its tokenizer:
-    language models bring theirs along, which know no pictures.
+    A family with a prompt format of its own uses a template of its processor, not of its tokenizer: that is the
+    language model's, which has no pictures.
     """
     template = _given(settings.chat_template) if settings.chat_template is not None else None
     if template is None:
@@ -133,7 +132,7 @@ def _given(path: Path) -> ChatTemplate:
         if len(content) > MAX_TEMPLATE_BYTES:
             num_bytes = path.stat().st_size
             raise CannotStart(f"{VARIABLE}={path}: {num_bytes} bytes, the limit is {MAX_TEMPLATE_BYTES}")
-        # Editors of some systems put a mark before the text; it would become part of every prompt.
+        # A byte order mark, which some editors write, would become part of every prompt.
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise CannotStart(f"{VARIABLE}={path}: cannot be read: {error.strerror or type(error).__name__}") from error

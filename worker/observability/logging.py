@@ -1,9 +1,8 @@
 """Log lines: JSON (one object per line) or text, on stderr, without secrets.
 
-Facts go into `extra`; prompts, media and credentials never do. Lines that the thread of a job writes carry the job's
-id and attempt by themselves. Also lines of libraries, warnings and the last words of a thread take this form.
-`Redactor` is the second line of defence: it takes out of a text the secrets that the process was given, and what looks
-like one.
+Facts go into `extra`; prompts, media and credentials never do. Lines written by a job's thread get the job's id and
+attempt. Lines of libraries, warnings and unhandled exceptions of threads have the same format. `Redactor` is the second
+line of defence: it removes the process's own secrets from a text, and whatever has the form of a credential.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from urllib.parse import quote, unquote
 from worker.settings import LogFormat
 
 HIDDEN: Final = "***"
-#: Shorter values would black out ordinary words.
+#: Shorter values would redact ordinary words.
 MIN_SECRET_CHARS: Final = 6
 
-#: Credentials of a URL, be it a user alone, and a password in its query; what signs a presigned URL (AWS Signature
+#: Credentials of a URL, also a user alone, and a password in its query; signatures of presigned URLs (AWS Signature
 #: Version 4 and 2); bearer tokens.
 _PATTERNS: Final = (
     (re.compile(r"(?<=://)[^/\s\"']+(?=@)"), HIDDEN),
@@ -43,7 +42,7 @@ _PATTERNS: Final = (
 
 
 class Redactor:
-    """Hides `secrets`, as they are and as they look inside a URL or a JSON string, and everything of a known form."""
+    """Redacts `secrets`, also as encoded in a URL or a JSON string, and everything of a known form."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         forms = {form for secret in secrets for form in _forms(secret)}
@@ -70,15 +69,15 @@ logger = logging.getLogger(__name__)
 
 #: Attributes that every LogRecord has; whatever else a record carries came through `extra`.
 _PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message", "data"}
-#: Celery logs every task it takes and drops at INFO; a job's own two lines say more.
-_TALKATIVE: Final = ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers")
+#: Loggers that are limited to warnings: Celery logs every task at INFO, and a job has two lines of its own.
+_VERBOSE: Final = ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers")
 
 _job: ContextVar[dict[str, object] | None] = ContextVar("job", default=None)
 
 
 @contextmanager
 def job_context(job_id: str, attempt: int) -> Iterator[None]:
-    """Lines that this thread writes in here belong to a job."""
+    """A context in which the lines of this thread get a job's id and attempt."""
     token = _job.set({"job_id": job_id, "attempt": attempt})
     try:
         yield
@@ -121,7 +120,7 @@ class TextFormatter(logging.Formatter):
 
 
 class CountingHandler(logging.Handler):
-    """Tells `count` level, action and fixed phrase of every line that tells of an action, and of all warnings."""
+    """Calls `count` with level, action and fixed phrase of every line that has an action, and of all warnings."""
 
     def __init__(self, count: Callable[[str, str, str], None]) -> None:
         super().__init__(logging.INFO)
@@ -132,7 +131,7 @@ class CountingHandler(logging.Handler):
         if action is not None:
             self._count(record.levelname, str(action), str(record.msg))
         elif record.levelno >= logging.WARNING:
-            # A library's phrase may hold anything: its name has to do.
+            # A library's phrase may contain anything, so its name is counted.
             self._count(record.levelname, "library", record.name.partition(".")[0])
 
 
@@ -143,7 +142,9 @@ def configure_logging(
     redact: Callable[[str], str] | None = None,
     count: Callable[[str, str, str], None] | None = None,
 ) -> None:
-    """Send the root logger to stderr in `log_format`, from `level` up; `count` hears of quieter lines too."""
+    """Send the root logger to stderr in `log_format`, from `level` up; `count` also gets lines below it, from INFO
+    up.
+    """
     redact = redact or Redactor()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(redact) if log_format is LogFormat.JSON else TextFormatter(redact))
@@ -151,18 +152,20 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler] if count is None else [handler, CountingHandler(count)]
     root.setLevel(min(handler.level, logging.INFO))
-    for name in _TALKATIVE:
+    for name in _VERBOSE:
         logging.getLogger(name).setLevel(max(logging.WARNING, handler.level))
     logging.captureWarnings(True)
     threading.excepthook = _thread_ended
     sys.excepthook = _process_ends
 
 
-def _thread_ended(told: threading.ExceptHookArgs) -> None:
-    if told.exc_type is SystemExit or told.exc_value is None:
+def _thread_ended(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_type is SystemExit or arguments.exc_value is None:
         return
-    facts = {"action": "thread", "thread_name": told.thread.name if told.thread else ""}
-    logger.critical("thread ended", extra=facts, exc_info=(told.exc_type, told.exc_value, told.exc_traceback))
+    facts = {"action": "thread", "thread_name": arguments.thread.name if arguments.thread else ""}
+    logger.critical(
+        "thread ended", extra=facts, exc_info=(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+    )
 
 
 def _process_ends(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,7 +1,7 @@
-"""Turns and decoded media as a conversation, and the prompt that the processor's own chat template makes of it.
+"""Conversations with placeholders for media, and the prompts that a chat template renders of them.
 
-In: contract turns with their media. Out: a `Conversation` and rendered prompts. Knows no tokens and no tensors.
-User text is data to the template, never template source.
+In: contract turns with their media. Out: a `Conversation` and rendered prompts. Knows no tokens and no tensors. Users'
+text is data for the template, never template source.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedMedia
 
 
-class Slot(Enum):
-    """A place in a turn where something other than text stands."""
+class Placeholder(Enum):
+    """Stands for an image or a clip between the texts of a turn."""
 
     IMAGE = "image"
     VIDEO = "video"
@@ -28,34 +28,34 @@ class Slot(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
-    """One turn: who speaks, and texts and places of media in order."""
+    """One turn: its role, and its texts and placeholders in order."""
 
     role: Role
-    parts: tuple[str | Slot, ...]
+    parts: tuple[str | Placeholder, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What is said, without the pixels. Hashable."""
+    """A conversation without its pixels. Hashable."""
 
     turns: tuple[ChatTurn, ...]
 
     @property
     def is_continuation(self) -> bool:
-        """Whether the model goes on with the last turn instead of answering it."""
+        """Whether the model continues the last turn, an assistant's, instead of answering it."""
         return self.turns[-1].role is Role.ASSISTANT
 
-    def count(self, slot: Slot) -> int:
-        """Return the number of such places in all turns."""
-        return sum(part is slot for turn in self.turns for part in turn.parts)
+    def count(self, placeholder: Placeholder) -> int:
+        """Return the number of such placeholders in all turns."""
+        return sum(part is placeholder for turn in self.turns for part in turn.parts)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every piece of text, in order."""
+        """All texts, in order."""
         return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, str))
 
     def with_texts(self, change: Callable[[str], str]) -> Conversation:
-        """Return the conversation with `change` applied to every piece of text."""
+        """Return the conversation with `change` applied to every text."""
         return Conversation(
             tuple(
                 replace(turn, parts=tuple(change(part) if isinstance(part, str) else part for part in turn.parts))
@@ -66,9 +66,9 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class SpreadMedia:
-    """What stands at a conversation's places, per kind in order: pictures (stills, frames) and whole clips.
+    """The media of a conversation's placeholders, per kind in order: pictures (stills and frames) and whole clips.
 
-    num_images, num_frames: stills, and frames of clips in either form.
+    num_images, num_frames: counts of stills, and of clips' frames in either form.
     """
 
     pictures: tuple[Image.Image, ...]
@@ -80,9 +80,9 @@ class SpreadMedia:
 def spread(
     turns: Sequence[Turn], media: Sequence[DecodedMedia], *, keep_clips: bool = False
 ) -> tuple[Conversation, SpreadMedia]:
-    """Put every medium at its part's place; a clip stays whole or becomes one image place per frame, in time order.
+    """Replace every media part by a placeholder; without `keep_clips` a clip becomes one per frame, in time order.
 
-    `media` has one entry per part that is not text, in the order of the parts; otherwise ValueError.
+    `media` has one entry per media part, in order; otherwise ValueError.
     """
     num_parts = sum(not isinstance(part, TextPart) for turn in turns for part in turn.content)
     if num_parts != len(media):
@@ -99,19 +99,19 @@ def spread(
 
 
 def _chat_turn(turn: Turn, waiting: Iterator[DecodedMedia], *, keep_clips: bool) -> ChatTurn:
-    parts: list[str | Slot] = []
+    parts: list[str | Placeholder] = []
     for part in turn.content:
         if isinstance(part, TextPart):
             parts.append(part.text)
         else:
-            parts.extend(_places(next(waiting), keep_clips=keep_clips))
+            parts.extend(_placeholders(next(waiting), keep_clips=keep_clips))
     return ChatTurn(turn.role, tuple(parts))
 
 
-def _places(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Slot, ...]:
+def _placeholders(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Placeholder, ...]:
     if isinstance(medium, DecodedClip) and keep_clips:
-        return (Slot.VIDEO,)
-    return (Slot.IMAGE,) * len(_pictures(medium, keep_clips=keep_clips))
+        return (Placeholder.VIDEO,)
+    return (Placeholder.IMAGE,) * len(_pictures(medium, keep_clips=keep_clips))
 
 
 def _pictures(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Image.Image, ...]:
@@ -123,10 +123,11 @@ def _pictures(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Image.Image, .
 def render(
     processor: ProcessorMixin, conversation: Conversation, *, template: str | None = None, takes_parts: bool = True
 ) -> str:
-    """Return the prompt: ending with the assistant's cue, or inside its last turn when that is to be continued.
+    """Return the prompt; it ends with the generation prompt, or inside an assistant's last turn that is to be
+    continued.
 
-    template: instead of the processor's own. takes_parts: as in `Capabilities`; without it media are a ValueError.
-    Raises InvalidRequest, with the template's words when it refuses the conversation on purpose.
+    template: to use instead of the processor's own. takes_parts: as in `Capabilities`; if False, media are a
+    ValueError. Raises InvalidRequest, with the template's own message when it raises one.
     """
     try:
         return str(
@@ -139,8 +140,8 @@ def render(
         )
     except TemplateError as error:
         raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
-    except Exception as error:  # a template is a program: it may raise whatever it likes
-        # transformers' own words would repeat the conversation.
+    except Exception as error:  # a template is a program and may raise anything
+        # The exception's own text may quote the conversation.
         ending = ", the last turn continued" if conversation.is_continuation else ""
         raise InvalidRequest(f"messages: the model's chat template cannot render them{ending}") from error
 
@@ -158,7 +159,7 @@ def _messages(conversation: Conversation) -> list[dict[str, object]]:
 
 
 def _plain_messages(conversation: Conversation) -> list[dict[str, object]]:
-    if conversation.count(Slot.IMAGE) + conversation.count(Slot.VIDEO):
+    if conversation.count(Placeholder.IMAGE) + conversation.count(Placeholder.VIDEO):
         raise ValueError("plain text has no place for media")
     texts = [[part for part in turn.parts if isinstance(part, str)] for turn in conversation.turns]
     return [

@@ -1,9 +1,9 @@
-"""How many pixels the processor may be asked for, found out by trial, and what a job asks of that.
+"""Which limits of pixels a processor supports, found out by tests at boot, and the limits of each job.
 
-In: a function that encodes one picture or clip with given arguments. Out: the ways that kept every promise, and what
-a picture costs in tokens at least. Shows noise, runs no model. A way that once gives a picture more pixels than was
-asked, or that changes nothing, is none: the worker then refuses such jobs instead of answering about other pixels.
-`AskedPixels` joins a job's `media_options` and the worker's own, or says why that cannot be had.
+In: a function that encodes one picture or clip with given arguments. Out: the rules that passed all tests, and the
+least tokens of a picture. The tests encode noise and run no model. A rule by which a picture once has more pixels than
+the limit, or the limit changes nothing, fails: jobs with limits are then refused. `PixelPolicy` combines a job's
+`media_options` with the worker's own, or raises the reason why it cannot.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from api_stub.contract.media import MediaOptions
 from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
 from worker.models.inputs import ModelInputs
-from worker.prompting.pixels import Arguments, AsItIs, LongestEdge, Way, ways_for_clips, ways_for_pictures
+from worker.prompting.pixels import Arguments, FixedSize, LongestEdge, SizeRule, rules_for_clips, rules_for_pictures
 
 #: `(medium, arguments of the image processor or, for a clip, of the video processor)` to a prompt about the medium.
 Encode = Callable[[DecodedMedia, Arguments], ModelInputs]
 Size = tuple[int, int]
 
 NUM_CHANNELS: Final = 3
-#: Where a processor rounds, a picture may be this much smaller than it might be.
+#: By rounding, an edge may be this many times shorter than the limit allows.
 ROUNDING: Final = 4
-#: Odd numbers of frames too: some families look at pairs.
+#: Odd numbers, too: some families process frames in pairs.
 FRAMES: Final = (3, 4, 5)
-#: What a processor raises for arguments that mean nothing to it.
+#: What processors raise for arguments that they do not support.
 _REFUSALS: Final = (
     InvalidRequest, StrictDataclassError, ValueError, TypeError, RuntimeError, LookupError, AttributeError,
     ArithmeticError, MemoryError,
@@ -42,25 +42,25 @@ _REFUSALS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PixelLimits:
-    """What a model can be asked.
+    """The limits of pixels that a model's processor supports.
 
-    pictures, clips: how; None: not at all. Clips that are shown as frames are pictures.
-    least_tokens: tokens of a picture that was given as few pixels as can be; None: pixels change no tokens.
+    pictures, clips: the rule; None: not supported. Clips that are given as frames are pictures.
+    least_tokens: tokens of a picture with the fewest pixels; None: the number of tokens does not depend on pixels.
     """
 
-    pictures: Way | None = None
-    clips: Way | None = None
+    pictures: SizeRule | None = None
+    clips: SizeRule | None = None
     least_tokens: int | None = None
 
 
 def find_limits(processor: ProcessorMixin, config: PreTrainedConfig, encode: Encode, *, has_clips: bool) -> PixelLimits:
-    """Try every candidate; the first one that keeps its promises is taken."""
+    """Test every candidate rule and return those that pass first."""
     trials = _Trials(processor, encode)
-    pictures = next((way for way in ways_for_pictures(processor, config) if trials.hold_for_pictures(way)), None)
+    pictures = next((rule for rule in rules_for_pictures(processor, config) if trials.hold_for_pictures(rule)), None)
     if pictures is None:
         return PixelLimits()
-    candidates = ways_for_clips(processor, pictures) if has_clips else []
-    clips = next((way for way in candidates if trials.hold_for_clips(way)), None)
+    candidates = rules_for_clips(processor, pictures) if has_clips else []
+    clips = next((rule for rule in candidates if trials.hold_for_clips(rule)), None)
     picture = _picture(_large(pictures))
     whole, least = (encode(picture, asked) for asked in ({}, pictures.arguments(MediaOptions(max_pixels=1))))
     saves = least.num_media_tokens < whole.num_media_tokens
@@ -72,42 +72,42 @@ class _Trials:
     processor: ProcessorMixin
     encode: Encode
 
-    def hold_for_pictures(self, way: Way) -> bool:
-        """Tell whether pictures of several shapes stay within what is asked, and come near it where they can."""
-        width, height = _large(way)
+    def hold_for_pictures(self, rule: SizeRule) -> bool:
+        """Return whether pictures of several shapes stay within the limits, and come near them where they can."""
+        width, height = _large(rule)
         try:
             whole = self._pixels(_picture((width, height)), {})
             trials = [((width, height), limits) for limits in _limits(whole)]
             trials.append(((width, height), MediaOptions(max_pixels=1)))
             trials += [(size, next(_limits(whole))) for size in ((width, height // 3), (width // 3, height))]
-            if way.takes_min:
+            if rule.takes_min:
                 trials += [(size, MediaOptions(min_pixels=whole // 4, max_pixels=whole)) for size in ((9, 9), (24, 9))]
             return all(
-                _keeps(self._pixels(_picture(size), way.arguments(limits)), limits, way, whole)
+                _keeps(self._pixels(_picture(size), rule.arguments(limits)), limits, rule, whole)
                 for size, limits in trials
             )
         except _REFUSALS:
             return False
 
-    def hold_for_clips(self, way: Way) -> bool:
-        """Tell the same of every frame of clips of several lengths."""
-        size = _large(way)
+    def hold_for_clips(self, rule: SizeRule) -> bool:
+        """Return the same for every frame of clips of several lengths."""
+        size = _large(rule)
         try:
             for num_frames in FRAMES:
                 whole = self._pixels(_clip(size, num_frames), {})
                 trials = [(size, limits) for limits in _limits(whole)]
-                if way.takes_min:
+                if rule.takes_min:
                     trials.append(((9, 9), MediaOptions(min_pixels=whole // 4, max_pixels=whole)))
                 for shown, limits in trials:
-                    pixels = self._pixels(_clip(shown, num_frames), way.arguments(limits, (num_frames,)))
-                    if not _keeps(pixels, limits, way, whole):
+                    pixels = self._pixels(_clip(shown, num_frames), rule.arguments(limits, (num_frames,)))
+                    if not _keeps(pixels, limits, rule, whole):
                         return False
         except _REFUSALS:
             return False
         return True
 
     def _pixels(self, medium: DecodedMedia, arguments: Arguments) -> int:
-        """Return the pixels that the tower gets of a picture, or of each frame of a clip."""
+        """Return the pixels that the vision tower gets of a picture, or of each frame of a clip."""
         tensors = self.encode(medium, arguments).tensors
         num_frames = len(medium.frames) if isinstance(medium, DecodedClip) else 1
         mask = tensors.get("pixel_attention_mask")
@@ -116,7 +116,7 @@ class _Trials:
         grid = tensors.get("video_grid_thw" if num_frames > 1 else "image_grid_thw")
         if grid is None:
             return tensors["pixel_values"].numel() // NUM_CHANNELS // num_frames
-        # A row is one patch, of all frames that are looked at together; a picture stands in for each of them.
+        # A row is one patch, of all frames that are processed together; a picture is copied to each of them.
         rows = tensors["pixel_values_videos" if num_frames > 1 else "pixel_values"]
         owner = self.processor.video_processor if num_frames > 1 else self.processor.image_processor
         patch = rows.shape[-1] // NUM_CHANNELS // int(getattr(owner, "temporal_patch_size", 1))
@@ -127,21 +127,21 @@ def _limits(whole: int) -> Iterator[MediaOptions]:
     return (MediaOptions(max_pixels=max(1, whole // share)) for share in (2, 5, 16))
 
 
-def _keeps(pixels: int, limits: MediaOptions, way: Way, whole: int) -> bool:
-    """Tell whether a picture got what was asked, `whole` being what a large one gets when nothing is."""
+def _keeps(pixels: int, limits: MediaOptions, rule: SizeRule, whole: int) -> bool:
+    """Return whether a picture's pixels obey the limits; `whole`: pixels of a large one without limits."""
     assert limits.max_pixels is not None
-    if pixels > max(limits.max_pixels, way.least):
+    if pixels > max(limits.max_pixels, rule.least):
         return False
-    if isinstance(way, AsItIs):
+    if isinstance(rule, FixedSize):
         return True
     if limits.min_pixels is not None:
         return pixels >= limits.min_pixels
     return pixels < whole and pixels * ROUNDING * ROUNDING >= limits.max_pixels
 
 
-def _large(way: Way) -> Size:
-    """Return the size of a square picture that has many of the family's units."""
-    edge = max(256, 3 * math.isqrt(way.least), way.own_longest if isinstance(way, LongestEdge) else 0)
+def _large(rule: SizeRule) -> Size:
+    """Return the size of a square picture of many patches or tiles."""
+    edge = max(256, 3 * math.isqrt(rule.least), rule.own_longest if isinstance(rule, LongestEdge) else 0)
     return edge, edge
 
 
@@ -159,14 +159,14 @@ def _clip(size: Size, num_frames: int) -> DecodedClip:
     return DecodedClip(frames, tuple(float(second) for second in range(num_frames)), float(num_frames), 1.0)
 
 
-#: The worker's setting behind each field.
+#: The environment variable of each field.
 VARIABLES: Final = {"min_pixels": "VISIONQ_MIN_PIXELS", "max_pixels": "VISIONQ_MAX_PIXELS"}
 
 
-class AskedPixels:
-    """A worker's own limits, and the jobs' within them.
+class PixelPolicy:
+    """The worker's own limits, and the jobs' limits within them.
 
-    name: of the model, for messages. max_job_pixels: of all pictures of a job, however much they are enlarged.
+    name: of the model, for messages. max_job_pixels: limit of all pictures of a job, if they are enlarged.
     """
 
     def __init__(self, name: str, own: MediaOptions, max_job_pixels: int) -> None:
@@ -175,7 +175,7 @@ class AskedPixels:
         self._max_job_pixels = max_job_pixels
 
     def check_own(self, limits: PixelLimits, *, has_clips: bool) -> None:
-        """Raise CannotStart for a setting that the processor cannot be asked."""
+        """Raise CannotStart for a setting that the processor does not support."""
         for field, value in self._own.model_dump(exclude_none=True).items():
             reason = self._why_not(field, limits)
             if reason is None and has_clips and limits.clips is None:
@@ -184,7 +184,9 @@ class AskedPixels:
                 raise CannotStart(f"{VARIABLES[field]}={value}: {reason}")
 
     def of(self, asked: MediaOptions | None, limits: PixelLimits) -> MediaOptions | None:
-        """Return what the processor is asked for a job; None: nothing. Raises InvalidRequest."""
+        """Return the limits for a job; None: none. Raises InvalidRequest for what is not supported or beyond the
+        worker's.
+        """
         if asked is None or asked.are_empty:
             return None if self._own.are_empty else self._own
         for field in asked.model_dump(exclude_none=True):
@@ -198,8 +200,8 @@ class AskedPixels:
         least = max(filter(None, (asked.min_pixels, own.min_pixels)), default=None)
         return MediaOptions(min_pixels=least, max_pixels=asked.max_pixels or own.max_pixels)
 
-    def check_room(self, asked: MediaOptions | None, media: Sequence[DecodedMedia]) -> None:
-        """Raise InvalidRequest when pictures would be enlarged beyond what a job may have."""
+    def check_enlarged(self, asked: MediaOptions | None, media: Sequence[DecodedMedia]) -> None:
+        """Raise InvalidRequest when a job's pictures would be enlarged beyond `max_job_pixels`."""
         if asked is None or asked.min_pixels is None:
             return
         num_pictures = sum(len(medium.frames) if isinstance(medium, DecodedClip) else 1 for medium in media)
@@ -219,7 +221,7 @@ class AskedPixels:
 
 
 def _check_order(field: str, value: int | None, own: int | None, *, is_above: bool) -> None:
-    """Raise InvalidRequest, with both numbers, when a job asks for more, or less, than the worker gives."""
+    """Raise InvalidRequest, with both numbers, for a job's limit above, or below, the worker's own."""
     if value is None or own is None or (value <= own if is_above else value >= own):
         return
     word, name = ("above", "most") if is_above else ("below", "least")

@@ -1,9 +1,9 @@
-"""How a family's own processor is asked to give a picture or a frame fewer or more pixels.
+"""The arguments by which each family's processor limits the pixels of a picture or frame.
 
-In: a loaded processor, and limits in pixels. Out: the processor's arguments for them. Families mean different things
-by `size`, so every way of asking is a candidate until a trial has shown that it does what it says (see pixel_trials).
-Pixels of a picture are all that the vision tower gets of it after resizing, crops and overview included. Processors
-round to whole patches or tiles, and give every picture one of them at least.
+In: a loaded processor, and limits in pixels. Out: the processor's arguments for them. `size` has a different meaning in
+each family, so every `SizeRule` is a candidate until worker.prompting.pixel_limits has tested it. The pixels of a
+picture are all that the vision tower gets after resizing, crops and overview included. Processors round to whole
+patches or tiles, and every picture has at least one of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from api_stub.contract.media import MediaOptions
 
 Arguments = Mapping[str, Any]
 
-#: A longer "edge" is a number of pixels.
+#: A larger value named "edge" is really a number of pixels.
 MAX_EDGE: Final = 4096
 
 
-class Way(Protocol):
-    """A way of asking.
+class SizeRule(Protocol):
+    """How one kind of processor takes limits of pixels.
 
     takes_min: pictures can be enlarged on request.
-    least: pixels that any picture gets, whatever is asked.
+    least: pixels of a picture at least, whatever the limits.
     """
 
     @property
@@ -35,48 +35,50 @@ class Way(Protocol):
     @property
     def least(self) -> int: ...
     def arguments(self, limits: MediaOptions, num_frames: Sequence[int] = ()) -> Arguments:
-        """Return the sub-processor's arguments; `num_frames` per clip. Raises ValueError for what cannot be had."""
+        """Return the sub-processor's arguments; `num_frames` per clip. Raises ValueError for limits that it cannot
+        satisfy.
+        """
         ...
 
 
-def ways_for_pictures(processor: ProcessorMixin, config: PreTrainedConfig) -> list[Way]:
-    """Return every way that might be this image processor's, likelier ones first."""
+def rules_for_pictures(processor: ProcessorMixin, config: PreTrainedConfig) -> list[SizeRule]:
+    """Return the rules that this image processor may follow, likelier ones first."""
     images = processor.image_processor
     size = _edges(getattr(images, "size", None))
-    ways: list[Way] = []
+    rules: list[SizeRule] = []
     tile = _edges(getattr(images, "max_image_size", None)).get("longest_edge")
     if tile and "longest_edge" in size:
-        ways.append(TilesOfLongestEdge(tile, size["longest_edge"]))
+        rules.append(TilesOfLongestEdge(tile, size["longest_edge"]))
     if {"shortest_edge", "longest_edge"} <= size.keys():
         least = _product(images, "patch_size", "merge_size") ** 2
         frames = _product(images, "temporal_patch_size")
-        # GLM counts a picture as the frames of a clip that it is copied to.
-        ways += [PixelCounts(size["shortest_edge"], size["longest_edge"], least, factor) for factor in (1, frames)]
+        # GLM copies a picture to the frames of a clip and counts the pixels of all of them.
+        rules += [PixelCounts(size["shortest_edge"], size["longest_edge"], least, factor) for factor in (1, frames)]
     if size.get("longest_edge", MAX_EDGE + 1) <= MAX_EDGE:
         patch = _product(processor, "patch_size", "spatial_merge_size")
         if patch == 1:
             patch = _product(getattr(config, "vision_config", None), "patch_size")
         # Idefics2 resizes a picture and its four quarters alike.
         copies = 5 if getattr(images, "do_image_splitting", False) else 1
-        ways.append(LongestEdge(size.get("shortest_edge"), size["longest_edge"], patch, copies))
+        rules.append(LongestEdge(size.get("shortest_edge"), size["longest_edge"], patch, copies))
     if "height" in size and "width" in size and isinstance(getattr(images, "max_patches", None), int):
-        ways.append(NumTiles(size["height"] * size["width"], images.max_patches))
-    return ways
+        rules.append(NumTiles(size["height"] * size["width"], images.max_patches))
+    return rules
 
 
-def ways_for_clips(processor: ProcessorMixin, pictures: Way) -> list[Way]:
-    """Return every way that might be this video processor's, likelier ones first."""
+def rules_for_clips(processor: ProcessorMixin, pictures: SizeRule) -> list[SizeRule]:
+    """Return the rules that this video processor may follow, likelier ones first."""
     videos = processor.video_processor
     size = _edges(getattr(videos, "size", None))
-    ways: list[Way] = []
+    rules: list[SizeRule] = []
     if {"shortest_edge", "longest_edge"} <= size.keys():
         least = _product(videos, "patch_size", "merge_size") ** 2
-        # A cap of a checkpoint's own counts in other units and would go before what is asked.
+        # A checkpoint's own cap has other units and would take precedence.
         fixed = {"cap_pixels_per_frame": False} if hasattr(videos, "cap_pixels_per_frame") else {}
         bounds = size["shortest_edge"], size["longest_edge"], least
-        ways.append(PixelCounts(*bounds, fixed=fixed))
-        ways.append(PixelCounts(*bounds, step=_product(videos, "temporal_patch_size"), fixed=fixed))
-    return [*ways, AsItIs(pictures.least)]
+        rules.append(PixelCounts(*bounds, fixed=fixed))
+        rules.append(PixelCounts(*bounds, step=_product(videos, "temporal_patch_size"), fixed=fixed))
+    return [*rules, FixedSize(pictures.least)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,8 @@ class PixelCounts:
     """`size` names pixels, not edges: Qwen-VL, GLM-4V and those after them.
 
     own_min, own_max: the checkpoint's. factor: frames that one picture counts as.
-    step: a clip's frames are counted together, in multiples of this; 0: each frame for itself.
-    fixed: what goes with a most.
+    step: a clip's frames are counted together, in multiples of this; 0: each frame on its own.
+    fixed: further arguments, given together with a maximum.
     """
 
     own_min: int
@@ -102,7 +104,7 @@ class PixelCounts:
     def arguments(self, limits: MediaOptions, num_frames: Sequence[int] = ()) -> Arguments:
         least, most = self._counted_as(num_frames)
         longest = self.own_max if limits.max_pixels is None else limits.max_pixels * least
-        # Edges are rounded up to the least: a small picture must not get more than the most by that.
+        # Processors round edges up, so the minimum stays well below the maximum: a small picture must not exceed it.
         shortest = min(self.own_min, max(1, longest // 4)) if limits.min_pixels is None else limits.min_pixels * most
         if limits.max_pixels is None and shortest > longest:
             raise ValueError(f"min_pixels of {limits.min_pixels} is above the checkpoint's own most, {longest // most}")
@@ -110,7 +112,7 @@ class PixelCounts:
         return {"size": {"shortest_edge": min(shortest, longest), "longest_edge": longest}, **fixed}
 
     def _counted_as(self, num_frames: Sequence[int]) -> tuple[int, int]:
-        """Return the fewest and most frames that the processor may take a clip for: it rounds to whole steps."""
+        """Return the fewest and most frames that the processor may count, rounding to whole steps."""
         if not self.step or not num_frames:
             return self.factor, self.factor
         counts = [count for frames in num_frames for count in (frames, round(frames / self.step) * self.step)]
@@ -119,9 +121,9 @@ class PixelCounts:
 
 @dataclass(frozen=True, slots=True)
 class LongestEdge:
-    """`size` names edges: Idefics2, Pixtral, Mistral 3. The longest is the root of what is asked, in whole patches.
+    """`size` names edges: Idefics2, Pixtral, Mistral 3. The longest is the root of the limit, in whole patches.
 
-    So only a square picture gets all of it. Never above the checkpoint's own edge: its positions end there.
+    So only a square picture uses the whole limit. Never above the checkpoint's own edge: it has no positions beyond.
     own_shortest: edges are enlarged to it; None: nothing is enlarged. copies: pictures of that size per picture.
     """
 
@@ -158,7 +160,7 @@ class LongestEdge:
 class TilesOfLongestEdge:
     """`size` names the longest edge, which is cut into square tiles beside an overview: Idefics3, SmolVLM.
 
-    Every picture is enlarged to that edge, so there is nothing to ask a minimum of.
+    Every picture is enlarged to that edge, so there is no minimum to set.
     """
 
     tile: int
@@ -183,7 +185,7 @@ class TilesOfLongestEdge:
 
 @dataclass(frozen=True, slots=True)
 class NumTiles:
-    """A picture is cut into at most so many tiles beside an overview: InternVL and those after it."""
+    """The limit is a number of tiles beside an overview: InternVL and those after it."""
 
     least: int
     own_max: int
@@ -201,8 +203,8 @@ class NumTiles:
 
 
 @dataclass(frozen=True, slots=True)
-class AsItIs:
-    """Nothing can be asked and nothing need be: every frame gets the least of a picture anyway (SmolVLM's clips)."""
+class FixedSize:
+    """There is nothing to set: every frame has the least pixels of a picture anyway (SmolVLM's clips)."""
 
     least: int
 

@@ -1,9 +1,9 @@
-"""The processor in its two forms: the loaded one, and one that keeps control tokens in a user's text plain text.
+"""The loaded processor, and a copy of it that encodes control tokens in users' text as ordinary text.
 
-An invisible mark, a noncharacter that Unicode reserves for a program's own use, is put inside every literal (`<image>`,
-`<end_of_utterance>`, …) before the template sees it. So neither the processor's string surgery nor the tokenizer's
-added-token matching finds the literal. A copy of the tokenizer removes the mark again after that matching, before the
-model's vocabulary is consulted. Called from many threads at once; nothing changes after construction.
+A mark (a noncharacter that Unicode reserves for a program's internal use) is put inside every literal control token
+(`<image>`, `<end_of_utterance>`, …) of a user's text before rendering. So neither the processor's string replacements
+nor the tokenizer's matching of added tokens finds it. The copy's tokenizer removes the mark after that matching, before
+words are looked up in the vocabulary. Immutable; any thread.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ MARK = "\ufdd0"
 
 
 class ControlTokens:
-    """A tokenizer's added tokens, and where text spells them.
+    """Finds a tokenizer's added tokens in text.
 
-    `placeholders` are words that a processor replaces by media, whether or not the tokenizer knows them.
-    Added tokens of white space or of a single character are words like any other (Gemma lists line breaks so).
-    Safe to use from many threads: nothing changes after construction.
+    `placeholders` are words that a processor replaces by media, whether or not the tokenizer has a token for them.
+    Added tokens of white space or of a single character do not count (Gemma adds line breaks). Immutable; any thread.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholders: Iterable[str] = ()) -> None:
         added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
         words = set(placeholders) - {token.content for token in added}
         ids = {tokenizer.convert_tokens_to_ids(token.content) for token in added}
-        #: Without the unknown token, which any rare word may become.
+        #: Without the unknown token, to which any rare word may be encoded.
         self.ids = frozenset(ids - {tokenizer.unk_token_id})
         replaced = [AddedToken(word, normalized=False) for word in sorted(words)]
         self._pattern = _any_of([*added, *replaced], lambda content: content)
@@ -51,7 +50,7 @@ class ControlTokens:
         return self._normalizer is not None and self._normalized.search(self._normalize(text)) is not None
 
     def count_in(self, prompt: str) -> Counter[str]:
-        """Return how often each control token stands in a prompt, in any spelling."""
+        """Return how often each control token occurs in a prompt, in any spelling."""
         counts = Counter(match.group() for match in self._pattern.finditer(prompt))
         if self._normalizer is not None:
             found = self._normalized.finditer(self._normalize(prompt))
@@ -67,9 +66,9 @@ class ControlTokens:
 
 
 def literal_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy that drops marks, after the added tokens are matched and before words are looked up.
+    """Return a copy that removes marks after added tokens are matched and before words are looked up.
 
-    The copy matches added tokens in their exact spelling only, so that no normalised spelling of a user's becomes one.
+    The copy matches added tokens in their exact spelling only, so that a normalised spelling in users' text never does.
     """
     clone = copy.deepcopy(tokenizer)
     backend: Tokenizer = clone.backend_tokenizer
@@ -95,11 +94,11 @@ def _match_exactly(backend: Tokenizer, token: AddedToken) -> None:
 
 
 def _mark_as_pretokenized(backend: Tokenizer) -> str:
-    """Return the mark as it leaves the pre-tokenizer: byte-level ones spell every byte as a character."""
+    """Return the mark in the pre-tokenizer's output: byte-level ones map every byte to a character."""
     if backend.pre_tokenizer is None:
         return MARK
-    pieces = backend.pre_tokenizer.pre_tokenize_str(f"a{MARK}a")
-    return "".join(piece for piece, _ in pieces).strip("aĠ▁") or MARK
+    parts = backend.pre_tokenizer.pre_tokenize_str(f"a{MARK}a")
+    return "".join(part for part, _ in parts).strip("aĠ▁") or MARK
 
 
 def _any_of(tokens: Iterable[AddedToken], spelling: Callable[[str], str]) -> re.Pattern[str]:
@@ -133,7 +132,7 @@ _NOT_FOR_INFERENCE = ("labels",)
 
 
 class Processors:
-    """`plain` is the loaded processor; `marked` is a copy whose tokenizer drops the marks inside literals."""
+    """`plain` is the loaded processor, `marked` a copy whose tokenizer removes marks."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.plain: ProcessorMixin = loaded.processor
@@ -141,7 +140,8 @@ class Processors:
         self.marked.tokenizer = literal_tokenizer(loaded.tokenizer)
         self.control = ControlTokens(loaded.tokenizer, _placeholders(loaded))
         for processor in (self.plain, self.marked):
-            # The first call settles the tokenizer's truncation and padding; changing them under other threads fails.
+            # The first call sets the tokenizer's truncation and padding, which must not happen while other threads use
+            # it.
             processor.tokenizer("", return_tensors=None)
 
     def control_ids(self, tensors: Mapping[str, Tensor]) -> Counter[int]:
@@ -155,7 +155,7 @@ def _placeholders(loaded: LoadedModel) -> set[str]:
 
 
 def tensors_of(encoded: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what the forward takes of a processor's output."""
+    """Return the tensors of a processor's output that the model's forward takes."""
     return {
         name: value for name, value in encoded.items() if isinstance(value, Tensor) and name not in _NOT_FOR_INFERENCE
     }

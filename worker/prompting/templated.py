@@ -1,8 +1,9 @@
-"""Prompts of models with a chat template: template, then the family's own unmodified processor.
+"""Prompts of models with a chat template: render the template, then run the family's own processor.
 
-In: turns and decoded media. Out: tensors on the CPU. Text without literal control tokens takes exactly the
-ordinary path of `processor.apply_chat_template(..., tokenize=True)`; text with them is marked first (`processors`).
-Clips go in as transformers' video processors take them: frames of one size and `VideoMetadata`, sampled already.
+In: turns and decoded media. Out: tensors on the CPU. Text without literal control tokens takes the same path as
+`processor.apply_chat_template(..., tokenize=True)`; in text with them they are marked first
+(worker.prompting.processors). Clips are given as transformers' video processors expect: sampled frames of one size,
+with `VideoMetadata`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from worker.errors import InvalidRequest
 from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
 from worker.models.capabilities import Capabilities
 from worker.models.inputs import ModelInputs
-from worker.prompting.chat import Conversation, Slot, SpreadMedia, render, spread
+from worker.prompting.chat import Conversation, Placeholder, SpreadMedia, render, spread
 from worker.prompting.pixel_limits import PixelLimits, find_limits
-from worker.prompting.pixels import Arguments, AsItIs
+from worker.prompting.pixels import Arguments, FixedSize
 from worker.prompting.processors import MARK, Processors, tensors_of
 
-#: Processors count time in frames; a clip that does not tell its rate is counted in milliseconds.
+#: Processors count time in frames; for a clip without a frame rate these are milliseconds.
 MILLISECONDS_PER_S: Final = 1000.0
 
 
@@ -38,19 +39,19 @@ def video_options(processor: ProcessorMixin, clips: Sequence[DecodedClip]) -> di
     """Return the processor's arguments for the clips of one conversation, in order; none without clips."""
     if not clips:
         return {}
-    # Qwen's video towers look at pairs of frames and refuse a clip that has less than one pair.
+    # Qwen's video towers process frames in pairs and refuse a clip of one frame.
     least = getattr(processor.video_processor, "temporal_patch_size", 1)
     padded = [_at_least(least, clip) for clip in clips]
     return {
         "videos": [[_frames_of_one_size(clip) for clip in padded]],
-        # Made anew for every call: processors write into it.
+        # New for every call: processors change it.
         "video_metadata": [_metadata(clip) for clip in padded],
         "do_sample_frames": False,
     }
 
 
 def _at_least(num_frames: int, clip: DecodedClip) -> DecodedClip:
-    """Repeat the last frame, as the processors themselves fill up an odd number of frames."""
+    """Repeat the last frame, as processors themselves do for an odd number of frames."""
     missing = num_frames - len(clip.frames)
     if missing <= 0:
         return clip
@@ -85,7 +86,7 @@ _SHAPES_REMEMBERED = 512
 
 
 class TemplatedPrompts:
-    """Prepares prompts with one model's chat template. Called from many threads at once."""
+    """Prepares prompts with one model's chat template. Any thread."""
 
     def __init__(
         self,
@@ -100,12 +101,12 @@ class TemplatedPrompts:
         self._config = config
         self._bos_token = bos_token
         tokens = sorted(filter(None, (capabilities.image_token, capabilities.video_token)), key=len, reverse=True)
-        self._places = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._placeholders = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         self._expected = lru_cache(maxsize=_SHAPES_REMEMBERED)(self._count_of_shape)
 
     @cached_property
     def limits(self) -> PixelLimits:
-        """How the processor can be asked for fewer or more pixels. Found out at the first look, in about a second."""
+        """The limits of pixels that the processor supports; tested at the first access, which takes about a second."""
         if self._capabilities.image_token is None:
             return PixelLimits()
         return find_limits(self._plain, self._config, self._encode, has_clips=self._capabilities.native_video)
@@ -115,11 +116,11 @@ class TemplatedPrompts:
     ) -> ModelInputs:
         """Return the prompt's tensors. `media` are in the order of the parts that are not text.
 
-        options: what is asked of the processor; `limits` must have a way for it.
-        Raises InvalidRequest when the model cannot be asked this, or the template or the processor refuses it.
+        options: limits of pixels; `limits` must have a rule for them.
+        Raises InvalidRequest when the model does not support it, or the template or the processor refuses it.
         """
         conversation, shown = spread(turns, media, keep_clips=self._keeps_clips(media))
-        num_images = conversation.count(Slot.IMAGE)
+        num_images = conversation.count(Placeholder.IMAGE)
         if num_images and self._capabilities.image_token is None:
             raise InvalidRequest(f"media: this model's chat template shows no images, got {num_images}")
         processor, prompt = self._render(conversation)
@@ -138,7 +139,7 @@ class TemplatedPrompts:
         )
 
     def _encode(self, medium: DecodedMedia, asked: Arguments) -> ModelInputs:
-        """Return a prompt about one medium, for trials."""
+        """Encode a prompt with one medium, to test the processor."""
         is_clip = isinstance(medium, DecodedClip)
         part = VideoPart(uri="s3://trial/noise") if is_clip else ImagePart(uri="s3://trial/noise")
         turns = (Turn(role=Role.USER, content=(part, TextPart(text="x"))),)
@@ -148,7 +149,7 @@ class TemplatedPrompts:
         return ModelInputs(tensors, num_media_tokens=self._num_media_tokens(self._plain, prompt, tensors))
 
     def _asked(self, options: MediaOptions, shown: SpreadMedia) -> Mapping[str, Arguments]:
-        """Return the processor's arguments for what is asked, per kind of media. Raises InvalidRequest."""
+        """Return the processor's arguments for limits of pixels, per kind of media. Raises InvalidRequest."""
         asked: dict[str, Arguments] = {}
         try:
             if shown.pictures and self.limits.pictures is not None:
@@ -168,54 +169,54 @@ class TemplatedPrompts:
         tokenizer = processor.tokenizer
         has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
         num_words = 0 if has_bos else tokenizer.num_special_tokens_to_add()
-        for piece in filter(None, self._places.split(prompt)):
-            num_words += len(tokenizer(piece, add_special_tokens=False)["input_ids"])
+        for text in filter(None, self._placeholders.split(prompt)):
+            num_words += len(tokenizer(text, add_special_tokens=False)["input_ids"])
         return max(0, int(tensors["input_ids"].shape[1]) - num_words)
 
     def _can_take_fewer(self, num_media_tokens: int, shown: SpreadMedia) -> bool:
-        """Tell whether fewer pixels would help, as far as that has been found out."""
+        """Return whether fewer pixels would mean fewer tokens; False as long as `limits` has not been tested."""
         limits: PixelLimits | None = self.__dict__.get("limits")
         if limits is None or limits.least_tokens is None:
             return False
         if shown.clips:
-            return limits.clips is not None and not isinstance(limits.clips, AsItIs)
+            return limits.clips is not None and not isinstance(limits.clips, FixedSize)
         return num_media_tokens > len(shown.pictures) * limits.least_tokens
 
     def _keeps_clips(self, media: Sequence[DecodedMedia]) -> bool:
-        """Whether clips are given as clips: all of a prompt's or none, so that the model sees them alike."""
+        """Whether clips are given as clips; else all clips of a prompt are given as their frames."""
         clips = [medium for medium in media if isinstance(medium, DecodedClip)]
         has_images, num_lengths = len(clips) < len(media), len({len(clip.frames) for clip in clips})
         can = self._capabilities
         if not can.native_video or not (can.can_mix_lengths or num_lengths <= 1):
             return False
-        return not clips or not has_images or (can.can_mix_media and not self._share_places)
+        return not clips or not has_images or (can.can_mix_media and not self._share_placeholder)
 
     @cached_property
-    def _share_places(self) -> bool:
-        """Whether pictures and clips, each in tensors of their own, stand for one and the same token.
+    def _share_placeholder(self) -> bool:
+        """Whether pictures and clips have tensors of their own and yet the same placeholder token.
 
-        GLM-4V takes the frames of clips for pictures then, and its `generate` fails on a prompt with both.
+        GLM-4V's `generate` then takes clips' frames for pictures, and fails on a prompt with both.
         """
         noise = Image.fromarray(np.zeros((256, 256, 3), np.uint8))
         picture = self._encode(DecodedImage(noise), {}).tensors
         clip = self._encode(DecodedClip((noise,) * 4, (0.0, 1.0, 2.0, 3.0), 4.0, 1.0), {}).tensors
         if picture.keys() >= clip.keys():
             return False
-        # Of one medium and one letter of text, the placeholder is the token that comes most often.
-        places = [int(tensors["input_ids"].flatten().mode().values) for tensors in (picture, clip)]
-        return places[0] == places[1]
+        # In a prompt of one medium and one letter the placeholder is the most frequent token.
+        placeholders = [int(tensors["input_ids"].flatten().mode().values) for tensors in (picture, clip)]
+        return placeholders[0] == placeholders[1]
 
     def _render(self, conversation: Conversation) -> tuple[ProcessorMixin, str]:
-        """Return a prompt whose control tokens are the template's alone, and the processor that reads it.
+        """Return a prompt in which all control tokens are the template's own, and the processor for it.
 
-        A literal may also arise where two pieces of text meet; then the pieces are fenced off by marks.
+        A control token may also arise where two texts meet; then every text is enclosed in marks.
         """
         expected = self._expected(_shape(conversation))
         if not any(self._control.occur_in(text) for text in conversation.texts):
             prompt = self._render_with(self._plain, conversation)
             if self._control.count_in(prompt) == expected:
                 return self._plain, prompt
-        escapes: tuple[Callable[[str], str], ...] = (self._control.mark, self._fence)
+        escapes: tuple[Callable[[str], str], ...] = (self._control.mark, self._enclose)
         for escape in escapes:
             prompt = self._render_with(self._marked, conversation.with_texts(escape))
             if self._control.count_in(prompt) == expected:
@@ -226,18 +227,17 @@ class TemplatedPrompts:
         can = self._capabilities
         return render(processor, conversation, template=can.given_template, takes_parts=can.takes_parts)
 
-    def _fence(self, text: str) -> str:
+    def _enclose(self, text: str) -> str:
         return f"{MARK}{self._control.mark(text)}{MARK}"
 
     def _count_of_shape(self, shape: Conversation) -> Counter[str]:
-        """Count the template's own control tokens, and see that every image and clip has its place."""
+        """Count the template's own control tokens, and check that there is one placeholder per image and clip."""
         counts = self._control.count_in(self._render_with(self._plain, shape))
-        tokens = {Slot.IMAGE: self._capabilities.image_token, Slot.VIDEO: self._capabilities.video_token}
-        for slot, token in tokens.items():
-            if token is not None and counts[token] != shape.count(slot):
-                raise InvalidRequest(
-                    f"messages: the model's chat template shows {counts[token]} of {shape.count(slot)} {slot.value}s"
-                )
+        tokens = {Placeholder.IMAGE: self._capabilities.image_token, Placeholder.VIDEO: self._capabilities.video_token}
+        for placeholder, token in tokens.items():
+            if token is not None and counts[token] != shape.count(placeholder):
+                shown = f"{counts[token]} of {shape.count(placeholder)} {placeholder.value}s"
+                raise InvalidRequest(f"messages: the model's chat template shows {shown}")
         return counts
 
     def _process(
@@ -245,7 +245,7 @@ class TemplatedPrompts:
     ) -> dict[str, Tensor]:
         """Run the processor as transformers' own chat path does: no second BOS, media nested per conversation."""
         options: dict[str, Any] = video_options(processor, shown.clips)
-        # Copies: processors take out of them what they have read.
+        # Copies: processors remove the entries that they have read.
         options.update({kind: dict(arguments) for kind, arguments in asked.items() if arguments})
         if self._bos_token is not None and prompt.startswith(self._bos_token):
             options["add_special_tokens"] = False
@@ -263,7 +263,7 @@ class TemplatedPrompts:
         shown: SpreadMedia,
         asked: Mapping[str, Arguments],
     ) -> None:
-        """The last wall: the ids hold as many control tokens as the same conversation with harmless text."""
+        """Check that the ids hold as many control tokens as those of the same conversation with harmless text."""
         harmless = self._process(self._plain, self._render_with(self._plain, _shape(conversation)), shown, asked)
         if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
             raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")

@@ -29,7 +29,7 @@ from worker.errors import InvalidRequest
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
 from worker.models.loader import LoadedModel
-from worker.prompting.chat import Slot, render, spread
+from worker.prompting.chat import Placeholder, render, spread
 from worker.prompting.prepare import PromptBuilder
 
 Builders = Callable[[str], PromptBuilder]
@@ -112,7 +112,7 @@ def test_a_clip_that_is_kept_has_one_place_and_its_frames_still_count() -> None:
     media = (clip(1, 6), image(3), clip(2, 2))
     conversation, shown = spread(turns, media, keep_clips=True)
     assert [turn.parts for turn in conversation.turns] == [
-        ("First", Slot.VIDEO, "then", Slot.IMAGE), ("A cat.",), (Slot.VIDEO, "and now?"),
+        ("First", Placeholder.VIDEO, "then", Placeholder.IMAGE), ("A cat.",), (Placeholder.VIDEO, "and now?"),
     ]  # fmt: skip
     assert (shown.pictures, shown.clips) == ((media[1].pixels,), (media[0], media[2]))
     assert (shown.num_images, shown.num_frames) == (1, 8)
