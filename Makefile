@@ -10,7 +10,7 @@ PARTS := tests/property tests/unit
 # What depends on the server; everything runs on the newest, these on others, too. VISIONQ_TEST_REDIS: tests/servers.py.
 ON_REDIS := tests/property/test_ledger_states.py $(wildcard tests/unit/api_stub/test_ledger*.py) \
 	$(addprefix tests/unit/api_stub/test_,verdicts.py follow.py submit.py client.py doctor.py) \
-	$(addprefix tests/unit/worker/,broker/test_transport.py broker/test_faults.py broker/test_doorbells.py jobs/test_claim.py streaming/test_publisher.py) \
+	$(addprefix tests/unit/worker/,broker/test_transport.py broker/test_doorbells.py jobs/test_claim.py streaming/test_publisher.py) \
 	tests/compat/test_ledgers.py tests/integration/test_celery_events.py \
 	tests/e2e/test_redis_users.py tests/e2e/test_outage.py \
 	tests/e2e/test_chaos.py::test_a_short_chaos_breaks_no_promise
