@@ -1,7 +1,7 @@
 """One child process: its own session, its own log, an end that is bounded and leaves nothing.
 
 A session of its own keeps Ctrl-C away from the child, so that the parent alone decides the order of the end; the
-watchdog ends the children of a parent that had no chance to.
+cleanup process ends the children of a parent that was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from api_stub.errors import VisionqError
 KILL_WAIT_S = 10.0
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16 * 1024
-WATCHDOG_SCRIPT = Path(__file__).with_name("watchdog.py")
+CLEANUP_SCRIPT = Path(__file__).with_name("cleanup.py")
 
 
 class StackFailed(VisionqError):
@@ -29,22 +29,25 @@ class StackFailed(VisionqError):
     code = "stack_failed"
 
 
-class Watchdog:
-    """The process that outlives this one by a moment when it must. `close()` lets it do its work and waits for it."""
+class CleanupProcess:
+    """A process that ends the children and removes the files of this one after its end, also after SIGKILL.
+
+    `close()` has it do so now and waits for it.
+    """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(WATCHDOG_SCRIPT)],
+            [sys.executable, "-I", "-S", str(CLEANUP_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
 
-    def tell(self, verb: str, value: int | str) -> None:
+    def send(self, verb: str, value: int | str) -> None:
         """Send `watch` or `forget` with a process group, or `remove` with a path."""
         assert self._process.stdin is not None
-        # A watchdog that somebody killed is no reason to fail: it is only the second line of defence.
+        # A cleanup process that somebody killed is no reason to fail: it is only the second line of defence.
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps([verb, value]).encode() + b"\n")
             self._process.stdin.flush()
@@ -81,12 +84,12 @@ class Child:
         command: Sequence[str],
         environment: Mapping[str, str],
         directory: Path,
-        watchdog: Watchdog,
+        cleanup_process: CleanupProcess,
     ) -> None:
         self.name = name
         self.log = directory / f"{name}.log"
         self.output = directory / f"{name}.out"
-        self._watchdog = watchdog
+        self._cleanup = cleanup_process
         try:
             with self.output.open("ab") as output, self.log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -96,7 +99,7 @@ class Child:
                     stdout=output,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=watchdog.watch_me,
+                    preexec_fn=cleanup_process.watch_me,
                 )
         except OSError as error:
             raise StackFailed(f"{name} cannot be started: {error}") from error
@@ -132,7 +135,7 @@ class Child:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(KILL_WAIT_S)
-        self._watchdog.tell("forget", self.pid)
+        self._cleanup.send("forget", self.pid)
 
     def _last_words(self) -> str:
         lines = (_tail(self.output) + _tail(self.log))[-LOG_TAIL_LINES:]

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Protocol, TypeVar
 
 from api_stub.contract import names
-from api_stub.devstack.child import Child, StackFailed, Watchdog
+from api_stub.devstack.child import Child, CleanupProcess, StackFailed
 from api_stub.devstack.servers import BUCKET, HOST, REGION, ApiServer, RedisServer, S3Server, free_port, worker_command
 from api_stub.devstack.signals import Interrupted, StopSignals
 from api_stub.ledger import pools
@@ -88,11 +88,11 @@ class Stack:
 
     def __enter__(self) -> Stack:
         with ExitStack() as cleanup:
-            self.watchdog = Watchdog()
-            cleanup.callback(self.watchdog.close)
+            self.cleanup_process = CleanupProcess()
+            cleanup.callback(self.cleanup_process.close)
             self.directory = Path(tempfile.mkdtemp(prefix="visionq-"))
             cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
-            self.watchdog.tell("remove", str(self.directory))
+            self.cleanup_process.send("remove", str(self.directory))
             (self.directory / "tmp").mkdir()
             self._cleanup = cleanup.pop_all()
         return self
@@ -216,7 +216,7 @@ class Stack:
         return self._start_worker(worker.name)
 
     def _spawn(self, name: str, command: Sequence[str]) -> Child:
-        return Child(name, command, self._child_environment(), self.directory, self.watchdog)
+        return Child(name, command, self._child_environment(), self.directory, self.cleanup_process)
 
     def _child_environment(self) -> dict[str, str]:
         options = self.options

@@ -50,7 +50,7 @@ def claim(env_file: Path) -> None:
 @contextmanager
 def published(env_file: Path, stack: Stack) -> Iterator[None]:
     """Keep the stack's endpoints in `env_file` while the block runs, also when it ends by SIGKILL."""
-    stack.watchdog.tell("remove", str(env_file.absolute()))
+    stack.cleanup_process.send("remove", str(env_file.absolute()))
     try:
         write_exports(env_file, stack.endpoints)
         yield

@@ -62,7 +62,7 @@ def bench_queue(num_jobs: int) -> QueueReport:
             redis_url = stack.endpoints["VISIONQ_REDIS_URL"]
             command = [sys.executable, "-P", "-m", "worker.bench.noop"]
             environment = dict(options.environment) | stack.endpoints
-            plain = Child("noop", command, environment, stack.directory, stack.watchdog)
+            plain = Child("noop", command, environment, stack.directory, stack.cleanup_process)
             try:
                 return _measure(redis_url, num_jobs)
             finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from api_stub.devstack.child import Child, StackFailed, Watchdog
+from api_stub.devstack.child import Child, CleanupProcess, StackFailed
 from tests.servers import eventually
 from tests.survivors import processes_of
 
@@ -28,7 +28,7 @@ time.sleep(600)
 KILLED_AT_ONCE = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from api_stub.devstack.child import Child, Watchdog
+from api_stub.devstack.child import Child, CleanupProcess
 
 class Popen(subprocess.Popen):
     def __init__(self, *args, **options):
@@ -36,22 +36,22 @@ class Popen(subprocess.Popen):
         if "time.sleep" in str(args):
             os.kill(os.getpid(), signal.SIGKILL)
 
-watchdog = Watchdog()
+cleanup_process = CleanupProcess()
 subprocess.Popen = Popen
 command = [sys.executable, "-c", "import time; time.sleep(600)", sys.argv[1]]
-Child("child", command, os.environ, Path(sys.argv[1]), watchdog)
+Child("child", command, os.environ, Path(sys.argv[1]), cleanup_process)
 """
 
 
 @pytest.fixture
-def watchdog() -> Iterator[Watchdog]:
-    watchdog = Watchdog()
-    yield watchdog
-    watchdog.close()
+def cleanup_process() -> Iterator[CleanupProcess]:
+    cleanup_process = CleanupProcess()
+    yield cleanup_process
+    cleanup_process.close()
 
 
-def start(code: str, directory: Path, watchdog: Watchdog) -> Child:
-    child = Child("child", [sys.executable, "-c", code], ENVIRONMENT, directory, watchdog)
+def start(code: str, directory: Path, cleanup_process: CleanupProcess) -> Child:
+    child = Child("child", [sys.executable, "-c", code], ENVIRONMENT, directory, cleanup_process)
     eventually(lambda: child.output.read_text() or child.exit_status() is not None, what="the child wrote a line")
     return child
 
@@ -64,8 +64,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_an_ended_child_is_reported_with_its_last_words(tmp_path: Path, watchdog: Watchdog) -> None:
-    child = start("import sys; print('loading'); sys.exit('no such model')", tmp_path, watchdog)
+def test_an_ended_child_is_reported_with_its_last_words(tmp_path: Path, cleanup_process: CleanupProcess) -> None:
+    child = start("import sys; print('loading'); sys.exit('no such model')", tmp_path, cleanup_process)
     eventually(lambda: child.exit_status() is not None, what="the child ended")
 
     with pytest.raises(StackFailed) as caught:
@@ -76,22 +76,24 @@ def test_an_ended_child_is_reported_with_its_last_words(tmp_path: Path, watchdog
     child.stop(0)
 
 
-def test_a_program_that_does_not_exist_is_a_stack_failure(tmp_path: Path, watchdog: Watchdog) -> None:
+def test_a_program_that_does_not_exist_is_a_stack_failure(tmp_path: Path, cleanup_process: CleanupProcess) -> None:
     with pytest.raises(StackFailed, match="child cannot be started"):
-        Child("child", [str(tmp_path / "nothing")], ENVIRONMENT, tmp_path, watchdog)
+        Child("child", [str(tmp_path / "nothing")], ENVIRONMENT, tmp_path, cleanup_process)
 
 
-def test_a_child_may_end_in_its_own_way(tmp_path: Path, watchdog: Watchdog) -> None:
+def test_a_child_may_end_in_its_own_way(tmp_path: Path, cleanup_process: CleanupProcess) -> None:
     code = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(600)"
     )
-    child = start(code, tmp_path, watchdog)
+    child = start(code, tmp_path, cleanup_process)
     child.stop(20)
     assert child.exit_status() == 7
 
 
-def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path, watchdog: Watchdog) -> None:
-    child = start(STUBBORN, tmp_path, watchdog)
+def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(
+    tmp_path: Path, cleanup_process: CleanupProcess
+) -> None:
+    child = start(STUBBORN, tmp_path, cleanup_process)
     grandchild = int(child.output.read_text())
 
     child.stop(0.2)
@@ -100,17 +102,17 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: 
     eventually(lambda: not is_running(grandchild), what="the grandchild is gone")
 
 
-def test_ctrl_c_on_the_terminal_does_not_reach_a_child(tmp_path: Path, watchdog: Watchdog) -> None:
-    child = start(SLEEP, tmp_path, watchdog)
+def test_ctrl_c_on_the_terminal_does_not_reach_a_child(tmp_path: Path, cleanup_process: CleanupProcess) -> None:
+    child = start(SLEEP, tmp_path, cleanup_process)
     assert os.getsid(child.pid) == child.pid != os.getsid(0)
     child.stop(5)
 
 
 def test_a_watchdog_leaves_forgotten_groups_alone(tmp_path: Path) -> None:
-    watchdog = Watchdog()
-    child = start(SLEEP, tmp_path, watchdog)
-    watchdog.tell("forget", child.pid)
-    watchdog.close()
+    cleanup_process = CleanupProcess()
+    child = start(SLEEP, tmp_path, cleanup_process)
+    cleanup_process.send("forget", child.pid)
+    cleanup_process.close()
     assert child.exit_status() is None
     child.ask_to_stop()
     eventually(lambda: child.exit_status() is not None, what="the child ended")
@@ -123,15 +125,17 @@ def test_a_child_goes_when_the_parent_is_killed_before_it_knows_the_id(tmp_path:
 
 
 def test_a_child_starts_without_its_watchdog(tmp_path: Path) -> None:
-    watchdog = Watchdog()
-    watchdog.close()
+    cleanup_process = CleanupProcess()
+    cleanup_process.close()
     broken = os.pipe()
     os.close(broken[0])
-    watchdog._process.stdin = os.fdopen(broken[1], "wb")  # whoever killed the watchdog left a pipe without a reader
-    child = start(SLEEP, tmp_path, watchdog)
+    cleanup_process._process.stdin = os.fdopen(
+        broken[1], "wb"
+    )  # whoever killed the process left a pipe without a reader
+    child = start(SLEEP, tmp_path, cleanup_process)
     assert child.exit_status() is None
     child.stop(5)
-    watchdog.close()
+    cleanup_process.close()
 
 
 def test_children_and_files_go_when_the_parent_is_killed(tmp_path: Path) -> None:
@@ -155,11 +159,12 @@ def test_children_and_files_go_when_the_parent_is_killed(tmp_path: Path) -> None
 PARENT = f"""
 import os, sys, time
 from pathlib import Path
-from api_stub.devstack.child import Child, Watchdog
+from api_stub.devstack.child import Child, CleanupProcess
 directory, env_file = sys.argv[1:]
-watchdog = Watchdog()
-watchdog.tell("remove", directory)
-watchdog.tell("remove", env_file)
-print(Child("child", [sys.executable, "-c", {SLEEP!r}], dict(os.environ), Path(directory), watchdog).pid, flush=True)
+cleanup_process = CleanupProcess()
+cleanup_process.send("remove", directory)
+cleanup_process.send("remove", env_file)
+child = Child("child", [sys.executable, "-c", {SLEEP!r}], dict(os.environ), Path(directory), cleanup_process)
+print(child.pid, flush=True)
 time.sleep(600)
 """
