@@ -47,7 +47,7 @@ def start(
     if devices is not None:
         sys.exit(supervise(devices, given, settings))
     health = answer_probes(settings, metrics)
-    # torch and transformers load only now: a wrong setting is told in milliseconds.
+    # torch and transformers are imported only now, so that a bad setting is reported within milliseconds.
     from worker.bootstrap import build
     from worker.broker.app import make_app, serve
     from worker.broker.link_sender import LinkSender, make_sender
@@ -69,19 +69,19 @@ def start(
     sender = LinkSender(make_sender(settings), process.ledger)
     register(celery_app, process, sender.wake)
     sender.start()
-    _leave_out_of_collections()
+    _freeze_objects()
     status = serve(celery_app, settings, process)
     sender.stop(STOP_TIMEOUT_S)
     process.stop()
-    _leave_out_of_collections()
+    _freeze_objects()
     sys.exit(status)
 
 
-def _leave_out_of_collections() -> None:
-    """Have the garbage collector pass over all that lives now: the libraries, the model and what serves it.
+def _freeze_objects() -> None:
+    """Exclude all objects that exist now from garbage collection: the libraries, the model and the components.
 
-    They stay until the process ends, and looking through them costs every full collection, the interpreter's last ones
-    included, tens of milliseconds to seconds.
+    They exist until the process ends, and traversing them costs every full collection, also those at the interpreter's
+    exit, tens of milliseconds to seconds.
     """
     gc.collect()
     gc.freeze()
@@ -136,7 +136,7 @@ def bench_engine(
     concurrency: Annotated[int, typer.Option(min=1, help="jobs that generate together; size of a static batch")] = 16,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0: torch's own choice")] = 0,
     images: Annotated[int, typer.Option(min=0, help="images per job")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="runs of each mode, in turns; the median one is told")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each mode, in turns; the median one is reported")] = 1,
     long_prompt: Annotated[int, typer.Option(min=0, help="tokens of a prompt that arrives among streams")] = 6000,
     rows: Annotated[int, typer.Option(min=0, help="rows of the wide batch whose overhead is measured")] = 64,
     json: Annotated[Path | None, typer.Option(help="write everything as JSON")] = None,
@@ -180,7 +180,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def answer_probes(settings: WorkerSettings, metrics: Metrics) -> Health:
-    """Begin to answer probes and scrapers, if asked to; return what they are told from."""
+    """Start the HTTP server of probes and metrics if a port is set; return the health that it reports."""
     # A Redis that missed three beats is away.
     health = Health(3 * settings.beat_s + 1.0)
     if settings.http_port:
@@ -202,7 +202,7 @@ def supervise(devices: str, given: dict[str, str], settings: WorkerSettings) -> 
 
 
 def read_settings(given: dict[str, str]) -> WorkerSettings:
-    """Read the settings; leave with a message that names the variable when one is bad."""
+    """Read the settings; exit with a message that names the variable when one is invalid."""
     try:
         return WorkerSettings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -210,7 +210,7 @@ def read_settings(given: dict[str, str]) -> WorkerSettings:
 
 
 def refuse(message: str) -> NoReturn:
-    """Say why the worker does not start, and leave."""
+    """Print why the worker does not start, and exit."""
     typer.echo(f"visionq-worker: cannot start: {message}", err=True)
     raise typer.Exit(EXIT_CANNOT_START)
 

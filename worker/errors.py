@@ -53,7 +53,7 @@ class WorkerError(Exception):
 
     code: what the producer sees.
     component: the worker's component that may be at fault; None when the fault is the job's own.
-    is_proven: every job would meet this fault, so no further jobs are needed to tell.
+    is_proven: every job would meet this fault.
     """
 
     code: ClassVar[ErrorCode] = ErrorCode.INTERNAL

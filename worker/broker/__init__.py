@@ -1,1 +1,1 @@
-"""Celery: its settings, what may stand in its list, the tasks. Nothing else in the worker imports Celery."""
+"""Celery: app, transport and tasks. No other package of the worker imports Celery."""

@@ -82,7 +82,7 @@ MAX_CONTAINERS: Final = 100_000
 REFUSED_HEADER: Final = "visionq-refused"
 MAX_PROBLEM_CHARS: Final = 500
 
-#: kombu writes the headers behind the body, others may write them in front: both ends are looked through.
+#: kombu writes the headers after the body, others may write them before: both ends are searched.
 _HEADERS_WITHIN: Final = 64 * 1024
 _HEADERS: Final = re.compile(rb'(?<!\\)"headers"\s*:\s*(?=\{)')
 _MAX_HEADERS: Final = 8

@@ -128,7 +128,7 @@ def _check_one(signature: object, option: str) -> tuple[Mapping[str, object], li
     if kind == "chain" and any(
         isinstance(each, Mapping) and each.get("subtask_type") == "group" for each in members[:-1]
     ):
-        raise UnusableLinks(_CHORD)  # that is what Celery makes of a group with something behind it
+        raise UnusableLinks(_CHORD)  # Celery makes a chord of a group that is followed by a task
     return options, members
 
 

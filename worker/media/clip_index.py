@@ -56,7 +56,7 @@ class ClipIndex:
 
     @property
     def has_times(self) -> bool:
-        """Whether frames can be told apart by their times."""
+        """Whether frames have distinct times."""
         return self.num_frames < 2 or self.times_s[-1] > 0
 
     def counted(self) -> ClipIndex:

@@ -71,7 +71,7 @@ def strip_png(content: bytes) -> Stripped:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield each chunk's kind, start and end up to the last one; the end may lie behind the file's."""
+    """Yield each chunk's type, start and end; the end may be beyond the end of the file."""
     at, num_bytes = len(_PNG_MAGIC), len(content)
     while at + 8 <= num_bytes:
         length, kind = struct.unpack_from(">I4s", content, at)

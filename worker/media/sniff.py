@@ -138,7 +138,7 @@ _SIGNATURES = (
 def sniff(head: bytes) -> MediaFormat:
     """Return the format of a file that starts with `head` (its first `HEAD_BYTES`, or all of a shorter file).
 
-    Raises MediaUnsupported, saying what was seen instead.
+    Raises MediaUnsupported, naming the format that was found.
     """
     for signature in _SIGNATURES:
         if head.startswith(signature.magic, signature.offset):
@@ -171,7 +171,7 @@ def _iso_media(head: bytes) -> MediaFormat | None:
 
 
 def _matroska(head: bytes) -> MediaFormat | None:
-    """Matroska and WebM share EBML with other files: the document type, near the start, tells."""
+    """Matroska and WebM are EBML files with their document type near the start."""
     is_matroska = head.startswith(b"\x1aE\xdf\xa3") and (b"matroska" in head[:64] or b"webm" in head[:64])
     return MediaFormat.MATROSKA if is_matroska else None
 

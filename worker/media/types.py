@@ -24,7 +24,7 @@ class MediaPolicy:
     max_image_pixels, max_frame_pixels: width × height of a still and of a clip's frame (default: 8K video).
     max_clip_pixels: width × height × sampled frames of one clip; 3 bytes of memory each.
     max_video_frames: frames a clip may hold, sampled or not; bounds the time spent indexing it.
-    max_job_bytes: all objects of one job, as storage tells their sizes; their files lie on disk together.
+    max_job_bytes: all objects of one job, by their sizes in storage; their files are on disk together.
     max_job_pixels: width × height of all stills and sampled frames of one job, checked after each is decoded.
     max_aspect: longer side over shorter side; processors that resize by the shorter side would make extreme strips
     huge.

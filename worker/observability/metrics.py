@@ -29,23 +29,23 @@ MAX_LOG_EVENTS: Final = 256
 #: Read at scrape time, in this order: name without prefix, is it a counter, meaning.
 READINGS: Final[Mapping[str, tuple[bool, str]]] = {
     "num_requests_running": (False, "Requests that are generating"),
-    "num_requests_waiting": (False, "Requests in the engine that wait for their prompt to be read"),
+    "num_requests_waiting": (False, "Requests in the engine that wait for their prefill"),
     "kv_cache_usage_perc": (False, "Share of the KV cache that requests hold, 1 is all of it"),
-    "num_preemptions_total": (True, "Requests that gave their KV space up to be read again later"),
+    "num_preemptions_total": (True, "Requests preempted, whose KV blocks were freed and are computed again later"),
     "prefix_cache_queries_total": (True, "Prompt tokens looked up among those of earlier prompts"),
-    "prefix_cache_hits_total": (True, "Prompt tokens that were there and not read again"),
+    "prefix_cache_hits_total": (True, "Prompt tokens found there, whose keys and values were reused"),
     "mm_cache_queries_total": (True, "Images and clips asked for"),
     "mm_cache_hits_total": (True, "Images and clips that another job had read and decoded"),
-    "mm_cache_evictions_total": (True, "Decoded images and clips that made room for others"),
+    "mm_cache_evictions_total": (True, "Decoded images and clips evicted from the cache"),
     "mm_cache_bytes": (False, "Memory of the decoded images and clips that are kept"),
-    "mm_room_bytes": (False, "Memory that decoded media of unprepared jobs take or may take"),
-    "mm_room_num_waiting": (False, "Jobs that wait for room for their decoded media"),
-    "mm_room_waits_total": (True, "Jobs that had to wait for room for their decoded media"),
+    "mm_room_bytes": (False, "Memory reserved for decoded media of jobs that are not prepared yet"),
+    "mm_room_num_waiting": (False, "Jobs that wait for memory for their decoded media"),
+    "mm_room_waits_total": (True, "Jobs that had to wait for memory for their decoded media"),
     "vision_cache_queries_total": (True, "Pictures whose vision features were asked for"),
-    "vision_cache_hits_total": (True, "Pictures that the vision tower did not have to see again"),
-    "vision_cache_evictions_total": (True, "Vision features that made room for others"),
+    "vision_cache_hits_total": (True, "Pictures whose vision features were reused"),
+    "vision_cache_evictions_total": (True, "Vision features evicted from the cache"),
     "vision_cache_bytes": (False, "Memory of the vision features that are kept"),
-    "vision_encoded_total": (True, "Pictures that the vision tower saw"),
+    "vision_encoded_total": (True, "Pictures encoded by the vision tower"),
     "num_jobs_held": (False, "Jobs whose lease this worker holds: fetched, prepared, generating or ending"),
     "num_slots": (False, "Jobs that this worker can hold at once"),
     "redis_silent_seconds": (False, "Time since Redis last confirmed a heartbeat"),
@@ -74,13 +74,13 @@ class Metrics:
         self.time_to_first_token = histogram("time_to_first_token_seconds", "From submit to the first token", LONG_S)
         self.inter_token_latency = histogram("inter_token_latency_seconds", "Between two tokens of an answer", SHORT_S)
         self.e2e_request_latency = histogram("e2e_request_latency_seconds", "From submit to the answer's end", LONG_S)
-        self.prompt_tokens = counter("prompt_tokens_total", "Tokens of the prompts that were read")
+        self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens prefilled")
         self.generation_tokens = counter("generation_tokens_total", "Tokens generated")
         self.request_success = counter(
             "request_success_total", "Jobs completed, by the reason why the answer ended", "finished_reason"
         )
         self.request_failure = counter("request_failure_total", "Jobs ended without an answer, by error code", "code")
-        self.request_retry = counter("request_retry_total", "Jobs put back into the queue, by reason", "reason")
+        self.request_retry = counter("request_retry_total", "Jobs given back to the queue, by reason", "reason")
         self.attempts = counter(
             "attempts_total", "Claims that ended, by outcome; lost: the job was another worker's by then", "outcome"
         )
@@ -88,12 +88,12 @@ class Metrics:
             "attempts_stopped_total", "Claims stopped before their answer was complete, by reason", "reason"
         )
         self.messages_dropped = counter(
-            "messages_dropped_total", "Messages for which nobody could be answered, by the reason why", "reason"
+            "messages_dropped_total", "Messages dropped because they have no usable job id, by reason", "reason"
         )
-        self.claims_refused = counter("claims_refused_total", "Doorbells that rang for nothing, by reason", "reason")
+        self.claims_refused = counter("claims_refused_total", "Claims that the ledger refused, by reason", "reason")
         self.worker_sick = Gauge(
             PREFIX + "worker_sick",
-            "1 while the worker claims no jobs because that part of it fails them",
+            "1 while the worker claims no jobs because that component of it fails them",
             ("reason",),
             registry=self.registry,
         )
@@ -104,14 +104,14 @@ class Metrics:
         self.engine_stage = counter("engine_stage_seconds_total", "Time of the engine's steps, by stage", "stage")
         self.log_events = counter(
             "log_events_total",
-            "Log lines that tell of an action, by its fixed phrase: every way to give something up is among them",
+            "Log lines that have an action, by their fixed phrase",
             "level",
             "action",
             "event",
         )
 
     def count_dropped(self, reason: StrEnum) -> None:
-        """Count a message that is gone without an answer."""
+        """Count a message that was dropped."""
         self.messages_dropped.labels(reason.value).inc()
 
     def count_log_event(self, level: str, action: str, event: str) -> None:
@@ -123,12 +123,12 @@ class Metrics:
         self.log_events.labels(level, action, event).inc()
 
     def read_at_scrape(self, readings: Callable[[], Mapping[str, float]]) -> None:
-        """Let `readings` answer for those of READINGS that it has; called on a scraper's thread. Once."""
+        """Register the source of READINGS, which is called on a scraper's thread. Call it once."""
         self.registry.register(_Readings(readings))
 
 
 class _LabelledRegistry(CollectorRegistry):
-    """A registry that adds labels to every sample, and leaves out when each series began: nobody asks."""
+    """A registry that adds labels to every sample, and omits the `_created` series."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _LabelledRegistry(CollectorRegistry):
 
 
 class _Readings(Collector):
-    """Values that somebody else keeps."""
+    """Values that are read at scrape time."""
 
     def __init__(self, readings: Callable[[], Mapping[str, float]]) -> None:
         self._readings = readings
@@ -191,7 +191,7 @@ first device's port is the setting, the next ones follow.
 
 
 def page() -> str:
-    """Return what METRICS.md has to say."""
+    """Return the content of METRICS.md."""
     return INTRODUCTION + table()
 
 
