@@ -31,7 +31,7 @@ from api_stub.ledger import verdicts
 from api_stub.ledger.verdicts import Verdict
 from worker.broker.unclaimed import GuardedQoS
 from worker.jobs.entry import DropReason, Entry, Unreadable, read_entry
-from worker.jobs.message import STAND_IN, known_task
+from worker.jobs.message import FALLBACK_TASK, known_task
 
 #: The verdict for every class of kombu.exceptions. OSError's subclasses, and others that are not listed, as their base.
 CLASSES: Final[Mapping[type[BaseException], Verdict]] = MappingProxyType(
@@ -125,7 +125,7 @@ class EntryMessage(Message):
         entry = payload.entry
         job_id = entry.job_id or payload.delivery_tag  # until its body is read
         headers = {
-            "lang": "py", "task": (known_task(entry.task) or STAND_IN).value, "id": job_id, "root_id": job_id,
+            "lang": "py", "task": (known_task(entry.task) or FALLBACK_TASK).value, "id": job_id, "root_id": job_id,
             "parent_id": None, "group": None, "retries": 0, "timelimit": [None, None], "eta": None, "expires": None,
             "ignore_result": True, "argsrepr": "()", "kwargsrepr": "{}", "origin": None,
         }  # fmt: skip

@@ -25,8 +25,8 @@ from worker.jobs.entry import (
 )
 from worker.jobs.links import Links, UnusableLinks, read_links
 
-#: What the row of a job names as its task when its message named none of ours.
-STAND_IN: Final = TaskName.VQA
+#: The task in a job's row when its message names none that is served; such a job is refused.
+FALLBACK_TASK: Final = TaskName.VQA
 _JSON_TYPES: Final = frozenset({"application/json", "json"})
 _CHARSETS: Final[Mapping[str, str]] = {
     "utf8": "utf-8", "binary": "utf-8", "ascii": "ascii", "usascii": "ascii", "latin1": "latin-1",
@@ -54,7 +54,7 @@ class JobMessage:
 def read_message(entry: Entry) -> JobMessage:
     """Decode an entry. Raises Unreadable when neither its headers nor its body have an id."""
     if entry.is_doorbell and entry.job_id is not None:
-        return JobMessage(entry.job_id, known_task(entry.task) or STAND_IN, entry.priority, None)
+        return JobMessage(entry.job_id, known_task(entry.task) or FALLBACK_TASK, entry.priority, None)
     body, problem = None, entry.problem
     if problem is None:
         try:
@@ -75,7 +75,7 @@ def read_message(entry: Entry) -> JobMessage:
         problem = problem or unusable
     if task is None:
         problem = f"task: {_brief(name)} is not served here; send {', '.join(TaskName)}"
-    return JobMessage(job_id, task or STAND_IN, entry.priority, {} if problem else fields, problem, links)
+    return JobMessage(job_id, task or FALLBACK_TASK, entry.priority, {} if problem else fields, problem, links)
 
 
 class _BadBody(Exception):

@@ -1,4 +1,7 @@
-"""How an attempt ends when it does not end with a complete answer."""
+"""The outcome of an attempt without a complete answer: a final body, or a give-back to the queue.
+
+In: a claim, the error or the reason to stop, and the text so far. Out: what the pipeline writes into the ledger.
+"""
 
 from __future__ import annotations
 
@@ -97,10 +100,11 @@ def retried_or_failed(
     return failed_body(info, output, usage)
 
 
-def given_back_by_the_sick(
+def outcome_while_circuit_is_open(
     claim: Claim, error: WorkerError, output: AttemptOutput, usage: Usage
 ) -> FailedBody | GiveBack:
-    """Return the end of an attempt that met an error on a worker that fails all jobs: it costs the job nothing.
+    """Return the outcome of an attempt that met an error on a worker whose circuit breaker is open: no retry is
+    charged.
 
     Except for MediaRefused, where storage may be refusing the job's object and not the worker: uncharged, such a job
     would be tried for ever.

@@ -30,7 +30,7 @@ from worker.jobs.outcome import (
     MAX_RETRIES,
     GiveBack,
     as_worker_error,
-    given_back_by_the_sick,
+    outcome_while_circuit_is_open,
     retried_or_failed,
     stopped_body,
     used,
@@ -151,7 +151,7 @@ class Pipeline:
         if fault.component is not None:
             words, job_id = str(fault), attempt.claim.job_id
             if self._circuit.fault(fault.component, job_id, words, is_proven=fault.is_proven):
-                return given_back_by_the_sick(attempt.claim, fault, output, usage)
+                return outcome_while_circuit_is_open(attempt.claim, fault, output, usage)
         return retried_or_failed(attempt.claim, fault, output, usage, self._max_retries)
 
     def _read(self, attempt: Attempt, problem: str | None) -> Job:

@@ -125,7 +125,7 @@ class DecoderProcess:
         if self._is_ready:
             return
         self.is_usable = False
-        limits = _Limits(self._started_at + START_S, should_stop)
+        limits = _WaitLimits(self._started_at + START_S, should_stop)
         try:
             self._is_ready = isinstance(self._reply(limits), Ready)
         except (DecoderCrashed, TimeoutError) as error:
@@ -142,7 +142,7 @@ class DecoderProcess:
         """
         self.num_tasks += 1
         self.is_usable = False
-        limits = _Limits(time.monotonic() + task.limit_s, should_stop)
+        limits = _WaitLimits(time.monotonic() + task.limit_s, should_stop)
         try:
             self._send(task)
             media = self._receive(task, limits)
@@ -177,7 +177,7 @@ class DecoderProcess:
                 exit_error = DecoderCrashed(signal.SIGXCPU.name)
             raise exit_error from error
 
-    def _receive(self, task: DecodeTask, limits: _Limits) -> DecodedMedia:
+    def _receive(self, task: DecodeTask, limits: _WaitLimits) -> DecodedMedia:
         """Receive replies up to the task's final one."""
         pictures: list[Image.Image] = []
         quota = _Quota(task)
@@ -204,11 +204,11 @@ class DecoderProcess:
                 case _:
                     raise DecoderCrashed("")
 
-    def _picture(self, header: PictureHeader, limits: _Limits) -> Image.Image:
+    def _picture(self, header: PictureHeader, limits: _WaitLimits) -> Image.Image:
         pixels = self._read(header.width * header.height * PIXEL_BYTES, limits)
         return Image.frombuffer("RGB", (header.width, header.height), pixels, "raw", "RGB", 0, 1)
 
-    def _reply(self, limits: _Limits) -> Reply:
+    def _reply(self, limits: _WaitLimits) -> Reply:
         (num_bytes,) = PREFIX.unpack(self._read(PREFIX.size, limits))
         if num_bytes > MAX_MESSAGE_BYTES:
             raise DecoderCrashed("")
@@ -217,7 +217,7 @@ class DecoderProcess:
         except ValueError as error:
             raise DecoderCrashed("") from error
 
-    def _read(self, num_bytes: int, limits: _Limits) -> bytearray:
+    def _read(self, num_bytes: int, limits: _WaitLimits) -> bytearray:
         content = bytearray(num_bytes)
         left = memoryview(content)
         poll = select.poll()  # select() knows no descriptors above 1023
@@ -249,7 +249,7 @@ class DecoderProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class _Limits:
+class _WaitLimits:
     """The deadline of a wait, and the job's own reason to stop."""
 
     until: float

@@ -36,7 +36,7 @@ from worker.jobs.outcome import (
     MAX_TRIES,
     GiveBack,
     as_worker_error,
-    given_back_by_the_sick,
+    outcome_while_circuit_is_open,
     retried_or_failed,
     storage_pause_s,
 )
@@ -125,7 +125,7 @@ def test_a_job_pays_nothing_for_a_worker_that_fails_all_jobs(ledger: Ledger) -> 
     for error in (AWAY, StorageRefuses("no"), DiskFailed("no"), DecoderFailed("no"), BROKEN, OutOfMemory("no")):
         for _ in range(2):
             claim = claimed(ledger, "a")
-            body = given_back_by_the_sick(claim, error, output, Usage())
+            body = outcome_while_circuit_is_open(claim, error, output, Usage())
             assert isinstance(body, GiveBack)
             assert ledger.give_back("a", claim.fence, body.reason, body.pause_s, body.is_charged)
             ledger.reap()
@@ -138,7 +138,7 @@ def test_a_refused_object_ends_also_on_a_sick_worker(ledger: Ledger) -> None:
     ledger.submit("a", VqaJob(question="hello"))
     claim = replace(claimed(ledger, "a"), num_retries=MAX_TRIES - 1)
     output = AttemptOutput("request", AttemptStream("a", 1))
-    assert isinstance(given_back_by_the_sick(claim, MediaRefused("no"), output, Usage()), FailedBody)
+    assert isinstance(outcome_while_circuit_is_open(claim, MediaRefused("no"), output, Usage()), FailedBody)
 
 
 def test_a_full_disk_is_no_bug_and_no_fault_of_the_job() -> None:

@@ -205,7 +205,7 @@ def test_after_a_finding_the_end_is_left_to_who_was_told() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
-OLD_NEWS = """
+KNOWN_FAULT = """
 import signal, threading, time
 import worker.lifecycle.process
 from worker.jobs.attempt import Attempts
@@ -224,8 +224,8 @@ time.sleep(20)
 """
 
 
-def test_news_that_the_watchdog_brings_late_leave_the_last_resort_in_place() -> None:
-    done = subprocess.run([sys.executable, "-c", OLD_NEWS], capture_output=True, text=True, timeout=80, check=False)
+def test_a_known_fault_that_the_watchdog_reports_later_leaves_the_last_resort_in_place() -> None:
+    done = subprocess.run([sys.executable, "-c", KNOWN_FAULT], capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 1, done.stderr
     assert "Timeout (0:00:01)!" in done.stderr
 
