@@ -15,14 +15,14 @@ from api_stub.contract.error import ErrorInfo
 from api_stub.contract.event import Event, FinalEvent, JobCompleted, OutputDelta
 from api_stub.contract.result import Result
 from api_stub.errors import JobFailed, StoreUnavailable, StreamRestarted, VisionqError
+from api_stub.ledger.backoff import Backoff
 
 #: A channel that was silent this long is subscribed anew: a half-open connection looks the same as a quiet one.
 RESUBSCRIBE_S: Final = 7.5
 #: How long a dead Redis is retried: before the first answer, and once it had answered.
 FIRST_CONNECT_S: Final = 2.5
 RECONNECT_S: Final = 60.0
-FIRST_PAUSE_S: Final = 0.05
-MAX_PAUSE_S: Final = 1.0
+RECONNECTS: Final = Backoff(first_s=0.05, max_s=1.0)
 
 
 class EventCursor:
@@ -134,8 +134,8 @@ class Patience:
         if self._failing_since is None:
             self._failing_since = now
         limit = RECONNECT_S if self._has_connected else FIRST_CONNECT_S
-        pause = min(FIRST_PAUSE_S * 2.0**self._num_failures, MAX_PAUSE_S)
         self._num_failures += 1
+        pause = RECONNECTS.delay_s(self._num_failures)
         if now + pause - self._failing_since >= limit or pause >= self._left_s():
             if isinstance(error, VisionqError):
                 raise error

@@ -5,21 +5,20 @@ The process: uvicorn, logs as JSON lines, an end that is bounded although stream
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from importlib.metadata import version
 from types import FrameType
-from typing import Final, NoReturn
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
 
+from api_stub.contract.log_line import JsonFormatter
 from api_stub.gateway import problems
 from api_stub.gateway.api_docs import describe
 from api_stub.gateway.forwarded import Forwarded, TrustedProxies
@@ -92,10 +91,6 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     return app
 
 
-#: Attributes that every LogRecord has; whatever else a record carries came through `extra`.
-_PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message", "data"}
-
-
 class GatewayServer(uvicorn.Server):
     """A uvicorn server that tells its event streams to end before it waits for them."""
 
@@ -142,22 +137,6 @@ def server_of(settings: GatewaySettings, keys: KeyRing) -> GatewayServer:
         timeout_graceful_shutdown=max(1, round(settings.api_stop_s)),
     )
     return GatewayServer(config, app)
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per record: ts, level, logger, message, then the record's `extra` facts."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **{key: value for key, value in vars(record).items() if key not in _PLAIN},
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
 
 
 def _log_to_stderr(level: str) -> None:

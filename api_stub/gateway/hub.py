@@ -22,14 +22,14 @@ from redis.asyncio.client import PubSub
 
 from api_stub.contract import names
 from api_stub.contract.event import Event, FinalEvent, parse_event
+from api_stub.ledger.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 
 #: A subscription that was silent this long is pinged, and replaced when that brings nothing either, or when the name
 #: leads to another server by now.
 PING_S: Final = 5.0
-FIRST_PAUSE_S: Final = 0.05
-MAX_PAUSE_S: Final = 2.0
+RECONNECTS: Final = Backoff(first_s=0.05, max_s=2.0)
 MAX_MAILBOX: Final = 256
 #: Subscribed always: redis-py listens on a connection only while it has a channel.
 _IDLE_CHANNEL: Final = names.events_key("")
@@ -204,14 +204,14 @@ class EventHub:
                     self._is_broken = True
 
     async def _listen(self) -> None:
-        pause_s = FIRST_PAUSE_S
+        num_failures = 0
         while not self._is_closed:
             try:
                 async with self._readers.pubsub() as subscription:
                     await self._open(subscription)
                     while not self._is_broken and not self._is_closed:
                         if (message := await self._message(subscription)) is not None:
-                            pause_s = FIRST_PAUSE_S
+                            num_failures = 0
                             self._dispatch(message)
             # A write of another task may take the connection apart under this one's read, which redis-py answers with
             # whatever that leads to.
@@ -219,8 +219,8 @@ class EventHub:
                 logger.warning("subscription lost", extra={"action": "follow", "error": type(error).__name__})
             finally:
                 self._lose()
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+            num_failures += 1
+            await asyncio.sleep(RECONNECTS.delay_s(num_failures))
 
     async def _open(self, subscription: PubSub) -> None:
         async with self._writing:

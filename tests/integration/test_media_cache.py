@@ -20,6 +20,7 @@ from PIL import Image
 
 from api_stub.contract.conversation import ImagePart, MediaPart, VideoPart
 from api_stub.contract.job import TaskName
+from api_stub.ledger.backoff import Backoff
 from tests.decoding import shared_decoders
 from tests.servers import S3Server, eventually
 from tests.storage_faults import Before, FaultyStorage, Silence, Stall, Status, Unconditional, faulty_storage
@@ -91,7 +92,7 @@ def collecting(
 ) -> Callable[..., Collected]:
     """Return what a job calls, on a worker with this cache and policy."""
     client = s3_client(storage.url, "us-east-1", TIMEOUT_S)
-    fetcher = ObjectFetcher(client, policy, retries=retries, first_backoff_s=0.02)
+    fetcher = ObjectFetcher(client, policy, retries=retries, backoff=Backoff(first_s=0.02, max_s=5))
     collector = MediaCollector(fetcher, policy, cache, shared_decoders())
 
     def collect(*parts: AnyMediaPart, num_frames: int = 8, should_stop: Callable[[], None] = go_on) -> Collected:

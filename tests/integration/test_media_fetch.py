@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from api_stub.contract.error import ErrorCode
+from api_stub.ledger.backoff import Backoff
 from tests.servers import S3Server, eventually, free_port
 from tests.storage_faults import (
     Before,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 POLICY = MediaPolicy(frozenset({"media", "absent"}), max_image_bytes=400_000, max_video_bytes=1_000_000)
 TIMEOUT_S = 1.0
+BACKOFF = Backoff(first_s=0.02, max_s=5)
 
 
 class Stopped(Exception):
@@ -88,7 +90,7 @@ def fetched_by(
 
 
 def fetcher_at(url: str, policy: MediaPolicy = POLICY, retries: int = 2) -> ObjectFetcher:
-    return ObjectFetcher(s3_client(url, "us-east-1", TIMEOUT_S), policy, retries=retries, first_backoff_s=0.02)
+    return ObjectFetcher(s3_client(url, "us-east-1", TIMEOUT_S), policy, retries=retries, backoff=BACKOFF)
 
 
 def test_an_object_arrives_whole_with_its_kind_by_content(s3_client: S3Client, fetch, tmp_path: Path) -> None:
@@ -350,9 +352,7 @@ def test_storage_that_trickles_is_a_fault_and_leaves_no_thread_behind(
 ) -> None:
     s3_client.put_object(Bucket="media", Key="trickle.png", Body=png())
     storage.plan["GET"] = [Drip(pause_s=0.05, piece_bytes=16)] * 2
-    impatient = ObjectFetcher(
-        s3_client_with(storage.url, timeout_s=5), POLICY, retries=1, first_backoff_s=0.02, try_s=0.6
-    )
+    impatient = ObjectFetcher(s3_client_with(storage.url, timeout_s=5), POLICY, retries=1, backoff=BACKOFF, try_s=0.6)
     with pytest.raises(StorageUnavailable, match=r"not read within \d+ s .tried 2 times") as failure:
         fetched_by(impatient, "s3://media/trickle.png", tmp_path)
     assert "trickle.png" in str(failure.value)
@@ -362,7 +362,9 @@ def test_storage_that_trickles_is_a_fault_and_leaves_no_thread_behind(
 
 def test_a_job_is_stopped_while_it_waits_for_its_next_try(storage: FaultyStorage, tmp_path: Path) -> None:
     storage.always = Status(500)
-    slow = ObjectFetcher(s3_client_with(storage.url, timeout_s=1), POLICY, retries=20, first_backoff_s=30)
+    slow = ObjectFetcher(
+        s3_client_with(storage.url, timeout_s=1), POLICY, retries=20, backoff=Backoff(first_s=5, max_s=5)
+    )
     stop = threading.Event()
 
     def should_stop() -> None:

@@ -6,7 +6,6 @@ In: a claim, the error or the reason to stop, and the text so far. Out: what the
 from __future__ import annotations
 
 import logging
-import random
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +13,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalBody, RetryReason
 from api_stub.contract.job import Job
 from api_stub.contract.result import Usage
+from api_stub.ledger.backoff import Backoff
 from api_stub.ledger.rows import Claim
 from worker.errors import DiskFailed, MediaRefused, OutOfMemory, Unforeseen, WorkerError
 from worker.jobs.attempt import StopReason
@@ -31,9 +31,8 @@ OOM_PAUSE_S: Final = 2.0
 DOUBT_PAUSE_S: Final = 1.0
 #: Give-backs of one job because storage was unavailable; the default of the setting.
 MAX_RETRIES: Final = 5
-#: First pause of a job given back because storage was unavailable; doubles with each further one, up to the maximum.
-FIRST_RETRY_PAUSE_S: Final = 2.0
-MAX_RETRY_PAUSE_S: Final = 60.0
+#: Pauses of a job given back because storage was unavailable. The jitter spreads jobs that failed together.
+STORAGE_RETRIES: Final = Backoff(first_s=2.0, max_s=60.0, jitter=0.5)
 
 
 def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
@@ -92,7 +91,7 @@ def retried_or_failed(
     """
     info, num_retries = error.info(), claim.num_retries
     if info.code is ErrorCode.STORAGE_UNAVAILABLE and num_retries < max_retries:
-        return GiveBack(RetryReason.STORAGE, storage_pause_s(num_retries), is_charged=True)
+        return GiveBack(RetryReason.STORAGE, STORAGE_RETRIES.delay_s(num_retries + 1), is_charged=True)
     if info.code is ErrorCode.OUT_OF_MEMORY and num_retries < MAX_TRIES - 1:
         return GiveBack(RetryReason.OUT_OF_MEMORY, OOM_PAUSE_S * (num_retries + 1), is_charged=True)
     if error.component is not None and info.code is not ErrorCode.STORAGE_UNAVAILABLE and num_retries < MAX_TRIES - 1:
@@ -112,15 +111,6 @@ def outcome_while_circuit_is_open(
     if isinstance(error, MediaRefused):
         return retried_or_failed(claim, error, output, usage)
     return GiveBack(RetryReason.GIVEN_BACK)
-
-
-def storage_pause_s(num_retries: int) -> float:
-    """Return the pause before the next try of a job with `num_retries` earlier ones: exponential, half of it jitter.
-
-    The jitter spreads jobs that failed together, so that storage does not get all of them at once.
-    """
-    longest_s = min(MAX_RETRY_PAUSE_S, FIRST_RETRY_PAUSE_S * float(2**num_retries))
-    return longest_s * random.uniform(0.5, 1.0)
 
 
 def stopped_body(reason: StopReason, output: AttemptOutput, usage: Usage) -> FinalBody | GiveBack | None:

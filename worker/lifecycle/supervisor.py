@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
+from api_stub.ledger.backoff import Backoff
 from worker.errors import CannotStart
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 EXIT_CANNOT_START: Final = 78  # EX_CONFIG: restarting without a change would fail again
-FIRST_BACKOFF_S: Final = 1.0
-MAX_BACKOFF_S: Final = 60.0
+RESTARTS: Final = Backoff(first_s=1.0, max_s=60.0)
 #: A worker that lived this long starts with the first backoff again.
 HEALTHY_S: Final = 120.0
 #: A worker needs this much beyond its drain to end: message loops, the last events.
@@ -181,7 +181,7 @@ class Supervisor:
             logger.info("worker ended", extra=_facts(worker))
             return
         worker.num_failures = 1 if lived_s >= HEALTHY_S else worker.num_failures + 1
-        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (worker.num_failures - 1))
+        backoff_s = RESTARTS.delay_s(worker.num_failures)
         worker.start_at = time.monotonic() + backoff_s
         facts = {"status": status, "lived_s": round(lived_s, 1), "backoff_s": backoff_s}
         logger.error("worker died", extra=_facts(worker) | facts)

@@ -7,7 +7,6 @@ that its first bytes show. The file's name is never derived from the key. Does n
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import mkstemp
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Final, TypeVar
 
 from api_stub.contract.media import S3Object
+from api_stub.ledger.backoff import Backoff
 from worker.errors import (
     InvalidRequest,
     MediaCorrupt,
@@ -49,8 +49,7 @@ FAST_READ_S, SLOW_READ_S = 0.05, 0.5
 TRY_S = 30.0
 SLOWEST_BYTES_PER_S = 64 * 1024
 POLL_S = 0.1
-FIRST_BACKOFF_S = 0.2
-MAX_BACKOFF_S = 5.0
+RETRIES: Final = Backoff(first_s=0.2, max_s=5.0, jitter=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ class ObjectFetcher:
         policy: MediaPolicy,
         *,
         retries: int,
-        first_backoff_s: float = FIRST_BACKOFF_S,
+        backoff: Backoff = RETRIES,
         try_s: float = TRY_S,
     ) -> None:
         self._client = client
@@ -107,7 +106,7 @@ class ObjectFetcher:
         self._try_s = try_s
         self._policy = policy
         self._retries = retries
-        self._first_backoff_s = first_backoff_s
+        self._backoff = backoff
 
     def head(self, uri: str, *, should_stop: Callable[[], None]) -> StoredObject:
         """Ask for the state of the object at `uri` without reading it.
@@ -174,12 +173,7 @@ class ObjectFetcher:
                 if failed_tries > self._retries:
                     raise StorageUnavailable(f"{fault.final} (tried {failed_tries} times)") from fault
                 logger.warning("storage fault, trying again", extra={"action": "retry_fetch", "attempt": failed_tries})
-            _wait(self._backoff_s(failed_tries), should_stop)
-
-    def _backoff_s(self, failed_tries: int) -> float:
-        """Exponential, capped, with "equal jitter" (AWS Architecture Blog, Exponential Backoff And Jitter)."""
-        ceiling = min(MAX_BACKOFF_S, self._first_backoff_s * 2 ** (failed_tries - 1))
-        return random.uniform(ceiling / 2, ceiling)
+            _wait(self._backoff.delay_s(failed_tries), should_stop)
 
     def _on_own_thread(
         self, media: S3Object, num_bytes: int, ask: Callable[[threading.Event], T], should_stop: Callable[[], None]

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Final
 from urllib.parse import quote, unquote
 
+from api_stub.contract.log_line import JsonFormatter, facts_of
 from worker.settings import LogFormat
 
 HIDDEN: Final = "***"
@@ -67,8 +68,6 @@ def _forms(secret: str) -> set[str]:
 
 logger = logging.getLogger(__name__)
 
-#: Attributes that every LogRecord has; whatever else a record carries came through `extra`.
-_PLAIN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message", "data"}
 #: Loggers that are limited to warnings: Celery logs every task at INFO, and a job has two lines of its own.
 _VERBOSE: Final = ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers")
 
@@ -85,26 +84,6 @@ def job_context(job_id: str, attempt: int) -> Iterator[None]:
         _job.reset(token)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object per record: ts, level, logger, message, then the record's `extra` facts."""
-
-    def __init__(self, redact: Callable[[str], str] = str) -> None:
-        super().__init__()
-        self._redact = redact
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_facts(record),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return self._redact(json.dumps(line, default=str, ensure_ascii=False))
-
-
 class TextFormatter(logging.Formatter):
     """Time, level, message and the facts as key=value, for a person at a terminal."""
 
@@ -114,7 +93,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S")
-        facts = "".join(f" {key}={value}" for key, value in _facts(record).items())
+        facts = "".join(f" {key}={value}" for key, value in job_facts(record).items())
         line = f"{at} {record.levelname:<7} {record.getMessage()}{facts}"
         return self._redact(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
@@ -147,7 +126,7 @@ def configure_logging(
     """
     redact = redact or Redactor()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(redact) if log_format is LogFormat.JSON else TextFormatter(redact))
+    handler.setFormatter(JsonFormatter(redact, job_facts) if log_format is LogFormat.JSON else TextFormatter(redact))
     handler.setLevel(level)
     root = logging.getLogger()
     root.handlers[:] = [handler] if count is None else [handler, CountingHandler(count)]
@@ -172,5 +151,6 @@ def _process_ends(kind: type[BaseException], error: BaseException, trace: Traceb
     logger.critical("process ends", extra={"action": "process"}, exc_info=(kind, error, trace))
 
 
-def _facts(record: logging.LogRecord) -> dict[str, object]:
-    return (_job.get() or {}) | {key: value for key, value in vars(record).items() if key not in _PLAIN}
+def job_facts(record: logging.LogRecord) -> dict[str, object]:
+    """Return a record's facts, and the job that the thread works on."""
+    return (_job.get() or {}) | facts_of(record)

@@ -24,6 +24,7 @@ from typing import Final, TypeAlias
 import redis
 
 from api_stub.contract.event import ProgressBody
+from api_stub.ledger.backoff import Backoff
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Publication
 from api_stub.ledger.verdicts import is_passing
@@ -37,8 +38,8 @@ Numbered: TypeAlias = tuple[AttemptStream, Publication]
 
 #: How long a job's progress waits for other events to go out with. Text and ends wait for nothing.
 PROGRESS_WAIT_S: Final = 0.01
-FIRST_PAUSE_S: Final = 0.05
-MAX_PAUSE_S: Final = 1.0  # a reader notices an outage of Redis before this pause does
+#: A reader notices an outage of Redis before the longest pause ends.
+RETRIES: Final = Backoff(first_s=0.05, max_s=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ class Publisher:
 
     def _publish(self, batch: Sequence[Numbered]) -> None:
         """Try until Redis takes the batch. Raises its error when trying again would not help."""
-        pause_s = FIRST_PAUSE_S
+        num_failures = 0
         while batch:
             self.num_turns += 1
             try:
@@ -221,9 +222,9 @@ class Publisher:
                 if not is_passing(error):
                     raise
                 logger.warning("publish failed", extra={"action": "publish", "error": type(error).__name__})
-                if self._stopping.wait(pause_s):
+                num_failures += 1
+                if self._stopping.wait(RETRIES.delay_s(num_failures)):
                     return
-                pause_s = min(MAX_PAUSE_S, pause_s * 2)
                 batch = [item for item in batch if not item[0].is_lost]
                 continue
             for (stream, _), is_held in zip(batch, held, strict=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 
-from worker.observability.logging import JsonFormatter, TextFormatter
+from api_stub.contract.log_line import JsonFormatter
+from worker.observability.logging import TextFormatter
 
 
 def record(**facts: object) -> logging.LogRecord:

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from worker.observability.logging import JsonFormatter, Redactor, TextFormatter, job_context
+from api_stub.contract.log_line import JsonFormatter
+from worker.observability.logging import Redactor, TextFormatter, job_context, job_facts
 from worker.settings import WorkerSettings
 
 PASSWORD = 'pa/ss"wörd%1'
@@ -75,9 +76,9 @@ def test_both_formats_hide_secrets_in_messages_facts_and_tracebacks() -> None:
 
 def test_lines_of_a_jobs_thread_carry_its_id_unless_they_name_another() -> None:
     with job_context("one", 2):
-        line = json.loads(JsonFormatter().format(logging.makeLogRecord({"msg": "x"})))
-        other = json.loads(JsonFormatter().format(logging.makeLogRecord({"msg": "x", "job_id": "two"})))
-    after = json.loads(JsonFormatter().format(logging.makeLogRecord({"msg": "x"})))
+        line = json.loads(JsonFormatter(facts=job_facts).format(logging.makeLogRecord({"msg": "x"})))
+        other = json.loads(JsonFormatter(facts=job_facts).format(logging.makeLogRecord({"msg": "x", "job_id": "two"})))
+    after = json.loads(JsonFormatter(facts=job_facts).format(logging.makeLogRecord({"msg": "x"})))
     assert (line["job_id"], line["attempt"]) == ("one", 2)
     assert other["job_id"] == "two"
     assert "job_id" not in after
