@@ -18,7 +18,7 @@ from tests.servers import eventually, free_port
 
 PREFIX = "/vision"
 STOP_S = 20.0
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "operate.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def nginx(gateway_url: str, directory: Path) -> Iterator[Nginx]:
     temporary = " ".join(
         f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    location = location_of(README.read_text("utf-8")).replace("http://127.0.0.1:8000", gateway_url)
+    location = location_of(PAGE.read_text("utf-8")).replace("http://127.0.0.1:8000", gateway_url)
     configuration = directory / "nginx.conf"
     configuration.write_text(f"""
         daemon off; master_process off; pid {directory}/nginx.pid; error_log {directory}/error.log;
@@ -92,8 +92,8 @@ def nginx_program() -> str:
     return program
 
 
-def location_of(readme: str) -> str:
-    """Return what the README tells to write into nginx' configuration."""
-    found = re.search(rf"^location {PREFIX}/ {{\n.*?^}}$", readme, re.DOTALL | re.MULTILINE)
+def location_of(page: str) -> str:
+    """Return what docs/operate.md says to write into nginx' configuration."""
+    found = re.search(rf"^location {PREFIX}/ {{\n.*?^}}$", page, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found.group()

@@ -31,7 +31,7 @@ from api_stub.settings import ClientSettings
 from tests.chaos.proxy import Network
 from tests.e2e.probes import probe
 from tests.failovers import NOBODY, Pair
-from tests.gateway.nginx import README, nginx_program
+from tests.gateway.nginx import PAGE, nginx_program
 from tests.gateway.service import serving
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually, free_port
@@ -225,7 +225,7 @@ def read_events(url: str, job_id: str) -> Iterator[str]:
                 yield str(json.loads(line.removeprefix("data: "))["type"])
 
 
-def test_a_client_follows_the_readmes_proxy(tmp_path: Path) -> None:
+def test_a_client_follows_the_documented_proxy(tmp_path: Path) -> None:
     """nginx' old processes keep the connections that they have: after a reload the old server is still talked to."""
     with ExitStack() as stack:
         pair = stack.enter_context(closing_pair(Pair(tmp_path, stack.enter_context(Network()))))
@@ -241,10 +241,10 @@ def test_a_client_follows_the_readmes_proxy(tmp_path: Path) -> None:
 
 @contextmanager
 def tcp_proxy(directory: Path, pair: Pair) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Run nginx as the README says; yield its URL and what leads it to the pair's master."""
+    """Run nginx as docs/operate.md says; yield its URL and what leads it to the pair's master."""
     program = nginx_program()
     port = free_port()
-    written = re.search(r"^stream \{\n.*?^\}$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    written = re.search(r"^stream \{\n.*?^\}$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
     assert written is not None
     stream = written.group().replace("127.0.0.1:6380", f"127.0.0.1:{port}")
     configuration = directory / "nginx.conf"

@@ -1,13 +1,13 @@
-"""The README's table of settings, made from the settings classes.
+"""The tables of docs/settings.md, made from the settings classes.
 
-`python -m tests.structure.settings_table` writes it.
+`python -m tests.structure.settings_table` writes them.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -16,35 +16,58 @@ from pydantic_settings import BaseSettings
 
 from api_stub.ledger.settings import variable_of
 from api_stub.settings import ClientSettings, GatewaySettings
+from tests.structure.pages import DOCS
 from worker.settings import WorkerSettings
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCK = re.compile(r"(<!-- settings: .*? -->\n).*?(<!-- /settings -->)", re.DOTALL)
+PAGE = DOCS / "settings.md"
+SHARED = "shared"
+_READERS: tuple[tuple[str, type[BaseSettings]], ...] = (
+    ("worker", WorkerSettings),
+    ("client", ClientSettings),
+    ("gateway", GatewaySettings),
+)
+_TABLE = re.compile(r"(<!-- settings of (?P<name>\w+): .*? -->\n).*?(<!-- /settings -->)", re.DOTALL)
 
 
-def table() -> str:
-    """Return the table: variable, default, who reads it, meaning; in the order of the classes."""
-    rows: dict[str, tuple[str, set[str], str]] = {}
-    readers: tuple[tuple[str, type[BaseSettings]], ...] = (
-        ("worker", WorkerSettings),
-        ("client", ClientSettings),
-        ("gateway", GatewaySettings),
-    )
-    for reader, settings in readers:
-        for name, field in settings.model_fields.items():
-            variable = variable_of(settings, name)
-            default, known_readers, meaning = rows.get(variable, (_default(field), set(), field.description or ""))
-            rows[variable] = (default, known_readers | {reader}, meaning)
-    lines = ["| variable | default | read by | meaning |", "|---|---|---|---|"]
-    for variable, (default, known_readers, meaning) in rows.items():
-        who = ", ".join(sorted(known_readers, reverse=True))
-        lines.append(f"| `{variable}` | {default} | {who} | {meaning} |")
+@dataclass(frozen=True, slots=True)
+class _Row:
+    default: str
+    readers: tuple[str, ...]
+    meaning: str
+
+
+def variables() -> list[str]:
+    """Return the names of all settings, in the order of the classes."""
+    return list(_rows())
+
+
+def with_tables(page: str) -> str:
+    """Return the page's text with its tables as they should be."""
+    return _TABLE.sub(lambda match: f"{match[1]}{_table(match['name'])}{match[3]}", page)
+
+
+def _table(name: str) -> str:
+    """Return one table: of the settings that several processes read (SHARED), or of one reader's own."""
+    is_shared = name == SHARED
+    head = ("variable", "default", "read by", "meaning") if is_shared else ("variable", "default", "meaning")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for variable, row in _rows().items():
+        if is_shared and len(row.readers) > 1:
+            who = ", ".join(sorted(row.readers, reverse=True))
+            lines.append(f"| `{variable}` | {row.default} | {who} | {row.meaning} |")
+        elif row.readers == (name,):
+            lines.append(f"| `{variable}` | {row.default} | {row.meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str) -> str:
-    """Return the README's text with the table as it should be."""
-    return BLOCK.sub(lambda match: f"{match[1]}{table()}{match[2]}", readme)
+def _rows() -> dict[str, _Row]:
+    rows: dict[str, _Row] = {}
+    for reader, settings in _READERS:
+        for name, field in settings.model_fields.items():
+            variable = variable_of(settings, name)
+            known = rows.get(variable, _Row(_default(field), (), field.description or ""))
+            rows[variable] = _Row(known.default, (*known.readers, reader), known.meaning)
+    return rows
 
 
 def _default(field: FieldInfo) -> str:
@@ -57,4 +80,4 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")

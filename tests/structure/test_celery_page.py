@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from tests.structure.settings_table import README
+from tests.structure.pages import DOCS, ROOT
 
-PAGE = README.parent / "docs" / "celery.md"
+PAGE = DOCS / "celery.md"
 ROW = re.compile(r"^\| (?!of Celery|---)(?P<what>.*?) \| .* \| `(?P<file>tests/[\w/]+\.py)(?:::(?P<name>\w+))?` \|$")
 
 
@@ -18,5 +18,5 @@ def test_every_row_names_a_test_that_exists() -> None:
     for line in rows:
         row = ROW.match(line)
         assert row, line
-        source = (README.parent / row["file"]).read_text("utf-8")
+        source = (ROOT / row["file"]).read_text("utf-8")
         assert row["name"] is None or f"\ndef {row['name']}(" in source, line

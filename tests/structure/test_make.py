@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -144,6 +145,16 @@ def test_an_old_python_is_refused_by_name(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "Python 3.11 or newer is needed" in refused.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_pre_commit_runs_what_the_check_lints() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    hooks = repository["hooks"]
+    assert [hook["id"] for hook in hooks] == ["lint", "format", "types", "floors"]
+    for hook in hooks:
+        assert hook["entry"] == would_run(hook["id"], Path(".venv")).splitlines()[-1]
+        assert (hook["language"], hook["pass_filenames"]) == ("system", False)
 
 
 def test_ci_runs_the_check() -> None:
