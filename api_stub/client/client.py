@@ -160,13 +160,13 @@ class AsyncClient:
     async def caption(
         self, *media: str, prompt: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]
     ) -> AsyncJobHandle:
-        """See `Client.caption`."""
+        """Describe images. Without `prompt` the checkpoint's own caption prompt is used. Raises as `submit` does."""
         return await self._submit(compose(TaskName.CAPTION, media, {"prompt": prompt}, options), job_id)
 
     async def vqa(
         self, *media: str, question: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]
     ) -> AsyncJobHandle:
-        """See `Client.vqa`."""
+        """Ask a question about images, or about none. Raises as `submit` does."""
         return await self._submit(compose(TaskName.VQA, media, {"question": question}, options), job_id)
 
     async def video_qa(
@@ -177,20 +177,20 @@ class AsyncClient:
         job_id: str | None = None,
         **options: Unpack[JobOptions],
     ) -> AsyncJobHandle:
-        """See `Client.video_qa`."""
+        """Ask a question about clips, of which `num_frames` each are sampled. Raises as `submit` does."""
         words = {"question": question, "num_frames": num_frames}
         return await self._submit(compose(TaskName.VIDEO_QA, media, words, options), job_id)
 
     async def submit(self, job: Job | Mapping[str, object], job_id: str | None = None) -> AsyncJobHandle:
-        """See `Client.submit`."""
+        """Hand in a job as a contract type or as its JSON fields with `task`. Raises as `Client.submit` does."""
         return await self._submit(checked(job), job_id)
 
     def job(self, job_id: str) -> AsyncJobHandle:
-        """See `Client.job`."""
+        """Return the handle of a job by its id, without asking whether there is one."""
         return AsyncJobHandle(job_id, self._transport)
 
     async def retry(self, job_id: str) -> AsyncJobHandle:
-        """See `Client.retry`."""
+        """Queue a new job with the body of a finished one and return its handle. Raises as `Client.retry` does."""
         return self.job(await self._transport.retry(job_id))
 
     async def cancel_jobs(
@@ -201,35 +201,42 @@ class AsyncClient:
         metadata: Mapping[str, object] | None = None,
         tenant: str = "",
     ) -> CancelledJobs:
-        """See `Client.cancel_jobs`."""
+        """Cancel all jobs that have a status, a model or metadata. Raises as `Client.cancel_jobs` does."""
         return await self._transport.cancel_jobs(tenant, checked_selection(status, model, metadata))
 
     async def pause(self, model: str) -> QueueChange:
-        """See `Client.pause`."""
+        """Let nobody claim a model's jobs until `resume`: running jobs end, submits are taken, deadlines count.
+
+        For operators: a gateway's key needs `role=operator`, else AccessRefused. Raises InvalidRequest (no model name),
+        StoreUnavailable.
+        """
         return await self._transport.pause(checked_model(model))
 
     async def resume(self, model: str) -> QueueChange:
-        """See `Client.resume`."""
+        """Let a model's jobs be claimed again, in their order. Raises as `pause` does."""
         return await self._transport.resume(checked_model(model))
 
     async def purge(self, model: str) -> int:
-        """See `Client.purge`."""
+        """End all queued jobs of a model, of all tenants, as cancelled; return how many. Raises as `pause` does."""
         return await self._transport.purge(checked_model(model))
 
     async def dead(self, limit: int = 100) -> tuple[JobView, ...]:
-        """See `Client.dead`."""
+        """Return the jobs that were given up because their workers kept dying, newest first."""
         return await self._transport.dead(limit)
 
     async def drop(self, job_id: str) -> bool:
-        """See `Client.drop`."""
+        """Take a job off the list of dead jobs; False: it is not on it."""
         return await self._transport.drop(job_id)
 
     async def upload(self, path: str | Path) -> str:
-        """See `Client.upload`."""
+        """Store a local file in the media bucket and return its `s3://` URI.
+
+        Raises OSError (no such file), StoreUnavailable, StorageRefused.
+        """
         return await self._transport.upload(path)
 
     async def close(self) -> None:
-        """See `Client.close`."""
+        """Close all connections. Readers that are still active lose theirs."""
         await self._transport.close()
 
     async def __aenter__(self) -> Self:

@@ -91,7 +91,11 @@ class AsyncFollower:
         self._readers = readers
 
     async def events(self, job_id: str, after: int = 0, timeout: float | None = None) -> AsyncGenerator[Event, None]:
-        """See `Follower.events`. Close the generator (`contextlib.aclosing`) when you leave it early."""
+        """Yield the events after seq `after`, up to the final one. A job whose stream is gone yields its final event.
+
+        Raises TimeoutError after `timeout` seconds without an event, UnknownJob, StoreUnavailable. Close the generator
+        (`contextlib.aclosing`) when you leave it early.
+        """
         cursor, patience, cancels = EventCursor(after), Patience(timeout), _Cancels()
         while not cursor.is_finished:
             try:
@@ -107,7 +111,10 @@ class AsyncFollower:
                 await asyncio.sleep(_pause_s(error, patience))
 
     async def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
-        """See `Follower.ending`."""
+        """Wait at most `timeout` seconds for the job to end; wakes once, by its result's channel.
+
+        Raises TimeoutError, UnknownJob, StoreUnavailable.
+        """
         patience, cancels = Patience(timeout), _Cancels()
         while True:
             try:

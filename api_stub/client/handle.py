@@ -71,7 +71,12 @@ class AsyncJobHandle:
         self._transport = transport
 
     async def stream(self, timeout: float | None = None) -> AsyncGenerator[str, None]:
-        """See `JobHandle.stream`. Close the generator (`contextlib.aclosing`) when you leave it early."""
+        """Yield the answer's text as it arrives; may start late, survives lost connections.
+
+        A new attempt's text is skipped as far as it equals what was yielded. Raises StreamRestarted when it differs,
+        JobFailed when the job ends without a result, TimeoutError after `timeout` seconds without an event. Close the
+        generator (`contextlib.aclosing`) when you leave it early.
+        """
         text = TextCursor()
         async with aclosing(self.events(timeout=timeout)) as events:
             async for event in events:
@@ -79,23 +84,27 @@ class AsyncJobHandle:
                     yield piece
 
     def events(self, after: int = 0, timeout: float | None = None) -> AsyncGenerator[Event, None]:
-        """See `JobHandle.events`. Close the generator (`contextlib.aclosing`) when you leave it early."""
+        """Yield the job's events with a seq above `after`, the final one last. `timeout` bounds silence (TimeoutError).
+
+        Once the stream has expired only the final event is left. Close the generator (`contextlib.aclosing`) when you
+        leave it early.
+        """
         return self._transport.events(self.id, after, timeout)
 
     async def result(self, timeout: float | None = None) -> Result:
-        """See `JobHandle.result`."""
+        """Wait at most `timeout` seconds for the answer. Raises TimeoutError, JobFailed."""
         return await self._transport.result(self.id, timeout)
 
     async def status(self) -> JobView:
-        """See `JobHandle.status`."""
+        """Return what the ledger knows now."""
         return await self._transport.view(self.id)
 
     async def cancel(self) -> Cancelled:
-        """See `JobHandle.cancel`."""
+        """Ask for the job's end: CANCELLED (it was queued), CANCELLING (its worker was told), FINAL (it had ended)."""
         return await self._transport.cancel(self.id)
 
     async def delete(self) -> None:
-        """See `JobHandle.delete`."""
+        """Remove the job, its events and its result; uploads stay. Raises InvalidRequest unless it has ended."""
         await self._transport.delete(self.id)
 
     def __repr__(self) -> str:

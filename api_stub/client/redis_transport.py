@@ -25,7 +25,7 @@ from api_stub.submit import retried, submit, submit_async, submit_errors
 
 
 class DirectTransport:
-    """See `Transport`. Connections are opened on first use."""
+    """Reaches jobs through the ledger in Redis. Connections are opened on first use."""
 
     def __init__(self, settings: ClientSettings) -> None:
         url = settings.redis_url.get_secret_value()
@@ -36,83 +36,86 @@ class DirectTransport:
         self._uploads = _Uploads(settings)
 
     def submit(self, job_id: str, job: Job) -> None:
-        """See `Transport.submit`."""
+        """Hand a job in. The same id and body again is the same job."""
         submit(self._ledger, job_id, job)
 
     def retry(self, job_id: str) -> str:
-        """See `Transport.retry`."""
+        """Queue a new job with the body of a finished one; return its id."""
         with submit_errors():
             return retried(job_id, self._ledger.retry(job_id))
 
     def view(self, job_id: str) -> JobView:
-        """See `Transport.view`."""
+        """Look at a job."""
         with connections.store_errors():
             view = self._ledger.view(job_id)
         return view or _unknown(job_id)
 
     def cancel(self, job_id: str) -> Cancelled:
-        """See `Transport.cancel`."""
+        """Ask for a job's end; never answers UNKNOWN."""
         with connections.store_errors():
             answer = self._ledger.cancel(job_id)
         return _unknown(job_id) if answer is Cancelled.UNKNOWN else answer
 
     def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Transport.cancel_jobs`."""
+        """Ask for the end of all jobs of a tenant that are wanted."""
         with connections.store_errors():
             return self._ledger.cancel_jobs(tenant, wanted)
 
     def delete(self, job_id: str) -> None:
-        """See `Transport.delete`."""
+        """Remove a final job, its events and its result."""
         with connections.store_errors():
             answer = self._ledger.delete(job_id)
         _check_deleted(job_id, answer)
 
     def pause(self, model: str) -> QueueChange:
-        """See `Transport.pause`."""
+        """Let nobody claim a model's jobs."""
         with connections.store_errors():
             return self._ledger.pause(model)
 
     def resume(self, model: str) -> QueueChange:
-        """See `Transport.resume`."""
+        """Let a model's jobs be claimed again."""
         with connections.store_errors():
             return self._ledger.resume(model)
 
     def purge(self, model: str) -> int:
-        """See `Transport.purge`."""
+        """End all queued jobs of a model; return how many."""
         with connections.store_errors():
             return self._ledger.purge(model)
 
     def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
-        """See `Transport.events`."""
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
         return self._follower.events(job_id, after, timeout)
 
     def result(self, job_id: str, timeout: float | None) -> Result:
-        """See `Transport.result`."""
+        """Wait at most `timeout` seconds for a job's answer."""
         return _result(self._follower.ending(job_id, timeout))
 
     def dead(self, limit: int) -> tuple[JobView, ...]:
-        """See `Transport.dead`."""
+        """Return the jobs that were given up, newest first."""
         with connections.store_errors():
             return self._ledger.dead(limit)
 
     def drop(self, job_id: str) -> bool:
-        """See `Transport.drop`."""
+        """Take a job off the list of dead jobs."""
         with connections.store_errors():
             return self._ledger.drop(job_id)
 
     def upload(self, path: str | Path) -> str:
-        """See `Transport.upload`."""
+        """Store a local file and return its URI."""
         return self._uploads.storage().upload(path)
 
     def close(self) -> None:
-        """See `Transport.close`. Readers that are still active lose their connections."""
+        """Close all connections.
+
+        Readers that are still active lose their connections.
+        """
         self._commands.close()
         self._readers.close()
         self._uploads.close()
 
 
 class AsyncDirectTransport:
-    """See `AsyncTransport`."""
+    """Reaches jobs through the ledger in Redis, for asyncio. Connections are opened on first use."""
 
     def __init__(self, settings: ClientSettings) -> None:
         url = settings.redis_url.get_secret_value()
@@ -123,76 +126,79 @@ class AsyncDirectTransport:
         self._uploads = _Uploads(settings)
 
     async def submit(self, job_id: str, job: Job) -> None:
-        """See `Transport.submit`."""
+        """Hand a job in. The same id and body again is the same job."""
         await submit_async(self._ledger, job_id, job)
 
     async def retry(self, job_id: str) -> str:
-        """See `Transport.retry`."""
+        """Queue a new job with the body of a finished one; return its id."""
         with submit_errors():
             return retried(job_id, await self._ledger.retry(job_id))
 
     async def view(self, job_id: str) -> JobView:
-        """See `Transport.view`."""
+        """Look at a job."""
         with connections.store_errors():
             view = await self._ledger.view(job_id)
         return view or _unknown(job_id)
 
     async def cancel(self, job_id: str) -> Cancelled:
-        """See `Transport.cancel`."""
+        """Ask for a job's end; never answers UNKNOWN."""
         with connections.store_errors():
             answer = await self._ledger.cancel(job_id)
         return _unknown(job_id) if answer is Cancelled.UNKNOWN else answer
 
     async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Transport.cancel_jobs`."""
+        """Ask for the end of all jobs of a tenant that are wanted."""
         with connections.store_errors():
             return await self._ledger.cancel_jobs(tenant, wanted)
 
     async def delete(self, job_id: str) -> None:
-        """See `Transport.delete`."""
+        """Remove a final job, its events and its result."""
         with connections.store_errors():
             answer = await self._ledger.delete(job_id)
         _check_deleted(job_id, answer)
 
     async def pause(self, model: str) -> QueueChange:
-        """See `Transport.pause`."""
+        """Let nobody claim a model's jobs."""
         with connections.store_errors():
             return await self._ledger.pause(model)
 
     async def resume(self, model: str) -> QueueChange:
-        """See `Transport.resume`."""
+        """Let a model's jobs be claimed again."""
         with connections.store_errors():
             return await self._ledger.resume(model)
 
     async def purge(self, model: str) -> int:
-        """See `Transport.purge`."""
+        """End all queued jobs of a model; return how many."""
         with connections.store_errors():
             return await self._ledger.purge(model)
 
     def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
-        """See `Transport.events`."""
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
         return self._follower.events(job_id, after, timeout)
 
     async def result(self, job_id: str, timeout: float | None) -> Result:
-        """See `Transport.result`."""
+        """Wait at most `timeout` seconds for a job's answer."""
         return _result(await self._follower.ending(job_id, timeout))
 
     async def dead(self, limit: int) -> tuple[JobView, ...]:
-        """See `Transport.dead`."""
+        """Return the jobs that were given up, newest first."""
         with connections.store_errors():
             return await self._ledger.dead(limit)
 
     async def drop(self, job_id: str) -> bool:
-        """See `Transport.drop`."""
+        """Take a job off the list of dead jobs."""
         with connections.store_errors():
             return await self._ledger.drop(job_id)
 
     async def upload(self, path: str | Path) -> str:
-        """See `Transport.upload`. Runs in another thread: boto3 blocks."""
+        """Store a local file and return its URI.
+
+        Runs in another thread: boto3 blocks.
+        """
         return await asyncio.to_thread(lambda: self._uploads.storage().upload(path))
 
     async def close(self) -> None:
-        """See `Transport.close`."""
+        """Close all connections."""
         await self._commands.aclose()
         await self._readers.aclose()
         self._uploads.close()

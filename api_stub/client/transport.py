@@ -74,118 +74,118 @@ class AsyncTransport(Protocol):
     """For one event loop."""
 
     async def submit(self, job_id: str, job: Job) -> None:
-        """See `Transport.submit`."""
+        """Hand a job in. The same id and body again is the same job."""
 
     async def retry(self, job_id: str) -> str:
-        """See `Transport.retry`."""
+        """Queue a new job with the body of a finished one; return its id."""
 
     async def view(self, job_id: str) -> JobView:
-        """See `Transport.view`."""
+        """Look at a job."""
 
     async def cancel(self, job_id: str) -> Cancelled:
-        """See `Transport.cancel`."""
+        """Ask for a job's end; never answers UNKNOWN."""
 
     async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Transport.cancel_jobs`."""
+        """Ask for the end of all jobs of a tenant that are wanted."""
 
     async def delete(self, job_id: str) -> None:
-        """See `Transport.delete`."""
+        """Remove a final job, its events and its result."""
 
     async def pause(self, model: str) -> QueueChange:
-        """See `Transport.pause`."""
+        """Let nobody claim a model's jobs."""
 
     async def resume(self, model: str) -> QueueChange:
-        """See `Transport.resume`."""
+        """Let a model's jobs be claimed again."""
 
     async def purge(self, model: str) -> int:
-        """See `Transport.purge`."""
+        """End all queued jobs of a model; return how many."""
 
     def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
-        """See `Transport.events`."""
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
 
     async def result(self, job_id: str, timeout: float | None) -> Result:
-        """See `Transport.result`."""
+        """Wait at most `timeout` seconds for a job's answer."""
 
     async def dead(self, limit: int) -> tuple[JobView, ...]:
-        """See `Transport.dead`."""
+        """Return the jobs that were given up, newest first."""
 
     async def drop(self, job_id: str) -> bool:
-        """See `Transport.drop`."""
+        """Take a job off the list of dead jobs."""
 
     async def upload(self, path: str | Path) -> str:
-        """See `Transport.upload`."""
+        """Store a local file and return its URI."""
 
     async def close(self) -> None:
-        """See `Transport.close`."""
+        """Close all connections."""
 
 
 class OneLoop:
-    """See `AsyncTransport`. Every method raises WrongEventLoop on another loop than the first call's."""
+    """An `AsyncTransport` of one event loop: every method raises WrongEventLoop on another loop than the first call's."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def submit(self, job_id: str, job: Job) -> None:
-        """See `Transport.submit`."""
+        """Hand a job in. The same id and body again is the same job."""
         await self._here().submit(job_id, job)
 
     async def retry(self, job_id: str) -> str:
-        """See `Transport.retry`."""
+        """Queue a new job with the body of a finished one; return its id."""
         return await self._here().retry(job_id)
 
     async def view(self, job_id: str) -> JobView:
-        """See `Transport.view`."""
+        """Look at a job."""
         return await self._here().view(job_id)
 
     async def cancel(self, job_id: str) -> Cancelled:
-        """See `Transport.cancel`."""
+        """Ask for a job's end; never answers UNKNOWN."""
         return await self._here().cancel(job_id)
 
     async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Transport.cancel_jobs`."""
+        """Ask for the end of all jobs of a tenant that are wanted."""
         return await self._here().cancel_jobs(tenant, wanted)
 
     async def delete(self, job_id: str) -> None:
-        """See `Transport.delete`."""
+        """Remove a final job, its events and its result."""
         await self._here().delete(job_id)
 
     async def pause(self, model: str) -> QueueChange:
-        """See `Transport.pause`."""
+        """Let nobody claim a model's jobs."""
         return await self._here().pause(model)
 
     async def resume(self, model: str) -> QueueChange:
-        """See `Transport.resume`."""
+        """Let a model's jobs be claimed again."""
         return await self._here().resume(model)
 
     async def purge(self, model: str) -> int:
-        """See `Transport.purge`."""
+        """End all queued jobs of a model; return how many."""
         return await self._here().purge(model)
 
     async def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
-        """See `Transport.events`."""
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence."""
         async with aclosing(self._here().events(job_id, after, timeout)) as events:
             async for event in events:
                 yield event
 
     async def result(self, job_id: str, timeout: float | None) -> Result:
-        """See `Transport.result`."""
+        """Wait at most `timeout` seconds for a job's answer."""
         return await self._here().result(job_id, timeout)
 
     async def dead(self, limit: int) -> tuple[JobView, ...]:
-        """See `Transport.dead`."""
+        """Return the jobs that were given up, newest first."""
         return await self._here().dead(limit)
 
     async def drop(self, job_id: str) -> bool:
-        """See `Transport.drop`."""
+        """Take a job off the list of dead jobs."""
         return await self._here().drop(job_id)
 
     async def upload(self, path: str | Path) -> str:
-        """See `Transport.upload`."""
+        """Store a local file and return its URI."""
         return await self._here().upload(path)
 
     async def close(self) -> None:
-        """See `Transport.close`."""
+        """Close all connections."""
         await self._here().close()
 
     def _here(self) -> AsyncTransport:

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class AsyncLedger:
-    """See `Ledger`: same methods, same meanings, same errors."""
+    """The ledger for asyncio: the methods of `Ledger` with the same meanings and errors."""
 
     def __init__(self, client: redis.asyncio.Redis, config: LedgerConfig) -> None:
         if not client.connection_pool.connection_kwargs.get("decode_responses"):
@@ -60,77 +60,103 @@ class AsyncLedger:
         await self.client.aclose()
 
     async def submit(self, job_id: str, job: Job) -> Submission:
-        """See `Ledger.submit`."""
+        """Write a new job and its doorbell, or hold it until it is its tenant's turn.
+
+        The same id and body again is the same job. Raises JobConflict for another body, LedgerFull above `max_queued`.
+        """
         return await self._run(calls.submit(job_id, job))
 
     async def adopt(self, job_id: str, *, task: TaskName, model: str, job: Job | None, priority: int) -> Submission:
-        """See `Ledger.adopt`."""
+        """Write the job of a plain Celery message at its delivery; claim it next. The deadline counts from here.
+
+        `job` is None when the body is invalid: the claim then has an empty body and the worker fails it. `links` is
+        kept for `LinkedJobs`. Raises JobConflict when the id belongs to another body.
+        """
         return await self._run(calls.adopt(job_id, task=task, model=model, job=job, priority=priority))
 
     async def claim(self, job_id: str, worker: str, token: str | None = None) -> Claim | Refusal:
-        """See `Ledger.claim`."""
+        """Take a queued job for one lease: a new attempt with a new fence. Expired jobs end here instead.
+
+        To repeat the call after a redis error pass a `token`, unique per delivery of a doorbell: without one, a claim
+        whose reply was lost looks like another worker's and costs the job a lease.
+        """
         return await self._run(calls.claim(job_id, worker, token or uuid.uuid4().hex))
 
     async def beat(self, worker: str, model: str, held: Sequence[tuple[str, int]]) -> tuple[Hold, ...]:
-        """See `Ledger.beat`."""
+        """Extend the leases of all held (job id, fence) pairs and keep the worker listed; one answer per pair."""
         return await self._run(calls.beat(worker, model, held))
 
     async def loading(self, model: str) -> None:
-        """See `Ledger.loading`."""
+        """Make the name of a model known that a worker is about to load."""
         await self._run(calls.loading(model))
 
     async def known(self, asked: str = "") -> frozenset[str]:
-        """See `Ledger.known`."""
+        """Read the names of the models that workers serve or load, or did in the last day.
+
+        A worker of 0.1.0 makes its model known when jobs come for it, or when the name is `asked` for.
+        """
         return await self._run(calls.known(asked))
 
     async def leave(self, worker: str, model: str) -> None:
-        """See `Ledger.leave`."""
+        """Stop being listed as a worker of `model`."""
         await self._run(calls.leave(worker, model))
 
     async def publish(self, publications: Sequence[Publication]) -> tuple[bool, ...]:
-        """See `Ledger.publish`."""
+        """Write events to stream and channel, in order, in one round trip; False: not this fence's job any more."""
         return await self._run(calls.publish(publications)) if publications else ()
 
     async def finish(self, job_id: str, fence: int, body: FinalBody) -> Finished:
-        """See `Ledger.finish`."""
+        """End a held job, once: row, Celery result (and its channel) and final event in one step."""
         return await self._run(calls.finish(job_id, fence, body))
 
     async def give_back(
         self, job_id: str, fence: int, reason: RetryReason, delay_s: float = 0.0, is_charged: bool = False
     ) -> bool:
-        """See `Ledger.give_back`."""
+        """Queue a held job again; a reaper rings for it after `delay_s`. No loss is charged; a retry is, if asked for.
+
+        A job that was asked to stop becomes final (cancelled) instead. False: not this fence's job any more.
+        """
         return await self._run(calls.give_back(job_id, fence, reason, delay_s, is_charged))
 
     async def cancel(self, job_id: str) -> Cancelled:
-        """See `Ledger.cancel`."""
+        """End a queued job at once; flag a running one and tell its worker on the cancel channel."""
         return await self._run(calls.cancel(job_id))
 
     async def retry(self, job_id: str) -> str | None:
-        """See `Ledger.retry`."""
+        """Queue a new job with the body of a finished one and return its id; asked twice, the same new job.
+
+        The ledger rings for it. None: no such job. Raises CannotRetry (not finished, or never a valid job), LedgerFull.
+        """
         return await self._run(calls.retry(job_id, str(uuid.uuid4())))
 
     async def dead(self, limit: int = 100) -> tuple[JobView, ...]:
-        """See `Ledger.dead`."""
+        """Read the jobs that were given up because their workers kept dying, newest first."""
         return await self._run(views.dead(limit))
 
     async def drop(self, job_id: str) -> bool:
-        """See `Ledger.drop`."""
+        """Take a job off the dead list; False: it is not on it. The job itself stays."""
         return await self._run(calls.drop(job_id))
 
     async def ring_again(self, job_ids: Sequence[str]) -> int:
-        """See `Ledger.ring_again`."""
+        """Ring at once for those of the jobs that still wait: whoever took their doorbells will not answer them.
+
+        Returns for how many. Without this call a sweep finds them after a grace. Repeated, it rings twice, in vain.
+        """
         return await self._run(calls.ring_again(job_ids)) if job_ids else 0
 
     async def pause(self, model: str) -> QueueChange:
-        """See `Ledger.pause`."""
+        """Let nobody claim a model's jobs until `resume`. Submits are taken, running jobs end, deadlines count."""
         return await self._run(operations.pause(model))
 
     async def resume(self, model: str) -> QueueChange:
-        """See `Ledger.resume`."""
+        """Let a model's jobs be claimed again, in their order."""
         return await self._run(operations.resume(model))
 
     async def purge(self, model: str) -> int:
-        """See `Ledger.purge`."""
+        """End all queued jobs of a model as cancelled, in many short steps; return how many.
+
+        Jobs that are submitted meanwhile stay, and jobs that run.
+        """
         step = await self._run(operations.purge(model, None))
         num_ended = step.num_ended
         while step.cursor is not None:
@@ -139,7 +165,10 @@ class AsyncLedger:
         return num_ended
 
     async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Ledger.cancel_jobs`."""
+        """Cancel those of a tenant's jobs that are wanted, in many short steps, newest first.
+
+        Looks at the jobs that `list_jobs` knows; jobs that are submitted meanwhile stay.
+        """
         step = await self._run(operations.cancel_jobs(tenant, wanted, None))
         done = step.done
         while step.cursor is not None:
@@ -148,11 +177,14 @@ class AsyncLedger:
         return done
 
     async def delete(self, job_id: str) -> Deleted:
-        """See `Ledger.delete`."""
+        """Remove row, events and result of a final job, and the delivery of its end to a webhook."""
         return await self._run(operations.delete(job_id))
 
     async def reap(self, pause_s: float = 0.0) -> tuple[Bell, ...]:
-        """See `Ledger.reap`."""
+        """Take jobs from lost workers, end those out of time or attempts, ring again for those whose doorbell was lost.
+
+        Returns the doorbells that were rung. Does nothing when a sweep that passed a pause is younger than `pause_s`.
+        """
         bells: list[Bell] = []
         for number in range(MAX_BATCHES):
             sweep = await self._run(calls.reap(0.0 if number else pause_s))
@@ -162,7 +194,7 @@ class AsyncLedger:
         return tuple(bells)
 
     async def view(self, job_id: str) -> JobView | None:
-        """See `Ledger.view`."""
+        """Read a job; None when it is unknown."""
         return await self._run(views.view(job_id))
 
     async def list_jobs(
@@ -173,11 +205,17 @@ class AsyncLedger:
         cursor: str | None = None,
         limit: int = 50,
     ) -> JobPage:
-        """See `Ledger.list_jobs`."""
+        """Read a tenant's jobs, newest first; `cursor` is the `next_cursor` of the page before.
+
+        Raises ValueError for a cursor that no page gave.
+        """
         return await self._run(views.list_jobs(tenant, status, model, cursor, limit))
 
     async def replay(self, job_id: str, after: int | None = 0, limit: int | None = None) -> Replay:
-        """See `Ledger.replay`."""
+        """Read a job's events after seq `after` and its ending in one step; None: only the ending.
+
+        `limit`: about how many events at most.
+        """
         return await self._run(views.replay(job_id, after, limit))
 
     async def _run(self, call: Call[T]) -> T:

@@ -34,51 +34,53 @@ from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 
 
 class AsyncHttpTransport:
-    """See `AsyncTransport`."""
+    """Reaches jobs through a gateway, for asyncio. Connections are opened on first use."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url, self._api_key = url, api_key
         self._http = httpx.AsyncClient(base_url=url, headers=headers(api_key), limits=LIMITS)
 
     async def submit(self, job_id: str, job: Job) -> None:
-        """See `Transport.submit`."""
+        """Hand a job in. The same id and body again is the same job."""
         await send_async(self._http, requests.submit(job_id, job))
 
     async def retry(self, job_id: str) -> str:
-        """See `Transport.retry`."""
+        """Queue a new job with the body of a finished one; return its id."""
         return (await send_async(self._http, requests.retry(job_id))).job_id
 
     async def view(self, job_id: str) -> JobView:
-        """See `Transport.view`."""
+        """Look at a job."""
         return await send_async(self._http, requests.view(job_id))
 
     async def cancel(self, job_id: str) -> Cancelled:
-        """See `Transport.cancel`."""
+        """Ask for a job's end; never answers UNKNOWN."""
         is_final = (await self.view(job_id)).status.is_final
         return Cancelled.FINAL if is_final else await send_async(self._http, requests.cancel(job_id))
 
     async def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Transport.cancel_jobs`."""
+        """Ask for the end of all jobs of a tenant that are wanted."""
         return await send_async(self._http, requests.cancel_jobs(tenant, wanted))
 
     async def delete(self, job_id: str) -> None:
-        """See `Transport.delete`."""
+        """Remove a final job, its events and its result."""
         await send_async(self._http, requests.delete(job_id))
 
     async def pause(self, model: str) -> QueueChange:
-        """See `Transport.pause`."""
+        """Let nobody claim a model's jobs."""
         return await send_async(self._http, requests.pause(model))
 
     async def resume(self, model: str) -> QueueChange:
-        """See `Transport.resume`."""
+        """Let a model's jobs be claimed again."""
         return await send_async(self._http, requests.resume(model))
 
     async def purge(self, model: str) -> int:
-        """See `Transport.purge`."""
+        """End all queued jobs of a model; return how many."""
         return await send_async(self._http, requests.purge(model))
 
     async def events(self, job_id: str, after: int, timeout: float | None) -> AsyncGenerator[Event, None]:
-        """See `HttpTransport.events`."""
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence. Comes back with the
+        last seq whenever the stream breaks.
+        """
         cursor, patience = EventCursor(after), Patience(timeout)
         while not cursor.is_finished:
             try:
@@ -93,7 +95,7 @@ class AsyncHttpTransport:
                 await asyncio.sleep(patience.pause_s(error))
 
     async def result(self, job_id: str, timeout: float | None) -> Result:
-        """See `Transport.result`."""
+        """Wait at most `timeout` seconds for a job's answer."""
         patience, wait_s, longest_s = Patience(timeout), 0.0, requests.WAIT_S
         while True:
             try:
@@ -107,19 +109,22 @@ class AsyncHttpTransport:
             wait_s = patience.wait_s(longest_s)
 
     async def dead(self, limit: int) -> tuple[JobView, ...]:
-        """See `HttpTransport.dead`."""
+        """Not offered by gateways. Raises InvalidRequest."""
         requests.redis_only("dead")
 
     async def drop(self, job_id: str) -> bool:
-        """See `HttpTransport.drop`."""
+        """Not offered by gateways. Raises InvalidRequest."""
         requests.redis_only("drop")
 
     async def upload(self, path: str | Path) -> str:
-        """See `Transport.upload`. Files block, so it runs in another thread."""
+        """Store a local file and return its URI.
+
+        Files block, so it runs in another thread.
+        """
         return await asyncio.to_thread(self._upload, path)
 
     async def close(self) -> None:
-        """See `Transport.close`."""
+        """Close all connections."""
         await self._http.aclose()
 
     def _upload(self, path: str | Path) -> str:

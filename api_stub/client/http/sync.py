@@ -34,50 +34,53 @@ from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 
 
 class HttpTransport:
-    """See `Transport`. Connections are opened on first use."""
+    """Reaches jobs through a gateway. Connections are opened on first use."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self._http = httpx.Client(base_url=url, headers=headers(api_key), limits=LIMITS)
 
     def submit(self, job_id: str, job: Job) -> None:
-        """See `Transport.submit`."""
+        """Hand a job in. The same id and body again is the same job."""
         send(self._http, requests.submit(job_id, job))
 
     def retry(self, job_id: str) -> str:
-        """See `Transport.retry`."""
+        """Queue a new job with the body of a finished one; return its id."""
         return send(self._http, requests.retry(job_id)).job_id
 
     def view(self, job_id: str) -> JobView:
-        """See `Transport.view`."""
+        """Look at a job."""
         return send(self._http, requests.view(job_id))
 
     def cancel(self, job_id: str) -> Cancelled:
-        """See `Transport.cancel`."""
+        """Ask for a job's end; never answers UNKNOWN."""
         is_final = self.view(job_id).status.is_final
         return Cancelled.FINAL if is_final else send(self._http, requests.cancel(job_id))
 
     def cancel_jobs(self, tenant: str, wanted: JobSelection) -> CancelledJobs:
-        """See `Transport.cancel_jobs`."""
+        """Ask for the end of all jobs of a tenant that are wanted."""
         return send(self._http, requests.cancel_jobs(tenant, wanted))
 
     def delete(self, job_id: str) -> None:
-        """See `Transport.delete`."""
+        """Remove a final job, its events and its result."""
         send(self._http, requests.delete(job_id))
 
     def pause(self, model: str) -> QueueChange:
-        """See `Transport.pause`."""
+        """Let nobody claim a model's jobs."""
         return send(self._http, requests.pause(model))
 
     def resume(self, model: str) -> QueueChange:
-        """See `Transport.resume`."""
+        """Let a model's jobs be claimed again."""
         return send(self._http, requests.resume(model))
 
     def purge(self, model: str) -> int:
-        """See `Transport.purge`."""
+        """End all queued jobs of a model; return how many."""
         return send(self._http, requests.purge(model))
 
     def events(self, job_id: str, after: int, timeout: float | None) -> Generator[Event, None, None]:
-        """See `Transport.events`. Comes back with the last seq whenever the stream breaks."""
+        """Yield a job's events above seq `after`, the final one last; `timeout` bounds silence.
+
+        Comes back with the last seq whenever the stream breaks.
+        """
         cursor, patience = EventCursor(after), Patience(timeout)
         while not cursor.is_finished:
             try:
@@ -92,7 +95,7 @@ class HttpTransport:
                 time.sleep(patience.pause_s(error))
 
     def result(self, job_id: str, timeout: float | None) -> Result:
-        """See `Transport.result`."""
+        """Wait at most `timeout` seconds for a job's answer."""
         patience, wait_s, longest_s = Patience(timeout), 0.0, requests.WAIT_S
         while True:
             try:
@@ -114,11 +117,11 @@ class HttpTransport:
         requests.redis_only("drop")
 
     def upload(self, path: str | Path) -> str:
-        """See `Transport.upload`."""
+        """Store a local file and return its URI."""
         return upload(self._http, path)
 
     def close(self) -> None:
-        """See `Transport.close`."""
+        """Close all connections."""
         self._http.close()
 
     def _arriving(self, job_id: str, cursor: EventCursor, patience: Patience) -> Generator[Event, None, None]:
