@@ -120,7 +120,7 @@ class AsyncTransport(Protocol):
 
 
 class OneLoop:
-    """An `AsyncTransport` of one event loop: every method raises WrongEventLoop on another loop than the first call's."""
+    """An `AsyncTransport` of one event loop: methods raise WrongEventLoop on another loop than the first call's."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
