@@ -38,7 +38,7 @@ from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, Part, clip, 
 from worker.engine.config import PagedConfig
 from worker.engine.request import Request
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedMedia
@@ -99,7 +99,7 @@ def family_row(name: str) -> Row:
             f"`{type(family.loaded.model).__name__}`",
             f"`{family.loaded.model.config.get_text_config(decoder=True).model_type}`",
             _served_from(paged, family),
-            "yes" if isinstance(rows, SlotRunner) else "no",
+            "yes" if isinstance(rows, DenseRunner) else "no",
             ", ".join(str(count) for count in COUNTS if _takes(family, count)),
             _clips(family),
             _compared(family),
@@ -137,7 +137,7 @@ def _decoder_row(model_type: str, make: Callable[[], Parts]) -> Row:
         except CannotStart as refused:
             reason = str(refused).partition("cannot be served here (")[2].removesuffix(")") or str(refused)
             return (f"`{model_type}`", place, "refused", _steady(reason))
-        served = "rows" if isinstance(runner, SlotRunner) else _served_from(runner, family)
+        served = "rows" if isinstance(runner, DenseRunner) else _served_from(runner, family)
         return (f"`{model_type}`", place, served, _steady(runner.why_not_paged or ""))
 
 
@@ -147,8 +147,8 @@ def _family(name: str, directory: Path) -> Family:
     return Family(name, directory, loaded, builder, trial_prompts(builder, loaded.capabilities))
 
 
-def _served_from(runner: PagedRunner | SlotRunner, family: Family) -> str:
-    if isinstance(runner, SlotRunner):
+def _served_from(runner: PagedRunner | DenseRunner, family: Family) -> str:
+    if isinstance(runner, DenseRunner):
         return f"rows; not from blocks: {_steady(runner.why_not_paged or '')}"
     in_pieces = {}
     for kind in (0, 1):
@@ -157,9 +157,9 @@ def _served_from(runner: PagedRunner | SlotRunner, family: Family) -> str:
             each = Request(request(inputs, max_new_tokens=1), submitted_at=0.0, pictures=runner.cut(inputs))
             with torch.inference_mode():
                 runner.look_ahead([each])
-                runner.open(each)
+                runner.allocate(each)
                 in_pieces[kind] = each.is_chunkable
-                runner.release(each)
+                runner.free(each)
     if all(in_pieces.values()):
         return "blocks, prompts in pieces"
     return "blocks, prompts with pictures whole" if in_pieces.get(0) else "blocks, prompts whole"

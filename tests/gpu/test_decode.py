@@ -56,16 +56,16 @@ def forced_logits(runner: PagedRunner, requests: list[Request]) -> list[Tensor]:
     """Feed the same tokens to all, whatever the model says; return each request's logits, [1 + len(FORCED), V]."""
     made: dict[Request, list[Tensor]] = {each: [] for each in requests}
     for each in requests:
-        runner.open(each)
+        runner.allocate(each)
     for token in [*FORCED, 0]:
-        assert all(runner.grow(each) for each in requests)
+        assert all(runner.append(each) for each in requests)
         step = runner.run([Chunk(each, each.num_unread) for each in requests])
         assert step.logits is not None
         for each, row in zip(step.requests, step.logits.clone(), strict=True):
             made[each].append(row.float())
             each.output_ids.append(token)
     for each in requests:
-        runner.release(each)
+        runner.free(each)
     return [torch.stack(rows) for rows in made.values()]
 
 
@@ -124,7 +124,7 @@ def test_a_kernel_is_found_for_decode_steps_and_for_pieces(dtype: torch.dtype) -
         shape = LayerShape(num_kv_heads, dim, dim, dtype, torch.device("cuda", 0))
         kernels = choose_kernels({0: shape}, 4 * num_kv_heads, block_size=16)
         assert kernels.decode is not SDPA.decode
-        assert kernels.pieces is not SDPA.pieces
+        assert kernels.prefill is not SDPA.prefill
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.config import SchedulerLimits
-from worker.engine.kv_cache.blocks import TRASH_BLOCK, BlockPool, BlockTables
+from worker.engine.kv_cache.blocks import NULL_BLOCK, BlockPool, BlockTables
 from worker.engine.request import GenerationRequest, Request, RequestState
 from worker.engine.scheduler import Scheduler
 from worker.models.inputs import ModelInputs
@@ -29,12 +29,12 @@ class Space:
         self.pool = BlockPool(NUM_BLOCKS)
         self.tables = BlockTables(self.pool, BLOCK_SIZE, LIMITS.max_num_seqs, MAX_TOKENS)
 
-    def has_room(self, num_tokens: int, num_running: int) -> bool:
+    def can_allocate(self, num_tokens: int, num_running: int) -> bool:
         return self.tables.num_blocks(num_tokens) + num_running <= self.tables.num_free_blocks
 
-    def open(self, request: Request, *, is_chunkable: bool) -> None:
+    def allocate(self, request: Request, *, is_chunkable: bool) -> None:
         num_tokens = request.inputs.num_prompt_tokens + len(request.output_ids)
-        opened = self.tables.open(num_tokens, self.keys(request)[: (num_tokens - 1) // BLOCK_SIZE])
+        opened = self.tables.allocate(num_tokens, self.keys(request)[: (num_tokens - 1) // BLOCK_SIZE])
         assert opened is not None
         request.row, request.num_cached_tokens = opened
         request.num_prompt_cached = request.inputs.num_prompt_tokens
@@ -45,12 +45,12 @@ class Space:
         first = int(request.prompt_ids[0])
         return [bytes([first, number]) for number in range(request.inputs.num_prompt_tokens // BLOCK_SIZE)]
 
-    def grow(self, request: Request) -> bool:
-        return self.tables.grow(request.row, request.num_tokens)
+    def append(self, request: Request) -> bool:
+        return self.tables.append(request.row, request.num_tokens)
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         if request.row >= 0:
-            self.tables.close(request.row)
+            self.tables.free(request.row)
             request.row = -1
 
 
@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if fails:
                 self.end(request)
                 continue
-            self.space.open(request, is_chunkable=self.can_chunk)
+            self.space.allocate(request, is_chunkable=self.can_chunk)
             self.scheduler.start(request)
         oldest = self.alive[0] if self.alive else None
         chunks = self.scheduler.schedule()
@@ -92,7 +92,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in chunks:
             chunk.request.num_cached_tokens += chunk.num_tokens
             assert chunk.request.num_unread >= 0
-            self.space.tables.name(chunk.request.row, self.space.keys(chunk.request), chunk.request.num_cached_tokens)
+            self.space.tables.register_hash(
+                chunk.request.row, self.space.keys(chunk.request), chunk.request.num_cached_tokens
+            )
             if chunk.request.num_unread == 0:
                 chunk.request.output_ids.append(1)
                 if len(chunk.request.output_ids) == chunk.request.max_new_tokens:
@@ -149,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({request.row for request in running}) == len(running)
         owners: dict[int, set[tuple[int, int]]] = {}
         for request in running:
-            held = [block for block in tables.table[request.row].tolist() if block != TRASH_BLOCK]
+            held = [block for block in tables.table[request.row].tolist() if block != NULL_BLOCK]
             assert len(set(held)) == len(held)
             assert len(held) * BLOCK_SIZE >= max(request.num_cached_tokens, request.num_prompt_cached)
             for place, block in enumerate(held):

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from tests.unit.worker.engine.harness import request
 from worker.engine.batch import NoRoom
 from worker.engine.config import SchedulerLimits
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Request
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.proof import reference
 from worker.engine.scheduler import Scheduler
@@ -51,7 +51,7 @@ class Handed:
 @torch.inference_mode()
 def handed_by_generate(model: PreTrainedModel, inputs: ModelInputs) -> tuple[Handed, Sequence[int]]:
     """Return what `generate` hands its decoder, and the tokens it chooses."""
-    entrances, handed, window = Entrances(model), Handed(), _window(model)
+    hooks, handed, window = ModelHooks(model), Handed(), _window(model)
 
     def note(_module: object, _args: object, kwargs: Mapping[str, Any]) -> None:
         cached = kwargs["past_key_values"].get_seq_length()
@@ -63,9 +63,9 @@ def handed_by_generate(model: PreTrainedModel, inputs: ModelInputs) -> tuple[Han
         handed.positions += [] if positions is None else [tuple(_one(positions).flatten().tolist())]
         handed.others |= {name for name, value in kwargs.items() if isinstance(value, Tensor)} - ORDINARY
 
-    hook = entrances.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    hook = hooks.decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        tokens = reference(entrances, inputs).tokens
+        tokens = reference(hooks, inputs).tokens
     finally:
         hook.remove()
     return handed, tokens
@@ -73,12 +73,12 @@ def handed_by_generate(model: PreTrainedModel, inputs: ModelInputs) -> tuple[Han
 
 @torch.inference_mode()
 def handed_by_engine(
-    runner: PagedRunner | SlotRunner, model: PreTrainedModel, prompts: Sequence[tuple[ModelInputs, Sequence[int]]]
+    runner: PagedRunner | DenseRunner, model: PreTrainedModel, prompts: Sequence[tuple[ModelInputs, Sequence[int]]]
 ) -> list[Handed]:
     """Return what the engine hands the decoder for prompts that run together and are fed these tokens."""
-    entrances, calls = Entrances(model), []
+    hooks, calls = ModelHooks(model), []
     handed: dict[Request, Handed] = defaultdict(Handed)
-    hook = entrances.decoder.register_forward_pre_hook(
+    hook = hooks.decoder.register_forward_pre_hook(
         lambda _module, _args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
     )
     scheduler = Scheduler(SchedulerLimits(len(prompts), 48), runner)
@@ -97,7 +97,7 @@ def handed_by_engine(
             runner.look_ahead(scheduler.next_in_line())
             while (waiting := scheduler.next_to_start()) is not None:
                 try:
-                    runner.open(waiting)
+                    runner.allocate(waiting)
                 except NoRoom:
                     break
                 handed[waiting].prompt = runner._prompts[waiting].positions if isinstance(runner, PagedRunner) else None
@@ -105,7 +105,7 @@ def handed_by_engine(
             calls.clear()
             chunks = scheduler.schedule()
             streams = [chunk.request for chunk in chunks if chunk.request.is_decoding]
-            if isinstance(runner, SlotRunner):
+            if isinstance(runner, DenseRunner):
                 streams = list(runner._rows)
             made = runner.run(chunks)
             assert not made.failed
@@ -125,7 +125,7 @@ def _note_step(call: Mapping[str, Any], streams: Sequence[Request], handed: Mapp
     for row, each in enumerate(streams):
         if step is not None:
             axes = positions[..., row].flatten()
-            handed[each].visible.append(int(step.decode.kv_lens[row]))
+            handed[each].visible.append(int(step.decode.context_lens[row]))
         else:
             axes = positions[row] if positions.ndim == 2 else positions[:, row].flatten()
             mask = call["attention_mask"]

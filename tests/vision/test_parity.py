@@ -21,7 +21,7 @@ from worker.engine.config import PagedConfig, VisionConfig
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.media.types import DecodedClip, DecodedMedia
 from worker.models.inputs import ModelInputs
@@ -96,7 +96,7 @@ def test_every_one_of_20_mixed_jobs_equals_sequential_generate(
     longest = sorted(range(NUM_JOBS), key=lambda number: jobs[number].max_new_tokens)[-2 * NUM_CANCELLED :]
     cancelled = {requests[number].request_id for number in random.Random(7).sample(longest, NUM_CANCELLED)}
     runner = build_runner(loaded.model, LIMITS.max_num_seqs, MAX_MODEL_LEN, BACKENDS[backend])
-    assert isinstance(runner, SlotRunner if backend == "slots" else PagedRunner)
+    assert isinstance(runner, DenseRunner if backend == "slots" else PagedRunner)
 
     outbox = run(EngineCore(loaded.model, loaded.tokenizer, runner, LIMITS), requests, cancelled, seed=3)
 

@@ -97,16 +97,16 @@ class Runner(Protocol):
         `requests` are waiting ones, the next first. A request that is not opened is to be released.
         """
 
-    def has_room(self, num_tokens: int, num_running: int) -> bool:
+    def can_allocate(self, num_tokens: int, num_running: int) -> bool:
         """Whether a request of `num_tokens` tokens may be opened beside `num_running` that grow."""
 
-    def open(self, request: Request) -> None:
+    def allocate(self, request: Request) -> None:
         """Take a waiting request in: room for what it has, its `num_prompt_cached` and `is_chunkable`.
 
         Raises NoRoom, PromptTooLong, and whatever the model raises for images it cannot read.
         """
 
-    def grow(self, request: Request) -> bool:
+    def append(self, request: Request) -> bool:
         """Make room for the request's newest token; False when there is none."""
 
     def run(self, chunks: Sequence[Chunk]) -> StepLogits:
@@ -119,7 +119,7 @@ class Runner(Protocol):
     def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
         """Keep the newest tokens [B], which are pending, for the next `run`."""
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Give up what the request holds, if anything."""
 
     def reset(self) -> None:

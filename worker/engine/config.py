@@ -12,10 +12,10 @@ MEBIBYTE: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_num_seqs: requests that run together. max_num_batched_tokens: tokens fed in one step, prompts and streams
-    together; only a prompt that cannot be read in pieces may exceed it, and is then the only prompt of its step.
+    """max_num_seqs: requests that run together. max_num_batched_tokens: tokens fed in one step, prompts and decodes
+    together; only a prompt that cannot be read in chunks may exceed it, and is then the only prompt of its step.
 
-    Raises ValueError when the streams alone would use the budget up.
+    Raises ValueError when the decodes alone would use the budget up.
     """
 
     max_num_seqs: int
@@ -55,7 +55,7 @@ class VisionConfig:
     """Bounds of the vision stage.
 
     cache_bytes: features kept between requests.
-    max_pictures: pictures that the tower sees in one step, however many wait, so that streams go on between them.
+    max_pictures: pictures that the tower sees in one step, however many wait, so that decodes go on between them.
     """
 
     cache_bytes: int = 256 * MEBIBYTE

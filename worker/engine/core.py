@@ -58,8 +58,8 @@ class EngineCore:
     """Everything of an engine but its thread. All methods belong to one thread under `torch.inference_mode`.
 
     is_dead: the device is lost or steps keep failing; call nothing but `end` then.
-    runs_ahead: say of each step what it made while the next one runs, where the runner can. An end of which the token
-        tells is known a step late then: what was generated meanwhile is dropped and nobody hears of it.
+    runs_ahead: read the tokens of a step while the next one runs, where the runner can. An end that depends on the
+        token is known one step late then; what was generated meanwhile is dropped.
     defaults: what holds where a request says nothing; None reads it from the model's generation config.
     """
 
@@ -117,7 +117,7 @@ class EngineCore:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Start what fits, feed one batch to the model, sample for those that get a token, say what is new."""
+        """Start what fits, feed one batch to the model, sample for those that get a token, return what is new."""
         outputs: list[RequestOutput] = []
         self._clock.begin()
         self._start_waiting(outputs)
@@ -140,7 +140,7 @@ class EngineCore:
         """End a waiting or running request without an answer; text that was held back is dropped."""
         text = self._texts.pop(request.request_id)
         if self.is_dead:
-            # A row may be moved over the gap, which a lost device cannot do.
+            # Freeing a dense row compacts the others on the device, which a lost one cannot do.
             request.row = -1
         self.scheduler.end(request)
         return RequestOutput(request.request_id, "", text.offset, 0, finish=finish_of(request, reason, error))
@@ -150,7 +150,7 @@ class EngineCore:
         self._runner.look_ahead(self.scheduler.next_in_line())
         while not self.is_dead and (request := self.scheduler.next_to_start()) is not None:
             try:
-                self._runner.open(request)
+                self._runner.allocate(request)
             except NoRoom:
                 return
             except Exception as error:
@@ -188,23 +188,23 @@ class EngineCore:
     def _smaller(self, chunks: Sequence[Chunk], error: Exception, outputs: list[RequestOutput]) -> list[Chunk]:
         """Return what is left of a batch that memory did not hold.
 
-        Of several pieces of prompts the largest waits for the next step; a single one does not fit and its request
-        fails. Without any the youngest stream goes, for a while if it can be resumed.
+        Of several prefill chunks the largest waits for the next step; a single one does not fit and its request
+        fails. Without any the youngest decode goes, for a while if it can be resumed.
         """
-        streams = [chunk for chunk in chunks if chunk.request.is_decoding]
-        pieces = [chunk for chunk in chunks if not (chunk.request.is_decoding or chunk.request.must_stay_whole)]
-        if len(pieces) > 1:
+        decodes = [chunk for chunk in chunks if chunk.request.is_decoding]
+        prefills = [chunk for chunk in chunks if not (chunk.request.is_decoding or chunk.request.must_stay_whole)]
+        if len(prefills) > 1:
             # Of equal ones the youngest.
-            largest = max(reversed(pieces), key=lambda chunk: chunk.num_tokens)
+            largest = max(reversed(prefills), key=lambda chunk: chunk.num_tokens)
             return [chunk for chunk in chunks if chunk is not largest]
-        if pieces:
-            self._fail_prompt(pieces[0].request, error, outputs)
-        elif len(streams) > 1 and self._runner.can_resume:
-            self.scheduler.send_back(streams[-1].request)
-        elif len(streams) > 1:
-            outputs.append(self.end(streams[-1].request, Ended.FAILED, error_info(error, "a decode step")))
+        if prefills:
+            self._fail_prompt(prefills[0].request, error, outputs)
+        elif len(decodes) > 1 and self._runner.can_resume:
+            self.scheduler.send_back(decodes[-1].request)
+        elif len(decodes) > 1:
+            outputs.append(self.end(decodes[-1].request, Ended.FAILED, error_info(error, "a decode step")))
         else:
-            self._fail_batch([chunk.request for chunk in streams or chunks], error, outputs)
+            self._fail_batch([chunk.request for chunk in decodes or chunks], error, outputs)
         return [chunk for chunk in chunks if chunk.request.state is RequestState.RUNNING]
 
     def _sample(self, logits: StepLogits, outputs: list[RequestOutput]) -> _Sampled | None:
@@ -237,7 +237,7 @@ class EngineCore:
         try:
             tokens = list(zip(sampled.requests, sampled.tokens.wait(), strict=True))
         except Exception as error:
-            # What the device did behind Python's back is heard of here.
+            # Asynchronous errors of the device surface here.
             logger.exception("sampling failed", extra={"action": "engine.sample"})
             self._fail_batch(list(compress(sampled.requests, alive)), error, outputs)
             return ()
@@ -260,18 +260,18 @@ class EngineCore:
         is_full = len(request.output_ids) >= request.max_new_tokens
         text = self._texts[request.request_id]
         is_end = token in self._eos_token_ids
-        piece = text.end() if is_end else text.push(token, is_last=is_full)
+        delta = text.end() if is_end else text.push(token, is_last=is_full)
         reason: FinishReason | None = None
-        if piece is not None and piece.is_stopped:
+        if delta is not None and delta.is_stopped:
             reason = FinishReason.STOP_SEQUENCE
         elif is_end:
             reason = FinishReason.STOP
         elif is_full:
             reason = FinishReason.LENGTH
         finish = None if reason is None else self._finish(request, reason)
-        if piece is None:
+        if delta is None:
             return RequestOutput(request.request_id, "", text.offset, 0, is_first=True) if is_first else None
-        return RequestOutput(request.request_id, piece.text, piece.offset, piece.num_tokens, is_first, finish)
+        return RequestOutput(request.request_id, delta.text, delta.offset, delta.num_tokens, is_first, finish)
 
     def _finish(self, request: Request, reason: FinishReason) -> Finish:
         del self._texts[request.request_id]

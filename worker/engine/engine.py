@@ -20,7 +20,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from worker.engine.batch import PrefixStats, VisionStats
 from worker.engine.config import EngineConfig, SchedulerLimits
 from worker.engine.core import EngineCore
-from worker.engine.model_hooks import ModelClaim
+from worker.engine.model_hooks import ModelLock
 from worker.engine.pictures import Picture
 from worker.engine.request import Ended, GenerationRequest, RequestOutput, check_length
 from worker.engine.runner.build import build_runner
@@ -73,11 +73,11 @@ class Engine:
         trials: Sequence[ModelInputs] = (),
     ) -> None:
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
-        self._claim = ModelClaim(model)
+        self._model_lock = ModelLock(model)
         try:
             runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged, config.vision, trials)
         except BaseException:
-            self._claim.give_up()
+            self._model_lock.release()
             raise
         self._runner = runner
         self._clock = clock or StepClock()
@@ -160,7 +160,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         elif self._thread.ident is None:
-            self._claim.give_up()
+            self._model_lock.release()
 
     def submit(self, request: GenerationRequest) -> None:
         """Hand a request to the engine.
@@ -245,7 +245,7 @@ class Engine:
             self._core.is_dead = True
         if self._core.is_dead:
             reason, error = Ended.FAILED, ErrorInfo.of(ErrorCode.INTERNAL, "the engine died")
-        self._claim.give_up()
+        self._model_lock.release()
         self._close(reason, error)
 
     def _take_messages(self) -> bool:

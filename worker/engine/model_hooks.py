@@ -1,7 +1,7 @@
 """Where an unmodified vision-language model can be entered: its forward, the call of its text decoder, its embedding.
 
 Nothing here knows a model family. The hooks and the attention's name belong to the model, so two engines would disturb
-each other: `ModelClaim` allows one engine at a time per model.
+each other: `ModelLock` allows one engine at a time per model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from worker.models.inputs import ModelInputs
 
-_MARK: Final = "_visionq_claim"
+_MARK: Final = "_visionq_lock"
 
 
-class ModelClaim:
+class ModelLock:
     """Held by the engine that serves a model, from its making to its end. Any thread.
 
     Raises ValueError when another engine holds the model.
@@ -32,17 +32,17 @@ class ModelClaim:
             raise ValueError("another engine serves this model: stop that one first, or load the model twice")
         self._model = model
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """Leave the model to others."""
         if vars(self._model).get(_MARK) is self:
             del vars(self._model)[_MARK]
 
 
-class _AtTheDoor(Exception):
+class _DecoderReached(Exception):
     """Ends a forward where the text decoder would begin."""
 
 
-class Entrances:
+class ModelHooks:
     """One model, as the engine calls it. Engine thread only; a model serves one engine at a time.
 
     decoder: the text model whose forward gets embeddings and positions.
@@ -131,7 +131,7 @@ class Entrances:
         finally:
             hook.remove()
 
-    def run_to_the_door(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def run_to_decoder(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model's own forward on a prompt, images and all, and return what its decoder would get.
 
         arguments: of the forward, on the model's device.
@@ -140,12 +140,12 @@ class Entrances:
 
         def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.update(kwargs)
-            raise _AtTheDoor
+            raise _DecoderReached
 
         hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model(**arguments, use_cache=False)
-        except _AtTheDoor:
+        except _DecoderReached:
             return seen
         finally:
             hook.remove()

@@ -61,7 +61,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class TowerDoor:
+class TowerHook:
     """A model's own way into its tower for one modality.
 
     encode: `get_image_features` or `get_video_features`.
@@ -78,29 +78,29 @@ class TowerDoor:
         return {name: tensors[name] for name in self.names if name in tensors} if self.pixels in tensors else {}
 
 
-def tower_doors(model: PreTrainedModel) -> dict[str, TowerDoor]:
+def tower_hooks(model: PreTrainedModel) -> dict[str, TowerHook]:
     """Return the towers whose output the model takes in place of pixels, by modality; GIT has none."""
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return {}
-    doors = {}
+    found = {}
     for modality in MODALITIES:
         encode = getattr(model.base_model, f"get_{modality}_features", None)
         names = () if encode is None else tuple(inspect.signature(encode).parameters)
         pixels = next((name for name in names if name.startswith("pixel_values")), None)
         if encode is not None and pixels is not None:
-            doors[modality] = TowerDoor(modality, encode, names, pixels)
-    return doors
+            found[modality] = TowerHook(modality, encode, names, pixels)
+    return found
 
 
-def cut(doors: Mapping[str, TowerDoor], inputs: ModelInputs) -> tuple[Picture, ...]:
+def cut(tower_hooks: Mapping[str, TowerHook], inputs: ModelInputs) -> tuple[Picture, ...]:
     """Return the pictures of a prompt. Any thread; reads every pixel, so not the engine's."""
     pictures: list[Picture] = []
-    for modality, door in doors.items():
-        arguments = door.arguments(inputs.tensors)
+    for modality, hook in tower_hooks.items():
+        arguments = hook.arguments(inputs.tensors)
         if not arguments:
             continue
-        how, pieces = _pieces(arguments, arguments[door.pixels])
-        num_outputs = len(arguments[door.pixels]) if how is Cut.SET else 1
+        how, pieces = _pieces(arguments, arguments[hook.pixels])
+        num_outputs = len(arguments[hook.pixels]) if how is Cut.SET else 1
         for piece in pieces:
             tensors = _trimmed(piece)
             is_all = num_outputs == 1 and all(tensors[name].shape == arguments[name].shape for name in arguments)

@@ -174,7 +174,7 @@ class Request:
     num_cached_tokens: KV entries written so far. The newest token's are written by the step that it is fed to.
     first_position: position id of the first generated token; with multi-axis rotary positions it differs from
         `num_prompt_cached`.
-    is_chunkable: the prompt may be read in pieces.
+    is_chunkable: the prompt may be read in chunks.
     pictures: what the vision tower has to see of the prompt.
     row: index in the tables of the KV back end while it holds the request, else −1.
     """

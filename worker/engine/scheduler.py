@@ -1,7 +1,7 @@
 """Decides what each step feeds to the model: first come, first served, under a budget of tokens.
 
-Knows requests and counts, no tensors. Every running stream gets its token in every step; what the budget leaves goes
-to prompts, piece by piece, so that a long prompt never stalls a stream. When KV space runs out the youngest request
+Knows requests and counts, no tensors. Every running decode gets its token in every step; what the budget leaves goes
+to prompts, chunk by chunk, so that a long prompt never stalls a decode. When KV space runs out the youngest request
 gives its space up and is read again later.
 """
 
@@ -19,13 +19,13 @@ from worker.engine.request import Request, RequestState
 class KVSpace(Protocol):
     """Where keys and values go; a runner."""
 
-    def has_room(self, num_tokens: int, num_running: int) -> bool:
+    def can_allocate(self, num_tokens: int, num_running: int) -> bool:
         """Whether a request of that size may start."""
 
-    def grow(self, request: Request) -> bool:
+    def append(self, request: Request) -> bool:
         """Make room for the newest token."""
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Give the request's space up."""
 
 
@@ -76,7 +76,7 @@ class Scheduler:
             return None
         request = next(iter(self._waiting.values()))
         num_tokens = request.inputs.num_prompt_tokens + len(request.output_ids)
-        return request if self._space.has_room(num_tokens, len(self.running)) else None
+        return request if self._space.can_allocate(num_tokens, len(self.running)) else None
 
     def start(self, request: Request) -> None:
         """Move the oldest waiting request, which a runner has opened, to the running ones."""
@@ -86,7 +86,7 @@ class Scheduler:
         self._running_by_id[request.request_id] = request
 
     def schedule(self) -> list[Chunk]:
-        """Return what this step feeds: streams first, then prompts, both oldest first."""
+        """Return what this step feeds: decodes first, then prompts, both oldest first."""
         self._make_room()
         chunks = [Chunk(request, 1) for request in self.running if request.is_decoding and not request.is_full]
         num_left = self._limits.max_num_batched_tokens - len(chunks)
@@ -94,7 +94,7 @@ class Scheduler:
         for request in self.running:
             if request.is_decoding:
                 continue
-            num_tokens = _piece(request, num_left, is_first=is_first)
+            num_tokens = _chunk_size(request, num_left, is_first=is_first)
             if num_tokens == 0:
                 break
             chunks.append(Chunk(request, num_tokens))
@@ -110,7 +110,7 @@ class Scheduler:
             self._is_held = False
         else:
             self._waiting.pop(request.request_id, None)
-        self._space.release(request)
+        self._space.free(request)
         request.enter(RequestState.ENDED)
 
     def send_back(self, request: Request) -> None:
@@ -127,11 +127,11 @@ class Scheduler:
         return [*self.running, *self._waiting.values()]
 
     def _make_room(self) -> None:
-        """Give every stream room for its newest token, the oldest first."""
+        """Give every decode room for its newest token, the oldest first."""
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            if request.is_decoding and not request.is_full and not self._space.grow(request):
+            if request.is_decoding and not request.is_full and not self._space.append(request):
                 self._preempt()
             else:
                 index += 1
@@ -140,7 +140,7 @@ class Scheduler:
         """Send the youngest running request back to the head of the queue; it keeps its tokens."""
         youngest = self.running.pop()
         del self._running_by_id[youngest.request_id]
-        self._space.release(youngest)
+        self._space.free(youngest)
         youngest.num_cached_tokens = 0
         youngest.enter(RequestState.WAITING)
         self._waiting[youngest.request_id] = youngest
@@ -148,7 +148,7 @@ class Scheduler:
         self.num_preempted += 1
 
 
-def _piece(request: Request, num_left: int, *, is_first: bool) -> int:
+def _chunk_size(request: Request, num_left: int, *, is_first: bool) -> int:
     """Return how many tokens of a prompt this step reads, 0 for none."""
     num_prompt_left = request.num_prompt_cached - request.num_cached_tokens
     if request.is_chunkable or num_prompt_left <= 0:

@@ -19,16 +19,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from worker.engine.attention.kernels import SDPA, Kernels, flash_attn, flash_decode, flash_pieces, torch_pieces
-from worker.engine.attention.paged import Call, DecodeRows, FlatStep, Span
+from worker.engine.attention.kernels import SDPA, Kernels, flash_attn, flash_decode, flash_prefill, torch_prefill
+from worker.engine.attention.paged import Call, DecodeRows, FlatStep, PrefillSeq
 from worker.engine.kv_cache.blocks import LayerShape, PagedKV
 
 #: How far answers may lie from SDPA's, of numbers around 1.
 TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-#: Rows of the decode step and tokens that the longest sees; tokens of the prompts' pieces and of what they end.
+#: Rows of the decode step and tokens that the longest sees; tokens of the prefill chunks and of what they end.
 _NUM_ROWS: Final = 16
 _NUM_ENTRIES: Final = 1024
-_PIECES: Final = ((96, 96), (160, 704))
+_CHUNKS: Final = ((96, 96), (160, 704))
 _WINDOW: Final = 80
 
 
@@ -54,19 +54,23 @@ def decode_trials(shape: LayerShape, num_heads: int, block_size: int) -> list[Tr
     lengths = torch.linspace(1, _NUM_ENTRIES, _NUM_ROWS).long().to(shape.device)
     rows = DecodeRows(table.int(), lengths.int())
     newest = (lengths - 1)[:, None]
-    slots = (table.gather(1, newest // block_size) * block_size + newest % block_size)[:, 0]
-    return _trials(kv, shape, draw(_NUM_ROWS, num_heads, shape.key_dim), lambda k: FlatStep(kv, slots, rows, kernels=k))
+    slot_mapping = (table.gather(1, newest // block_size) * block_size + newest % block_size)[:, 0]
+    return _trials(
+        kv, shape, draw(_NUM_ROWS, num_heads, shape.key_dim), lambda k: FlatStep(kv, slot_mapping, rows, kernels=k)
+    )
 
 
-def piece_trials(shape: LayerShape, num_heads: int, block_size: int) -> list[Trial]:
-    """Return trials of pieces of two prompts, one from its beginning, one that goes on."""
-    widths = [-(-kv_len // block_size) for _, kv_len in _PIECES]
+def prefill_trials(shape: LayerShape, num_heads: int, block_size: int) -> list[Trial]:
+    """Return trials of prefill chunks of two prompts, one from its beginning, one that goes on."""
+    widths = [-(-context_len // block_size) for _, context_len in _CHUNKS]
     kv, draw = _filled(shape, sum(widths) + 1, block_size)
     blocks = torch.arange(sum(widths), 0, -1, device=shape.device).split_with_sizes(widths)
-    spans = [Span(count, kv_len, each) for (count, kv_len), each in zip(_PIECES, blocks, strict=True)]
-    slots = torch.cat([_last_slots(span, block_size) for span in spans])
-    query = draw(sum(count for count, _ in _PIECES), num_heads, shape.key_dim)
-    return _trials(kv, shape, query, lambda k: FlatStep(kv, slots, spans=spans, kernels=k))
+    prefill_seqs = [
+        PrefillSeq(count, context_len, each) for (count, context_len), each in zip(_CHUNKS, blocks, strict=True)
+    ]
+    slot_mapping = torch.cat([_last_slot_mapping(seq, block_size) for seq in prefill_seqs])
+    query = draw(sum(count for count, _ in _CHUNKS), num_heads, shape.key_dim)
+    return _trials(kv, shape, query, lambda k: FlatStep(kv, slot_mapping, prefill_seqs=prefill_seqs, kernels=k))
 
 
 def _trials(kv: PagedKV, shape: LayerShape, query: Tensor, step: Callable[[Kernels], FlatStep]) -> list[Trial]:
@@ -97,16 +101,19 @@ def _filled(shape: LayerShape, num_blocks: int, block_size: int) -> tuple[PagedK
 
     kv = PagedKV({0: shape}, num_blocks, block_size)
     num_slots = num_blocks * block_size
-    slots = torch.arange(num_slots, device=shape.device)
+    slot_mapping = torch.arange(num_slots, device=shape.device)
     kv.write(
-        0, draw(num_slots, shape.num_heads, shape.key_dim), draw(num_slots, shape.num_heads, shape.value_dim), slots
+        0,
+        draw(num_slots, shape.num_heads, shape.key_dim),
+        draw(num_slots, shape.num_heads, shape.value_dim),
+        slot_mapping,
     )
     return kv, draw
 
 
-def _last_slots(span: Span, block_size: int) -> Tensor:
-    entries = torch.arange(span.kv_len - span.num_tokens, span.kv_len, device=span.blocks.device)
-    return span.blocks[entries // block_size] * block_size + entries % block_size
+def _last_slot_mapping(seq: PrefillSeq, block_size: int) -> Tensor:
+    entries = torch.arange(seq.context_len - seq.num_tokens, seq.context_len, device=seq.blocks.device)
+    return seq.blocks[entries // block_size] * block_size + entries % block_size
 
 
 logger = logging.getLogger(__name__)
@@ -126,8 +133,8 @@ def choose_kernels(layout: Mapping[int, LayerShape], num_heads: int, block_size:
         return SDPA
     sample = max(shapes, key=lambda shape: shape.num_bytes)
     decode = best("decode", decode_candidates(block_size), decode_trials(sample, num_heads, block_size), device_seconds)
-    pieces = best("pieces", piece_candidates(), piece_trials(sample, num_heads, block_size), device_seconds)
-    return Kernels(decode.decode, pieces.pieces)
+    prefill = best("prefill", prefill_candidates(), prefill_trials(sample, num_heads, block_size), device_seconds)
+    return Kernels(decode.decode, prefill.prefill)
 
 
 def decode_candidates(block_size: int) -> Mapping[str, Kernels]:
@@ -141,12 +148,12 @@ def decode_candidates(block_size: int) -> Mapping[str, Kernels]:
     return candidates
 
 
-def piece_candidates() -> Mapping[str, Kernels]:
-    """Return what is installed for pieces of prompts."""
-    candidates = {"torch-varlen": Kernels(pieces=torch_pieces)}
+def prefill_candidates() -> Mapping[str, Kernels]:
+    """Return what is installed for prefill chunks."""
+    candidates = {"torch-varlen": Kernels(prefill=torch_prefill)}
     flash = flash_attn()
     if flash is not None:
-        candidates["flash-attn"] = Kernels(pieces=flash_pieces(flash))
+        candidates["flash-attn"] = Kernels(prefill=flash_prefill(flash))
     return candidates
 
 

@@ -24,34 +24,34 @@ class DecodeAttention(Protocol):
         keys: Tensor,
         values: Tensor,
         block_table: Tensor,
-        kv_lens: Tensor,
+        context_lens: Tensor,
         scale: float,
         window: int | None,
     ) -> Tensor:
         """Return [B, heads, dim] for query [B, heads, dim] and keys and values [blocks, block size, kv heads, dim].
 
-        block_table: int32 [B, W]. kv_lens: int32 [B], entries each may see, its own included. window: how many of
+        block_table: int32 [B, W]. context_lens: int32 [B], entries each may see, its own included. window: how many of
         them, the newest first; None for all.
         """
 
 
-class PieceAttention(Protocol):
-    """Attention of pieces of prompts, one after another in a row. Must not wait for the device."""
+class PrefillAttention(Protocol):
+    """Attention of prefill chunks, one after another in a row. Must not wait for the device."""
 
     def __call__(
         self,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        starts: tuple[Tensor, Tensor],
-        longest: tuple[int, int],
+        cu_seqlens: tuple[Tensor, Tensor],
+        max_seqlens: tuple[int, int],
         scale: float,
         window: int | None,
     ) -> Tensor:
         """Return [T, heads, dim] for query [T, heads, dim] and keys and values [S, kv heads, dim].
 
-        Each piece is the end of its sequence and sees what is before it. starts: where each piece and each sequence
-        begins, and the ends of the last, int32 [n + 1]. longest: tokens of the longest piece and sequence.
+        Each chunk is the end of its sequence and sees what is before it. cu_seqlens: where each chunk and each sequence
+        begins, and the ends of the last, int32 [n + 1]. max_seqlens: tokens of the longest chunk and sequence.
         """
 
 
@@ -60,7 +60,7 @@ class Kernels:
     """Attention code for a device; None gathers the blocks and calls SDPA, which runs everywhere."""
 
     decode: DecodeAttention | None = None
-    pieces: PieceAttention | None = None
+    prefill: PrefillAttention | None = None
 
 
 #: Runs everywhere.
@@ -87,7 +87,7 @@ def flash_decode(flash: Any) -> DecodeAttention:
         keys: Tensor,
         values: Tensor,
         block_table: Tensor,
-        kv_lens: Tensor,
+        context_lens: Tensor,
         scale: float,
         window: int | None,
     ) -> Tensor:
@@ -95,7 +95,7 @@ def flash_decode(flash: Any) -> DecodeAttention:
             query[:, None],
             keys,
             values,
-            cache_seqlens=kv_lens,
+            cache_seqlens=context_lens,
             block_table=block_table,
             softmax_scale=scale,
             causal=True,
@@ -106,13 +106,13 @@ def flash_decode(flash: Any) -> DecodeAttention:
     return attend
 
 
-def flash_pieces(flash: Any) -> PieceAttention:
+def flash_prefill(flash: Any) -> PrefillAttention:
     def attend(
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        starts: tuple[Tensor, Tensor],
-        longest: tuple[int, int],
+        cu_seqlens: tuple[Tensor, Tensor],
+        max_seqlens: tuple[int, int],
         scale: float,
         window: int | None,
     ) -> Tensor:
@@ -120,8 +120,8 @@ def flash_pieces(flash: Any) -> PieceAttention:
             query,
             keys,
             values,
-            *starts,
-            *longest,
+            *cu_seqlens,
+            *max_seqlens,
             softmax_scale=scale,
             causal=True,
             window_size=_window_size(window),
@@ -131,12 +131,12 @@ def flash_pieces(flash: Any) -> PieceAttention:
     return attend
 
 
-def torch_pieces(
+def torch_prefill(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    starts: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlens: tuple[int, int],
     scale: float,
     window: int | None,
 ) -> Tensor:
@@ -145,7 +145,7 @@ def torch_pieces(
     gqa = query.shape[1] != keys.shape[1]
     left = -1 if window is None else window - 1
     output: Tensor = varlen.varlen_attn(
-        query, keys, values, *starts, *longest, scale=scale, window_size=(left, 0), enable_gqa=gqa
+        query, keys, values, *cu_seqlens, *max_seqlens, scale=scale, window_size=(left, 0), enable_gqa=gqa
     )
     return output
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from worker.engine.attention.kernels import SDPA, Kernels, PieceAttention
+from worker.engine.attention.kernels import SDPA, Kernels, PrefillAttention
 from worker.engine.kv_cache.blocks import LayerShape, PagedKV
 from worker.engine.tensors import to_device
 
@@ -99,53 +99,53 @@ AttentionMaskInterface.register(LAYOUT, window_mask)
 class DecodeRows:
     """Requests that are fed one token each.
 
-    block_table: [B, W]; W blocks hold the longest. kv_lens: entries each may see, its own included, [B].
+    block_table: [B, W]; W blocks hold the longest. context_lens: entries each may see, its own included, [B].
     """
 
     block_table: Tensor
-    kv_lens: Tensor
+    context_lens: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A piece of one prompt: `num_tokens` rows of the step that end a sequence of `kv_len` entries in `blocks` [n]."""
+class PrefillSeq:
+    """A prefill chunk: `num_tokens` rows of the step that end a sequence of `context_len` entries in `blocks` [n]."""
 
     num_tokens: int
-    kv_len: int
+    context_len: int
     blocks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Sequences that pieces of prompts end, one behind the other. entries [S]: where their tokens are in the cache.
+    """Sequences that prefill chunks end, one behind the other. entries [S]: where their tokens are in the cache.
 
-    starts, longest: see `PieceAttention`.
+    cu_seqlens, max_seqlens: see `PrefillAttention`.
     """
 
     entries: Tensor
-    starts: tuple[Tensor, Tensor]
-    longest: tuple[int, int]
+    cu_seqlens: tuple[Tensor, Tensor]
+    max_seqlens: tuple[int, int]
 
     @classmethod
-    def of(cls, spans: Sequence[Span], block_size: int) -> Sequences:
+    def of(cls, prefill_seqs: Sequence[PrefillSeq], block_size: int) -> Sequences:
         """Lay out the sequences; lengths come from the host, so nothing waits."""
-        device = spans[0].blocks.device
+        device = prefill_seqs[0].blocks.device
         places = torch.arange(block_size, device=device)
-        entries = [(span.blocks[:, None] * block_size + places).flatten()[: span.kv_len] for span in spans]
-        lengths = [[span.num_tokens for span in spans], [span.kv_len for span in spans]]
-        starts = torch.tensor([list(itertools.accumulate(each, initial=0)) for each in lengths], dtype=torch.int32)
-        pieces, sequences = to_device(starts, device)
-        return cls(torch.cat(entries), (pieces, sequences), (max(lengths[0]), max(lengths[1])))
+        entries = [(seq.blocks[:, None] * block_size + places).flatten()[: seq.context_len] for seq in prefill_seqs]
+        lengths = [[seq.num_tokens for seq in prefill_seqs], [seq.context_len for seq in prefill_seqs]]
+        cu_seqlens = torch.tensor([list(itertools.accumulate(each, initial=0)) for each in lengths], dtype=torch.int32)
+        chunks, sequences = to_device(cu_seqlens, device)
+        return cls(torch.cat(entries), (chunks, sequences), (max(lengths[0]), max(lengths[1])))
 
 
 @dataclass(slots=True)
 class FlatStep:
-    """A row [1, T]: decode rows first, then pieces of prompts. `slots` [T] says where each token is written."""
+    """A row [1, T]: decode rows first, then prefill chunks. `slot_mapping` [T] says where each token is written."""
 
     kv: PagedKV
-    slots: Tensor
+    slot_mapping: Tensor
     decode: DecodeRows | None = None
-    spans: Sequence[Span] = ()
+    prefill_seqs: Sequence[PrefillSeq] = ()
     kernels: Kernels = SDPA
     _sequences: Sequences | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
@@ -153,19 +153,19 @@ class FlatStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """See `KVStep`. Runs nothing that waits for the device."""
-        self.kv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slots)
+        self.kv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slot_mapping)
         flat = query[0].transpose(0, 1)
         scale = flat.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         parts: list[Tensor] = []
         start = 0
         if self.decode is not None:
-            start = self.decode.kv_lens.shape[0]
+            start = self.decode.context_lens.shape[0]
             parts.append(self._decode(flat[:start], self.decode, layer, scale, call.window))
-        if self.spans and self.kernels.pieces is not None:
-            parts.append(self._read_all(flat[start:], self.kernels.pieces, layer, scale, call.window))
+        if self.prefill_seqs and self.kernels.prefill is not None:
+            parts.append(self._read_all(flat[start:], self.kernels.prefill, layer, scale, call.window))
         else:
-            for number, span in enumerate(self.spans):
-                end = start + span.num_tokens
+            for number, seq in enumerate(self.prefill_seqs):
+                end = start + seq.num_tokens
                 parts.append(self._read(flat[start:end], number, layer, scale, call.window))
                 start = end
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
@@ -177,7 +177,7 @@ class FlatStep:
         """
         keys, values = self.kv.blocks(layer)
         if self.kernels.decode is not None:
-            return self.kernels.decode(query, keys, values, rows.block_table, rows.kv_lens, scale, window)
+            return self.kernels.decode(query, keys, values, rows.block_table, rows.context_lens, scale, window)
         num_rows, num_entries = rows.block_table.shape[0], rows.block_table.shape[1] * self.kv.block_size
         index = rows.block_table.flatten().to(keys.device)
         keys = self._gathered("keys", keys, index).view(num_rows, num_entries, *keys.shape[2:])
@@ -208,48 +208,50 @@ class FlatStep:
     def _decode_mask(self, rows: DecodeRows, num_entries: int, window: int | None) -> Tensor:
         mask = self._masks.get((-1, window))
         if mask is None:
-            entries = torch.arange(num_entries, device=rows.kv_lens.device)
-            newest = rows.kv_lens[:, None] - 1
+            entries = torch.arange(num_entries, device=rows.context_lens.device)
+            newest = rows.context_lens[:, None] - 1
             mask = (entries <= newest) if window is None else (entries <= newest) & (entries > newest - window)
             mask = self._masks[-1, window] = mask[:, None, None]
         return mask
 
-    def _read_all(self, query: Tensor, attend: PieceAttention, layer: int, scale: float, window: int | None) -> Tensor:
-        """Gather what the pieces [T, heads, dim] may see, one sequence behind the other, and attend once."""
+    def _read_all(
+        self, query: Tensor, attend: PrefillAttention, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        """Gather what the chunks [T, heads, dim] may see, one sequence behind the other, and attend once."""
         if self._sequences is None:
-            self._sequences = Sequences.of(self.spans, self.kv.block_size)
+            self._sequences = Sequences.of(self.prefill_seqs, self.kv.block_size)
         its = self._sequences
         keys, values = (each.flatten(0, 1).index_select(0, its.entries) for each in self.kv.blocks(layer))
-        return attend(query, keys, values, its.starts, its.longest, scale, window)
+        return attend(query, keys, values, its.cu_seqlens, its.max_seqlens, scale, window)
 
     def _read(self, query: Tensor, number: int, layer: int, scale: float, window: int | None) -> Tensor:
-        """Attend for one piece of a prompt, [n, heads, dim]."""
-        span = self.spans[number]
+        """Attend for one prefill chunk, [n, heads, dim]."""
+        seq = self.prefill_seqs[number]
         keys, values = self.kv.blocks(layer)
-        index = span.blocks.to(keys.device)
-        keys = keys.index_select(0, index).flatten(0, 1)[: span.kv_len]
-        values = values.index_select(0, index).flatten(0, 1)[: span.kv_len]
-        mask = self._span_mask(number, window, query.device)
+        index = seq.blocks.to(keys.device)
+        keys = keys.index_select(0, index).flatten(0, 1)[: seq.context_len]
+        values = values.index_select(0, index).flatten(0, 1)[: seq.context_len]
+        mask = self._prefill_mask(number, window, query.device)
         out = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
             attn_mask=mask,
-            is_causal=mask is None and span.num_tokens > 1,
+            is_causal=mask is None and seq.num_tokens > 1,
             scale=scale,
             enable_gqa=query.shape[1] != keys.shape[1],
         )
         return out[0].transpose(0, 1)
 
-    def _span_mask(self, number: int, window: int | None, device: torch.device) -> Tensor | None:
-        """Return the mask [n, kv_len] of a piece, None where plain causality says it all."""
-        span = self.spans[number]
-        if span.num_tokens == span.kv_len and (window is None or span.kv_len <= window):
+    def _prefill_mask(self, number: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Return the mask [n, context_len] of a chunk, None where plain causality says it all."""
+        seq = self.prefill_seqs[number]
+        if seq.num_tokens == seq.context_len and (window is None or seq.context_len <= window):
             return None
         mask = self._masks.get((number, window))
         if mask is None:
-            entries = torch.arange(span.kv_len, device=device)
-            own = entries[-span.num_tokens :, None]
+            entries = torch.arange(seq.context_len, device=device)
+            own = entries[-seq.num_tokens :, None]
             mask = (entries <= own) if window is None else (entries <= own) & (entries > own - window)
             self._masks[number, window] = mask
         return mask
@@ -257,14 +259,14 @@ class FlatStep:
 
 @dataclass(frozen=True, slots=True)
 class PromptStep:
-    """One whole prompt: keys and values are stored at `slots` [T], attention is transformers' own."""
+    """One whole prompt: keys and values are stored at `slot_mapping` [T], attention is transformers' own."""
 
     kv: PagedKV
-    slots: Tensor
+    slot_mapping: Tensor
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """See `KVStep`."""
-        self.kv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slots)
+        self.kv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slot_mapping)
         output, _ = sdpa_attention_forward(call.module, query, key, value, call.mask, scaling=call.scaling)
         result: Tensor = output
         return result

@@ -34,7 +34,7 @@ def triton_decode(
     keys: Tensor,
     values: Tensor,
     block_table: Tensor,
-    kv_lens: Tensor,
+    context_lens: Tensor,
     scale: float,
     window: int | None,
 ) -> Tensor:
@@ -49,7 +49,7 @@ def triton_decode(
     group = num_heads // num_kv_heads
     block_value = triton.next_power_of_2(value_dim)
     _attend[(num_rows, num_kv_heads, num_splits)](
-        query, keys, values, block_table, kv_lens, shares, sums,
+        query, keys, values, block_table, context_lens, shares, sums,
         scale * _LOG2_E,
         query.stride(0), query.stride(1),
         keys.stride(0), keys.stride(1), keys.stride(2),
@@ -84,7 +84,7 @@ def _num_splits(device: torch.device, num_programs: int, num_entries: int) -> in
 # Numbers that change from step to step must not have a kernel compiled for each.
 @triton.jit(do_not_specialize=["table_row", "num_splits"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, block_table, kv_lens, shares, sums,
+    query, keys, values, block_table, context_lens, shares, sums,
     scale,
     query_row, query_head,
     key_block, key_entry, key_head,
@@ -96,14 +96,14 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One request, one head of keys with the query heads that share it, one share of the entries."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_len = tl.load(kv_lens + row).to(tl.int32)
+    context_len = tl.load(context_lens + row).to(tl.int32)
     first = 0
     if window > 0:
-        first = tl.maximum(kv_len - window, 0)
+        first = tl.maximum(context_len - window, 0)
     # Whole tiles per share, counted from the first entry that may be seen.
-    per_split = tl.cdiv(tl.cdiv(kv_len - first, num_splits), tile) * tile
+    per_split = tl.cdiv(tl.cdiv(context_len - first, num_splits), tile) * tile
     begin = first + split * per_split
-    end = tl.minimum(begin + per_split, kv_len)
+    end = tl.minimum(begin + per_split, context_len)
 
     rows, key_dims, value_dims = tl.arange(0, num_query_rows), tl.arange(0, key_width), tl.arange(0, value_width)
     heads = kv_head * group + rows

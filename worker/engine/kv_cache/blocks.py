@@ -1,6 +1,6 @@
 """Keys and values of running requests in blocks of fixed size, handed out as requests grow.
 
-`BlockPool` counts blocks, `BlockTables` knows whose they are, `PagedKV` holds the tensors. Block 0 is the trash block:
+`BlockPool` counts blocks, `BlockTables` knows whose they are, `PagedKV` holds the tensors. Block 0 is the null block:
 nobody owns it, padding rows write to it and unused places of a table point at it.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TRASH_BLOCK = 0
+NULL_BLOCK = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LayerShape:
 
 
 class BlockPool:
-    """Blocks of a cache of `num_blocks`, the trash block not among them.
+    """Blocks of a cache of `num_blocks`, the null block not among them.
 
     A full block may carry a key that says what it holds. It can then have several owners, and without any it is kept
     until its place is needed, the one that was used longest ago first.
@@ -42,7 +42,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         # The lowest first: a fresh sequence gets neighbours.
-        self._free = list(range(num_blocks - 1, TRASH_BLOCK, -1))
+        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
         self._by_key: dict[bytes, int] = {}
@@ -74,13 +74,13 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def name(self, block: int, key: bytes) -> None:
+    def register_hash(self, block: int, key: bytes) -> None:
         """Say what an owned block holds from now on. It must not be written again. The first of its kind counts."""
         if key not in self._by_key:
             self._by_key[key] = block
             self._keys[block] = key
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: Sequence[int]) -> None:
         """Take one owner's blocks back. Last first: the start of a sequence is of use to more than its end."""
         for block in reversed(blocks):
             self._num_owners[block] -= 1
@@ -97,9 +97,9 @@ class BlockPool:
 
 
 class BlockTables:
-    """Whose blocks are whose: one row of block numbers per open sequence.
+    """Whose blocks are whose: one row of block numbers per running sequence.
 
-    table: [num_rows, max_blocks] on the CPU; places without a block hold the trash block.
+    table: [num_rows, max_blocks] on the CPU; places without a block hold the null block.
     """
 
     def __init__(self, pool: BlockPool, block_size: int, num_rows: int, max_tokens: int) -> None:
@@ -111,7 +111,7 @@ class BlockTables:
         self._unclean: list[int] = []
 
     @property
-    def num_open(self) -> int:
+    def num_sequences(self) -> int:
         return len(self._blocks)
 
     @property
@@ -122,7 +122,7 @@ class BlockTables:
         """Return how many blocks that many tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def open(self, num_tokens: int, keys: Sequence[bytes] = ()) -> tuple[int, int] | None:
+    def allocate(self, num_tokens: int, keys: Sequence[bytes] = ()) -> tuple[int, int] | None:
         """Return a row with blocks for `num_tokens` tokens and how many of these tokens its blocks hold already.
 
         `keys` say what the first blocks would hold. Returns None when blocks or rows are short.
@@ -132,7 +132,7 @@ class BlockTables:
         found = self._pool.find(keys)
         fresh = self._pool.allocate(self.num_blocks(num_tokens) - len(found))
         if fresh is None:
-            self._pool.release(found)
+            self._pool.free(found)
             return None
         row = self._free_rows.pop()
         self._unclean += fresh[-1:]
@@ -140,12 +140,12 @@ class BlockTables:
         self.table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.long)
         return row, len(found) * self.block_size
 
-    def name(self, row: int, keys: Sequence[bytes], num_written: int) -> None:
+    def register_hash(self, row: int, keys: Sequence[bytes], num_written: int) -> None:
         """Say what those of a row's first blocks hold that `num_written` tokens fill."""
         for block, key in zip(self._blocks[row][: num_written // self.block_size], keys, strict=False):
-            self._pool.name(block, key)
+            self._pool.register_hash(block, key)
 
-    def grow(self, row: int, num_tokens: int) -> bool:
+    def append(self, row: int, num_tokens: int) -> bool:
         """Give a row blocks for `num_tokens` tokens in all; False, and nothing changes, when they are short."""
         owned = self._blocks[row]
         num_missing = self.num_blocks(num_tokens) - len(owned)
@@ -159,22 +159,22 @@ class BlockTables:
         self._unclean += blocks
         return True
 
-    def take_unclean(self) -> list[int]:
+    def blocks_to_clear(self) -> list[int]:
         """Return, once, the blocks given out that will be looked at before they are full; see `PagedKV.clear`."""
         unclean, self._unclean = self._unclean, []
         return unclean
 
-    def close(self, row: int) -> None:
+    def free(self, row: int) -> None:
         """Give a row and its blocks back."""
-        self._pool.release(self._blocks.pop(row))
-        self.table[row] = TRASH_BLOCK
+        self._pool.free(self._blocks.pop(row))
+        self.table[row] = NULL_BLOCK
         self._free_rows.append(row)
 
     def blocks(self, row: int, num_tokens: int) -> Tensor:
         """Return the blocks [n] of a row's first `num_tokens` tokens."""
         return self.table[row, : self.num_blocks(num_tokens)]
 
-    def slots(self, row: int, start: int, end: int) -> Tensor:
+    def slot_mapping(self, row: int, start: int, end: int) -> Tensor:
         """Return where tokens `start` to `end` of a row are written, [end − start], counted in tokens."""
         entries = torch.arange(start, end)
         blocks = self.table[row].index_select(0, entries // self.block_size)
@@ -196,10 +196,10 @@ class PagedKV:
         self._stores: list[Tensor] = []
         for shape in set(layout.values()):
             layers = [layer for layer, each in layout.items() if each == shape]
-            self._keys |= self._taken(layers, shape, shape.key_dim)
-            self._values |= self._taken(layers, shape, shape.value_dim)
+            self._keys |= self._allocated(layers, shape, shape.key_dim)
+            self._values |= self._allocated(layers, shape, shape.value_dim)
 
-    def _taken(self, layers: Sequence[int], shape: LayerShape, dim: int) -> Mapping[int, Tensor]:
+    def _allocated(self, layers: Sequence[int], shape: LayerShape, dim: int) -> Mapping[int, Tensor]:
         """Take memory for layers of one shape; return each one's tensor."""
         sizes = (len(layers), self.num_blocks * self.block_size, shape.num_heads, dim)
         store = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
@@ -212,11 +212,11 @@ class PagedKV:
             index = torch.tensor(blocks, dtype=torch.long).to(store.device, non_blocking=True)
             store.index_fill_(1, index, 0)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Write keys and values [T, heads, dim] of T tokens at `slots` [T]."""
-        slots = slots.to(keys.device)  # layers may live on different devices
-        self._keys[layer].index_copy_(0, slots, keys)
-        self._values[layer].index_copy_(0, slots, values)
+    def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+        """Write keys and values [T, heads, dim] of T tokens at `slot_mapping` [T]."""
+        slot_mapping = slot_mapping.to(keys.device)  # layers may live on different devices
+        self._keys[layer].index_copy_(0, slot_mapping, keys)
+        self._values[layer].index_copy_(0, slot_mapping, values)
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return views of a layer's keys and values, [num_blocks, block_size, heads, dim]."""

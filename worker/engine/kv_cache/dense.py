@@ -19,7 +19,7 @@ from worker.engine.request import Unsuited
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+class DenseCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """KV rows of up to `num_rows` requests of up to `row_length` tokens each. Engine thread only.
 
     Memory is taken at the first `load`, when the layers' shapes are known. Sliding-window layers keep whole rows
@@ -103,7 +103,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._keys, self._values = keys, values
 
 
-class SlotMasks:
+class DenseMasks:
     """Builds the 4-dimensional masks of a decode step for the layer types of one text model."""
 
     def __init__(self, text_config: PreTrainedConfig, dtype: torch.dtype) -> None:

@@ -20,10 +20,10 @@ from worker.engine.attention.paged import LAYOUT, LayoutStep
 from worker.engine.config import PagedConfig, VisionConfig
 from worker.engine.kv_cache.blocks import LayerShape, PagedKV
 from worker.engine.kv_cache.dense import FULL, SLIDING
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Unsuited
 from worker.engine.runner.cuda_graphs import CudaGraphRecorder, DecodeGraphs, graph_sizes
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.forward import FlatForward
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.proof import Reference, first_line, prove, references, trial_length
@@ -46,7 +46,7 @@ def build_runner(
     paged: PagedConfig | None,
     vision: VisionConfig | None = None,
     trials: Sequence[ModelInputs] = (),
-) -> PagedRunner | SlotRunner:
+) -> PagedRunner | DenseRunner:
     """Return a paged runner if it is asked for and the model is suited, else rows.
 
     trials: prompts about which a back end must answer as the model's own `generate` does, see `proof`. Raises
@@ -55,23 +55,23 @@ def build_runner(
     """
     reasons: dict[str, str] = {}
     try:
-        entrances = Entrances(model)
+        hooks = ModelHooks(model)
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise _cannot_serve(model, {"its text decoder": first_line(error)}) from error
     vision = vision or VisionConfig()
     try:
-        expected = references(entrances, trials, max_model_len)
+        expected = references(hooks, trials, max_model_len)
     except Unsuited as reason:
         raise _cannot_serve(model, {"its text decoder": str(reason)}) from reason
     if paged is not None:
         try:
-            return _paged_runner(entrances, vision, expected, paged, max_num_seqs, max_model_len)
+            return _paged_runner(hooks, vision, expected, paged, max_num_seqs, max_model_len)
         except Unsuited as reason:
             reasons["paged blocks"] = str(reason)
             facts = {"action": "engine.prove", "kv_backend": "slots", "reason": str(reason)}
             logger.warning("model cannot be served from paged blocks", extra=facts)
     try:
-        return _slot_runner(entrances, vision, expected, max_num_seqs, max_model_len, reasons.get("paged blocks"))
+        return _dense_runner(hooks, vision, expected, max_num_seqs, max_model_len, reasons.get("paged blocks"))
     except Unsuited as reason:
         reasons["rows"] = str(reason)
         raise _cannot_serve(model, reasons) from reason
@@ -82,23 +82,23 @@ def _cannot_serve(model: PreTrainedModel, reasons: Mapping[str, str]) -> CannotS
     return CannotStart(f"VISIONQ_MODEL: {type(model).__name__} cannot be served here ({why})")
 
 
-def _slot_runner(
-    entrances: Entrances,
+def _dense_runner(
+    hooks: ModelHooks,
     vision: VisionConfig,
     expected: Sequence[Reference],
     max_num_seqs: int,
     max_model_len: int,
     why_not_paged: str | None,
-) -> SlotRunner:
+) -> DenseRunner:
     """Prove rows on a few short ones. Raises Unsuited."""
     num_rows = min(max_num_seqs, len(expected) + 1)
-    trial = SlotRunner(entrances, VisionStage(entrances, vision), num_rows, trial_length(expected))
-    prove(trial, expected, num_rows, computing_dtype(entrances.model))
-    return SlotRunner(entrances, VisionStage(entrances, vision), max_num_seqs, max_model_len, why_not_paged)
+    trial = DenseRunner(hooks, VisionStage(hooks, vision), num_rows, trial_length(expected))
+    prove(trial, expected, num_rows, computing_dtype(hooks.model))
+    return DenseRunner(hooks, VisionStage(hooks, vision), max_num_seqs, max_model_len, why_not_paged)
 
 
 def _paged_runner(
-    entrances: Entrances,
+    hooks: ModelHooks,
     vision: VisionConfig,
     expected: Sequence[Reference],
     config: PagedConfig,
@@ -106,19 +106,19 @@ def _paged_runner(
     max_model_len: int,
 ) -> PagedRunner:
     """Choose the attention code, prove it, take the memory, record decode steps: in this order. Raises Unsuited."""
-    layout = probe(entrances)
-    num_heads = entrances.text_config.num_attention_heads
+    layout = probe(hooks)
+    num_heads = hooks.text_config.num_attention_heads
     kernels = choose_kernels(layout, num_heads, config.block_size) if config.tries_kernels else SDPA
-    _prove_paged(entrances, vision, layout, kernels, expected, config, max_num_seqs)
-    stage = VisionStage(entrances, vision)
-    free_bytes = _free_bytes(layout, entrances.model.device, stage.cache_bytes)
+    _prove_paged(hooks, vision, layout, kernels, expected, config, max_num_seqs)
+    stage = VisionStage(hooks, vision)
+    free_bytes = _free_bytes(layout, hooks.model.device, stage.cache_bytes)
     num_blocks = count_blocks(config, layout, max_num_seqs, max_model_len, free_bytes)
     kv = PagedKV(layout, num_blocks, config.block_size)
-    forward = FlatForward(entrances, kv, kernels, compiles=config.compiles)
+    forward = FlatForward(hooks, kv, kernels, compiles=config.compiles)
     facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
     logger.info("serving from paged blocks", extra=facts)
     return PagedRunner(
-        entrances,
+        hooks,
         kv,
         stage,
         max_num_seqs,
@@ -131,7 +131,7 @@ def _paged_runner(
 
 
 def _prove_paged(
-    entrances: Entrances,
+    hooks: ModelHooks,
     vision: VisionConfig,
     layout: Mapping[int, LayerShape],
     kernels: Kernels,
@@ -143,16 +143,16 @@ def _prove_paged(
     length, num_rows = trial_length(expected), min(max_num_seqs, len(expected) + 1)
     kv = PagedKV(layout, num_rows * -(-length // config.block_size) + 1, config.block_size)
     trial = PagedRunner(
-        entrances,
+        hooks,
         kv,
-        VisionStage(entrances, vision),
+        VisionStage(hooks, vision),
         num_rows,
         length,
         reads_whole=config.reads_whole,
         reuses_prefixes=config.reuses_prefixes,
-        forward=FlatForward(entrances, kv, kernels, compiles=config.compiles),
+        forward=FlatForward(hooks, kv, kernels, compiles=config.compiles),
     )
-    prove(trial, expected, num_rows, computing_dtype(entrances.model))
+    prove(trial, expected, num_rows, computing_dtype(hooks.model))
 
 
 def _graphs(
@@ -180,14 +180,14 @@ def _graphs(
     return graphs
 
 
-def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
+def probe(hooks: ModelHooks) -> Mapping[int, LayerShape]:
     """Return the shapes of the layers' keys and values after a trial. Raises Unsuited with the reason."""
-    config = entrances.text_config
+    config = hooks.text_config
     unknown = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
     if unknown:
         raise Unsuited(f"layers of type {', '.join(sorted(unknown))}")
     try:
-        layout = _layout(entrances)
+        layout = _layout(hooks)
     except torch.AcceleratorError:
         raise
     except Exception as error:  # whatever the model's own code raises
@@ -197,12 +197,12 @@ def probe(entrances: Entrances) -> Mapping[int, LayerShape]:
     return layout
 
 
-def _layout(entrances: Entrances) -> Mapping[int, LayerShape]:
-    device, step = entrances.model.device, LayoutStep()
+def _layout(hooks: ModelHooks) -> Mapping[int, LayerShape]:
+    device, step = hooks.model.device, LayoutStep()
     positions = torch.arange(PROBE_TOKENS, device=device)
-    embeds = entrances.embed((positions + 1) % entrances.text_config.vocab_size)
-    with entrances.attending(LAYOUT):
-        entrances.text_forward(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, kv_step=step)
+    embeds = hooks.embed((positions + 1) % hooks.text_config.vocab_size)
+    with hooks.attending(LAYOUT):
+        hooks.text_forward(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, kv_step=step)
     return step.layout
 
 
@@ -213,7 +213,7 @@ def count_blocks(
     max_model_len: int,
     free_bytes: Mapping[torch.device, int],
 ) -> int:
-    """Return how many blocks to take, the trash block included.
+    """Return how many blocks to take, the null block included.
 
     free_bytes: of each device whose memory bounds them; a block takes its layers' share on each. Raises CannotStart
     when one full request does not fit.

@@ -1,7 +1,7 @@
 """Decode steps recorded once per batch size and replayed, so that a step costs one launch and no Python.
 
 A recorded step reads its inputs from memory that stays where it is: rows are copied there, the rest is filled with
-padding rows, which write to the trash block. What records is handed in; on a GPU it is `CudaGraphRecorder`.
+padding rows, which write to the null block. What records is handed in; on a GPU it is `CudaGraphRecorder`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from worker.engine.kv_cache.blocks import TRASH_BLOCK
+from worker.engine.kv_cache.blocks import NULL_BLOCK
 from worker.engine.runner.forward import DecodeInputs, FlatForward
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ class DecodeGraphs:
         self._forward = forward
         self._sizes = list(sizes)
         self._recorder = recorder
-        # Ids, positions, lengths; see `DecodeInputs`.
+        # Ids, positions and cached entries of `DecodeInputs`.
         self._numbers = torch.zeros(3, self._sizes[-1], dtype=torch.long, device=device)
-        self._table = torch.full((self._sizes[-1], table_width), TRASH_BLOCK, dtype=torch.long, device=device)
+        self._table = torch.full((self._sizes[-1], table_width), NULL_BLOCK, dtype=torch.long, device=device)
         self._steps: dict[int, Callable[[], Tensor]] = {}
         self._num_axes = 0
 
@@ -90,7 +90,7 @@ class DecodeGraphs:
         """Record every size, the largest first: the smaller ones fit into the memory it needed."""
         started_at = time.monotonic()
         self._numbers.zero_()
-        self._table.fill_(TRASH_BLOCK)
+        self._table.fill_(NULL_BLOCK)
         self._steps.clear()
         self._num_axes = self._forward.num_axes
         logits = self._forward.decode(self._inputs(self._sizes[-1])).clone()
@@ -129,15 +129,15 @@ class DecodeGraphs:
         return lambda: logits.copy_(self._forward.decode(inputs))
 
     def _inputs(self, size: int) -> DecodeInputs:
-        ids, positions, lengths = self._numbers[:, :size]
-        return DecodeInputs(ids, positions, lengths, self._table[:size])
+        ids, positions, num_cached = self._numbers[:, :size]
+        return DecodeInputs(ids, positions, num_cached, self._table[:size])
 
     def _load(self, inputs: DecodeInputs, size: int) -> None:
-        """Copy the rows in; make the rest padding, and what is left of the table trash."""
+        """Copy the rows in; make the rest padding, and what is left of the table null blocks."""
         num_rows, width = inputs.block_table.shape
-        for row, given in zip(self._numbers, (inputs.ids, inputs.positions, inputs.lengths), strict=True):
+        for row, given in zip(self._numbers, (inputs.ids, inputs.positions, inputs.num_cached), strict=True):
             row[:num_rows] = given
         self._numbers[:, num_rows:size] = 0
         self._table[:num_rows, :width] = inputs.block_table
-        self._table[:num_rows, width:] = TRASH_BLOCK
-        self._table[num_rows:size] = TRASH_BLOCK
+        self._table[:num_rows, width:] = NULL_BLOCK
+        self._table[num_rows:size] = NULL_BLOCK

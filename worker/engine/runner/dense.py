@@ -1,6 +1,6 @@
 """Runs the model over rows of fixed length: one whole prompt at a time, then one token for every row.
 
-An ordinary forward of the model over a `SlotCache`, so every family and every attention code path works.
+An ordinary forward of the model over a `DenseCache`, so every family and every attention code path works.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.batch import Chunk, PrefixStats, StepLogits, VisionStats
-from worker.engine.kv_cache.dense import FULL, SlotCache, SlotMasks
-from worker.engine.model_hooks import Entrances
+from worker.engine.kv_cache.dense import FULL, DenseCache, DenseMasks
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.pictures import Picture
 from worker.engine.request import Request, Unsuited
 from worker.engine.runner.prefill import prefill
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 KV_LENGTH_STEP = 32
 
 
-class SlotRunner:
+class DenseRunner:
     """A `Runner` with a row per request that has been read. Rows 0…B−1 are taken, without gaps."""
 
     kv_backend = "slots"
@@ -36,24 +36,24 @@ class SlotRunner:
 
     def __init__(
         self,
-        entrances: Entrances,
+        hooks: ModelHooks,
         vision: VisionStage,
         num_rows: int,
         row_length: int,
         why_not_paged: str | None = None,
     ) -> None:
         self.why_not_paged = why_not_paged
-        model = entrances.model
-        self._entrances = entrances
+        model = hooks.model
+        self._hooks = hooks
         self._vision = vision
-        text_config = self._entrances.text_config
+        text_config = self._hooks.text_config
         if text_config._attn_implementation not in ("sdpa", "eager"):
             # Flash attention takes no 4-dimensional mask; only the text decoder needs one. SDPA caps no scores.
             caps_scores = getattr(text_config, "attn_logit_softcapping", None) is not None
-            can_sdpa = getattr(self._entrances.decoder, "_supports_sdpa", True) and not caps_scores
+            can_sdpa = getattr(self._hooks.decoder, "_supports_sdpa", True) and not caps_scores
             model.set_attn_implementation({"text_config": "sdpa" if can_sdpa else "eager"})
-        self._cache = SlotCache(num_rows, row_length)
-        self._masks = SlotMasks(text_config, model.dtype)
+        self._cache = DenseCache(num_rows, row_length)
+        self._masks = DenseMasks(text_config, model.dtype)
         self._rows: list[Request] = []
         self._device = model.device
 
@@ -77,16 +77,16 @@ class SlotRunner:
         """See `VisionStage`."""
         self._vision.look_ahead(requests)
 
-    def has_room(self, num_tokens: int, num_running: int) -> bool:
+    def can_allocate(self, num_tokens: int, num_running: int) -> bool:
         """There is a row for each request that may run."""
         return True
 
-    def open(self, request: Request) -> None:
+    def allocate(self, request: Request) -> None:
         """Note the prompt's length as far as it is known before it is read. See `Runner`."""
         self._vision.check(request)
         request.num_prompt_cached = request.inputs.num_prompt_tokens
 
-    def grow(self, request: Request) -> bool:
+    def append(self, request: Request) -> bool:
         """Rows are as long as requests may get."""
         return True
 
@@ -109,7 +109,7 @@ class SlotRunner:
     def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
         """Nothing is pending here when a step begins."""
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Free the row of a request; the last row takes its place."""
         self._vision.forget(request)
         if request.row < 0:
@@ -140,7 +140,7 @@ class SlotRunner:
         Raises PromptTooLong when images turned out to take more entries than the row has, and whatever the model
         raises; the other rows are as they were.
         """
-        prefilled = prefill(self._entrances, self._vision.arguments(request))
+        prefilled = prefill(self._hooks, self._vision.arguments(request))
         self._vision.forget(request)
         num_cached = prefilled.cache.get_seq_length()
         check_room(num_cached, request, self._cache.row_length)
@@ -161,8 +161,8 @@ class SlotRunner:
         self._cache.begin_step(step[2], kv_length)
         masks = self._masks.build(step[2], kv_length)
         # A model may take one mask only and make those of its layers of it (PaliGemma 2): the decoder gets ours.
-        with self._entrances.handing(attention_mask=masks):
-            output = self._entrances.text_forward(
+        with self._hooks.handing(attention_mask=masks):
+            output = self._hooks.text_forward(
                 input_ids=step[0, :, None],
                 position_ids=step[1, :, None],
                 attention_mask=masks[FULL] if isinstance(masks, Mapping) else masks,

@@ -1,7 +1,7 @@
-"""Runs the model over paged keys and values: streams and pieces of prompts of many requests in one forward.
+"""Runs the model over paged keys and values: decodes and prefill chunks of many requests in one forward.
 
-A prompt is first taken from the model at its decoder's door (`prefill.capture`). Most can then be read in pieces; those
-that cannot go through the model's own forward in one, beside the step.
+A prompt is first run through the model up to its decoder (`prefill.capture`). Most can then be read in chunks; those
+that cannot go through the model's own forward as a whole, beside the step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from worker.engine.attention.paged import PromptStep
 from worker.engine.batch import Chunk, NoRoom, PrefixStats, StepLogits, VisionStats
 from worker.engine.kv_cache.blocks import BlockPool, BlockTables, PagedKV
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.pictures import Picture
 from worker.engine.request import Request
 from worker.engine.runner.cuda_graphs import DecodeGraphs
 from worker.engine.runner.dense import check_room
-from worker.engine.runner.forward import DecodeInputs, FlatForward, PromptPiece
+from worker.engine.runner.forward import DecodeInputs, FlatForward, PrefillChunk
 from worker.engine.runner.prefill import PrefixKeys, Prompt, capture, read_whole
 from worker.engine.tensors import to_device
 from worker.engine.vision.stage import VisionStage
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class PagedRunner:
     """A `Runner` with a block table per running request. It can resume requests.
 
-    reads_whole: read every prompt in one piece through the model's own forward; for tests and comparison.
+    reads_whole: read every prompt in one chunk through the model's own forward; for tests and comparison.
     reuses_prefixes: do not read again what another prompt that began alike left in full blocks.
     forward, graphs: how steps are run, and recorded decode steps of it; a plain forward and none if not given.
     """
@@ -44,7 +44,7 @@ class PagedRunner:
 
     def __init__(
         self,
-        entrances: Entrances,
+        hooks: ModelHooks,
         kv: PagedKV,
         vision: VisionStage,
         num_rows: int,
@@ -55,12 +55,12 @@ class PagedRunner:
         forward: FlatForward | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._entrances = entrances
+        self._hooks = hooks
         self._kv = kv
         self._vision = vision
         self._max_model_len = max_model_len
         self._reads_whole = reads_whole
-        self._forward = forward or FlatForward(entrances, kv)
+        self._forward = forward or FlatForward(hooks, kv)
         self._graphs = graphs
         self._tables = BlockTables(BlockPool(kv.num_blocks), kv.block_size, num_rows, max_model_len)
         self._prefixes = PrefixKeys() if reuses_prefixes else None
@@ -68,7 +68,7 @@ class PagedRunner:
         self._keys: dict[Request, list[bytes]] = {}
         self._num_queried_tokens = 0
         self._num_reused_tokens = 0
-        self._device = entrances.model.device
+        self._device = hooks.model.device
         # The newest tokens of the last step, and where each request's lies among them.
         self._newest = torch.zeros(1, dtype=torch.long, device=self._device)
         self._places: dict[Request, int] = {}
@@ -98,13 +98,13 @@ class PagedRunner:
         """See `VisionStage`."""
         self._vision.look_ahead(requests)
 
-    def has_room(self, num_tokens: int, num_running: int) -> bool:
-        """Whether the blocks suffice, one more for each stream set aside: else it might be sent away at once."""
+    def can_allocate(self, num_tokens: int, num_running: int) -> bool:
+        """Whether the blocks suffice, one more for each decode set aside: else it might be sent away at once."""
         return self._tables.num_blocks(num_tokens) + num_running <= self._tables.num_free_blocks
 
-    def open(self, request: Request) -> None:
+    def allocate(self, request: Request) -> None:
         """Run images and embedding, take blocks for the prompt and what was generated before. See `Runner`."""
-        prompt = capture(self._entrances, self._vision.arguments(request))
+        prompt = capture(self._hooks, self._vision.arguments(request))
         check_room(prompt.num_tokens, request, self._max_model_len)
         request.is_chunkable = not (prompt.is_whole or self._reads_whole)
         num_tokens = prompt.num_tokens + len(request.output_ids)
@@ -112,7 +112,7 @@ class PagedRunner:
         if request.is_chunkable and self._prefixes is not None:
             # The last token is always fed: its logits are wanted.
             keys = self._prefixes.keys(prompt, self._kv.block_size)[: (num_tokens - 1) // self._kv.block_size]
-        opened = self._tables.open(num_tokens, keys)
+        opened = self._tables.allocate(num_tokens, keys)
         if opened is None:
             raise NoRoom
         request.row, request.num_cached_tokens = opened
@@ -127,21 +127,21 @@ class PagedRunner:
         if prompt.positions.ndim == 2:
             self._forward.num_axes = prompt.positions.shape[0]
 
-    def grow(self, request: Request) -> bool:
+    def append(self, request: Request) -> bool:
         """Make room for the newest token."""
-        return self._tables.grow(request.row, request.num_tokens)
+        return self._tables.append(request.row, request.num_tokens)
 
     def run(self, chunks: Sequence[Chunk]) -> StepLogits:
-        """Feed streams and pieces in one forward, then prompts that must stay whole, each in its own."""
-        self._kv.clear(self._tables.take_unclean())
-        streams = [chunk.request for chunk in chunks if chunk.request.is_decoding]
-        pieces = [chunk for chunk in chunks if not chunk.request.is_decoding and not chunk.request.must_stay_whole]
+        """Feed decodes and prefill chunks in one forward, then prompts that must stay whole, each in its own."""
+        self._kv.clear(self._tables.blocks_to_clear())
+        decodes = [chunk.request for chunk in chunks if chunk.request.is_decoding]
+        prefills = [chunk for chunk in chunks if not chunk.request.is_decoding and not chunk.request.must_stay_whole]
         requests: list[Request] = []
         logits: list[Tensor] = []
         failed: list[tuple[Request, Exception]] = []
-        if streams or pieces:
-            logits.append(self._run_flat(streams, pieces))
-            requests += self._count([*(Chunk(request, 1) for request in streams), *pieces])
+        if decodes or prefills:
+            logits.append(self._run_flat(decodes, prefills))
+            requests += self._count([*(Chunk(request, 1) for request in decodes), *prefills])
         for chunk in chunks:
             if chunk.request.must_stay_whole:
                 try:
@@ -162,11 +162,11 @@ class PagedRunner:
         self._newest = tokens
         self._places = {request: place for place, request in enumerate(requests)}
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Give blocks and prompt up."""
         self._forget(request)
         if request.row >= 0:
-            self._tables.close(request.row)
+            self._tables.free(request.row)
             request.row = -1
 
     def reset(self) -> None:
@@ -190,49 +190,49 @@ class PagedRunner:
             request = chunk.request
             request.num_cached_tokens += chunk.num_tokens
             if request in self._keys:
-                self._tables.name(request.row, self._keys[request], request.num_cached_tokens)
+                self._tables.register_hash(request.row, self._keys[request], request.num_cached_tokens)
             if request.num_cached_tokens >= request.num_prompt_cached:
                 self._forget(request)
         return [chunk.request for chunk in chunks if chunk.request.num_unread == 0]
 
-    def _run_flat(self, streams: Sequence[Request], pieces: Sequence[Chunk]) -> Tensor:
-        inputs = self._decode_inputs(streams) if streams else None
-        if inputs is not None and not pieces:
+    def _run_flat(self, decodes: Sequence[Request], prefills: Sequence[Chunk]) -> Tensor:
+        inputs = self._decode_inputs(decodes) if decodes else None
+        if inputs is not None and not prefills:
             return (self._graphs or self._forward).decode(inputs)
-        return self._forward.mixed(inputs, [self._piece(chunk) for chunk in pieces])
+        return self._forward.mixed(inputs, [self._prefill_chunk(chunk) for chunk in prefills])
 
     def _run_whole(self, request: Request) -> Tensor:
-        slots = self._tables.slots(request.row, 0, request.num_prompt_cached)
+        slot_mapping = self._tables.slot_mapping(request.row, 0, request.num_prompt_cached)
         return read_whole(
-            self._entrances, self._vision.arguments(request), PromptStep(self._kv, to_device(slots, self._device))
+            self._hooks, self._vision.arguments(request), PromptStep(self._kv, to_device(slot_mapping, self._device))
         )
 
-    def _decode_inputs(self, streams: Sequence[Request]) -> DecodeInputs:
-        """Say what every stream feeds: one tensor of numbers and one of blocks go to the device."""
-        lengths = [request.num_cached_tokens for request in streams]
-        ids = [0 if request.num_pending else request.output_ids[-1] for request in streams]
-        positions = [request.next_position for request in streams]
-        places = [self._places[request] if request.num_pending else -1 for request in streams]
-        rows = torch.tensor([request.row for request in streams])
-        width = self._tables.num_blocks(max(lengths) + 1)
+    def _decode_inputs(self, decodes: Sequence[Request]) -> DecodeInputs:
+        """Return what every decode feeds: one tensor of numbers and one of blocks go to the device."""
+        num_cached = [request.num_cached_tokens for request in decodes]
+        ids = [0 if request.num_pending else request.output_ids[-1] for request in decodes]
+        positions = [request.next_position for request in decodes]
+        places = [self._places[request] if request.num_pending else -1 for request in decodes]
+        rows = torch.tensor([request.row for request in decodes])
+        width = self._tables.num_blocks(max(num_cached) + 1)
         table = to_device(self._tables.table[:, :width].index_select(0, rows), self._device)
-        newest, position, length, place = to_device(torch.tensor([ids, positions, lengths, places]), self._device)
-        if any(request.num_pending for request in streams):
+        newest, position, cached, place = to_device(torch.tensor([ids, positions, num_cached, places]), self._device)
+        if any(request.num_pending for request in decodes):
             newest = torch.where(place < 0, newest, self._newest.index_select(0, place.clamp(min=0)))
-        return DecodeInputs(newest, position, length, table)
+        return DecodeInputs(newest, position, cached, table)
 
-    def _piece(self, chunk: Chunk) -> PromptPiece:
+    def _prefill_chunk(self, chunk: Chunk) -> PrefillChunk:
         """Return the next tokens of a prompt, and of the answer so far where a preempted request is read again."""
         request, row = chunk.request, chunk.request.row
         start = request.num_cached_tokens
         end = start + chunk.num_tokens
         embeds, positions = self._tokens(request, start, end)
-        return PromptPiece(
+        return PrefillChunk(
             embeds=embeds,
             positions=positions,
-            slots=to_device(self._tables.slots(row, start, end), self._device),
+            slot_mapping=to_device(self._tables.slot_mapping(row, start, end), self._device),
             blocks=to_device(self._tables.blocks(row, end), self._device),
-            kv_len=end,
+            context_len=end,
             is_last=end == request.num_tokens,
         )
 
@@ -248,7 +248,7 @@ class PagedRunner:
         first, last = max(start - num_prompt, 0), end - num_prompt
         if last > first:
             ids = to_device(torch.tensor(request.output_ids[first:last]), self._device)
-            embeds.append(self._entrances.embed(ids))
+            embeds.append(self._hooks.embed(ids))
             places = torch.arange(request.first_position + first, request.first_position + last, device=self._device)
             positions.append(places.expand(*positions[0].shape[:-1], -1) if positions else places)
         return torch.cat(embeds), torch.cat(positions, dim=-1)

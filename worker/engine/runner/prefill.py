@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from worker.engine.attention.paged import PROMPT, PromptStep
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.errors import InvalidRequest
 
 #: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
@@ -47,7 +47,7 @@ class Prompt:
     """A prompt as the text decoder would get it.
 
     embeds: [T, hidden]. positions: [T], or [axes, T] with multi-axis rotary positions.
-    is_whole: it must go through the model's forward in one piece, because the decoder gets more than embeddings
+    is_whole: it must go through the model's forward in one chunk, because the decoder gets more than embeddings
         (deepstack features) or the model's mask lets tokens look ahead (bidirectional image spans).
     first_position: position id of the first new token.
     """
@@ -62,39 +62,39 @@ class Prompt:
         return self.embeds.shape[0]
 
 
-def prefill(entrances: Entrances, arguments: Mapping[str, Any]) -> Prefilled:
+def prefill(hooks: ModelHooks, arguments: Mapping[str, Any]) -> Prefilled:
     """Read one prompt into a cache of its own. Raises whatever the model raises.
 
     arguments, here and below: of the model's forward, on its device.
     """
     cache = DynamicCache()
-    with entrances.watching() as seen:
-        output = entrances.model(**arguments, past_key_values=cache, use_cache=True, **entrances.last_logits_only)
+    with hooks.watching() as seen:
+        output = hooks.model(**arguments, past_key_values=cache, use_cache=True, **hooks.last_logits_only)
     positions = seen.get("position_ids")
     # Models that hand no positions down count the tokens of the text, as `generate` does for them.
     first_position = arguments["input_ids"].shape[1] if positions is None else position_after(_of_one_prompt(positions))
     return Prefilled(output.logits[:, -1], cache, first_position)
 
 
-def capture(entrances: Entrances, arguments: Mapping[str, Any]) -> Prompt:
-    """Run the model up to its decoder's door and take the prompt from there. Raises whatever the model raises."""
-    # The model makes its masks before the door, so they must be real ones.
-    with entrances.attending(PROMPT):
-        seen = entrances.run_to_the_door(arguments)
+def capture(hooks: ModelHooks, arguments: Mapping[str, Any]) -> Prompt:
+    """Run the model up to its decoder and return what the decoder would get. Raises whatever the model raises."""
+    # The model makes its masks before its decoder, so they must be real ones.
+    with hooks.attending(PROMPT):
+        seen = hooks.run_to_decoder(arguments)
     embeds: Tensor = seen["inputs_embeds"][0]
     positions = _positions(seen.get("position_ids"), embeds)
     return Prompt(
         embeds=embeds,
         positions=positions,
-        is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask"), entrances),
+        is_whole=_has_more_than_embeddings(seen) or _looks_ahead(seen.get("attention_mask"), hooks),
         first_position=position_after(positions),
     )
 
 
-def read_whole(entrances: Entrances, arguments: Mapping[str, Any], step: PromptStep) -> Tensor:
+def read_whole(hooks: ModelHooks, arguments: Mapping[str, Any], step: PromptStep) -> Tensor:
     """Run a whole prompt through the model's forward, storing keys and values; return logits [1, V]."""
-    with entrances.attending(PROMPT):
-        output = entrances.model(**arguments, use_cache=False, kv_step=step, **entrances.last_logits_only)
+    with hooks.attending(PROMPT):
+        output = hooks.model(**arguments, use_cache=False, kv_step=step, **hooks.last_logits_only)
     logits: Tensor = output.logits[:, -1]
     return logits
 
@@ -133,12 +133,12 @@ def _has_more_than_embeddings(seen: Mapping[str, Any]) -> bool:
     )
 
 
-def _looks_ahead(mask: object, entrances: Entrances) -> bool:
+def _looks_ahead(mask: object, hooks: ModelHooks) -> bool:
     """Whether any token sees a later one; without a mask, or with a 2-dimensional one, the attention itself decides."""
     if isinstance(mask, Mapping):
-        return any(_looks_ahead(each, entrances) for each in mask.values())
+        return any(_looks_ahead(each, hooks) for each in mask.values())
     if not isinstance(mask, Tensor) or mask.ndim != 4:
-        return not entrances.is_causal
+        return not hooks.is_causal
     may_look = mask if mask.dtype == torch.bool else mask == 0
     return bool(may_look.triu(diagonal=1).any())
 
@@ -180,6 +180,6 @@ class PrefixKeys:
             drawn = torch.randint(-(2**63), 2**63 - 1, (2, bits.shape[1]), generator=self._generator)
             self._weights = drawn.to(bits.device)
         weights = self._weights
-        pieces = [bits[start : start + _STRIDE] for start in range(0, bits.shape[0], _STRIDE)]
-        parts = [torch.stack([(piece.long() * w).sum(-1) for w in weights], dim=1) for piece in pieces]
+        strides = [bits[start : start + _STRIDE] for start in range(0, bits.shape[0], _STRIDE)]
+        parts = [torch.stack([(stride.long() * w).sum(-1) for w in weights], dim=1) for stride in strides]
         return torch.cat(parts)

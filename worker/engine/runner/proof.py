@@ -1,7 +1,7 @@
 """Proves a KV back end at boot: it must answer trial prompts as the model's own `generate` does.
 
 In: a model, trial prompts and a runner. Out: nothing, or Unsuited with what differs. The prompts run together, joining
-one after the other, are read in pieces where the runner reads in pieces, and are fed the tokens that `generate` chose,
+one after the other, are read in chunks where the runner reads in chunks, and are fed the tokens that `generate` chose,
 so that every step is compared: positions exactly, logits within the tolerance of the model's type.
 """
 
@@ -20,7 +20,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.batch import NoRoom, Runner, StepLogits
 from worker.engine.config import SchedulerLimits
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import GenerationRequest, Request, Unsuited
 from worker.engine.scheduler import Scheduler
 from worker.engine.tensors import TOLERANCE
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokens generated per trial prompt: the first comes from prefill, the others from decode steps.
 NUM_TOKENS: Final = 6
-#: Pieces that the longest prompt is read in, where prompts can be read in pieces.
-NUM_PIECES: Final = 3
+#: Chunks that the longest prompt is read in, where prompts can be read in chunks.
+NUM_CHUNKS: Final = 3
 #: Lengths of the prompts of plain token ids that stand in where no trial prompts are given.
 PLAIN_LENGTHS: Final = (12, 7)
 #: More steps than any proof takes; ends a runner that makes no progress.
@@ -56,7 +56,7 @@ class Reference:
     positions: Sequence[int] | None
 
 
-def references(entrances: Entrances, trials: Sequence[ModelInputs], max_model_len: int) -> list[Reference]:
+def references(hooks: ModelHooks, trials: Sequence[ModelInputs], max_model_len: int) -> list[Reference]:
     """Ask the model's own `generate` about the trial prompts that `_chosen` takes, in their order.
 
     Without any trials, prompts of plain token ids are taken, for models whose forward takes text alone. Raises
@@ -64,17 +64,17 @@ def references(entrances: Entrances, trials: Sequence[ModelInputs], max_model_le
     others, those on which it fails are left out. Raises Unsuited for a model that keeps another state than keys and
     values between tokens.
     """
-    prompts = _chosen(trials or _plain(entrances), max_model_len, max_context(entrances.model.config))
+    prompts = _chosen(trials or _plain(hooks), max_model_len, max_context(hooks.model.config))
     if trials and not prompts:
         shortest = min(each.num_prompt_tokens for each in trials)
         raise CannotStart(
             f"VISIONQ_MODEL: the shortest trial prompt takes {shortest} tokens and {NUM_TOKENS} for its answer, more "
-            f"than the model's context of {max_context(entrances.model.config)}; nothing can be proven"
+            f"than the model's context of {max_context(hooks.model.config)}; nothing can be proven"
         )
     found: list[Reference] = []
     for prompt in prompts:
         try:
-            found.append(reference(entrances, prompt))
+            found.append(reference(hooks, prompt))
         except (Unsuited, torch.AcceleratorError):
             raise
         except Exception as error:
@@ -88,10 +88,10 @@ def references(entrances: Entrances, trials: Sequence[ModelInputs], max_model_le
     return found
 
 
-def reference(entrances: Entrances, inputs: ModelInputs) -> Reference:
+def reference(hooks: ModelHooks, inputs: ModelInputs) -> Reference:
     """Return what the model's own greedy `generate` does with a prompt. Raises whatever the model raises."""
-    with _neutral_generation(entrances.model) as config, entrances.recording() as calls:
-        output: Any = entrances.model.generate(**entrances.on_device(inputs), generation_config=config)
+    with _neutral_generation(hooks.model) as config, hooks.recording() as calls:
+        output: Any = hooks.model.generate(**hooks.on_device(inputs), generation_config=config)
     logits = torch.cat(output.logits).float().cpu()
     tokens: list[int] = output.sequences[0, -len(logits) :].tolist()
     # The newest token's keys and values are not written yet.
@@ -111,7 +111,7 @@ def prove(runner: Runner, expected: Sequence[Reference], max_num_seqs: int, dtyp
     torch.AcceleratorError when the device is lost.
     """
     longest = max((each.inputs.num_prompt_tokens for each in expected), default=0)
-    scheduler = Scheduler(SchedulerLimits(max_num_seqs, max_num_seqs + 1 + longest // NUM_PIECES), runner)
+    scheduler = Scheduler(SchedulerLimits(max_num_seqs, max_num_seqs + 1 + longest // NUM_CHUNKS), runner)
     proof = _Proof(runner, scheduler, TOLERANCE.get(dtype, 0.0))
     try:
         # The first once more at the end, when its blocks may be found again.
@@ -168,7 +168,7 @@ class _Proof:
         self._runner.look_ahead(self._scheduler.next_in_line())
         while (waiting := self._scheduler.next_to_start()) is not None:
             try:
-                self._runner.open(waiting)
+                self._runner.allocate(waiting)
             except NoRoom:
                 break
             self._scheduler.start(waiting)
@@ -244,11 +244,11 @@ def _num_entries(cache: Cache | None) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
-def _plain(entrances: Entrances) -> list[ModelInputs]:
+def _plain(hooks: ModelHooks) -> list[ModelInputs]:
     """Return prompts of plain token ids; none for a model whose forward insists on an image."""
-    if entrances.text_forward is not entrances.model:
+    if hooks.text_forward is not hooks.model:
         return []
-    vocab_size = entrances.text_config.vocab_size
+    vocab_size = hooks.text_config.vocab_size
     prompts = [torch.arange(1, length + 1)[None] * length % vocab_size for length in PLAIN_LENGTHS]
     return [ModelInputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for ids in prompts]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.engine.pictures import Picture, TowerDoor, is_framed, joined
+from worker.engine.pictures import Picture, TowerHook, is_framed, joined
 from worker.engine.tensors import are_close
 
 
@@ -104,8 +104,8 @@ class VisionTower:
     num_calls, num_seen: calls so far, and pictures in them.
     """
 
-    def __init__(self, model: PreTrainedModel, door: TowerDoor) -> None:
-        self.door = door
+    def __init__(self, model: PreTrainedModel, hook: TowerHook) -> None:
+        self.hook = hook
         self.num_calls = 0
         self.num_seen = 0
         self._model = model
@@ -122,7 +122,7 @@ class VisionTower:
         }
         self.num_calls += 1
         self.num_seen += num_pictures
-        output = self.door.encode(**arguments, return_dict=True)
+        output = self.hook.encode(**arguments, return_dict=True)
         self._form = _Form(type(output), isinstance(output.pooler_output, Tensor))
         return output
 

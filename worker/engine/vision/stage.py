@@ -18,8 +18,8 @@ from torch import Tensor
 
 from worker.engine.batch import NoRoom, VisionStats
 from worker.engine.config import MEBIBYTE, VisionConfig
-from worker.engine.model_hooks import Entrances
-from worker.engine.pictures import Cut, Picture, cut, tower_doors
+from worker.engine.model_hooks import ModelHooks
+from worker.engine.pictures import Cut, Picture, cut, tower_hooks
 from worker.engine.request import Request
 from worker.engine.tensors import are_close
 from worker.engine.vision.encoder import CannotSeparate, FeatureCache, Features, VisionTower, calls
@@ -57,10 +57,10 @@ class _Needed:
 class VisionStage:
     """Engine thread only, but for `cut` and `stats`."""
 
-    def __init__(self, entrances: Entrances, config: VisionConfig) -> None:
-        self._entrances = entrances
-        self._doors = tower_doors(entrances.model)
-        self._towers = {modality: VisionTower(entrances.model, door) for modality, door in self._doors.items()}
+    def __init__(self, hooks: ModelHooks, config: VisionConfig) -> None:
+        self._hooks = hooks
+        self._tower_hooks = tower_hooks(hooks.model)
+        self._towers = {modality: VisionTower(hooks.model, hook) for modality, hook in self._tower_hooks.items()}
         self.cache_bytes = config.cache_bytes
         self._max_pictures = config.max_pictures
         self._cache = FeatureCache(config.cache_bytes)
@@ -71,7 +71,7 @@ class VisionStage:
 
     def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
         """Return a prompt's pictures; any thread."""
-        return cut(self._doors, inputs)
+        return cut(self._tower_hooks, inputs)
 
     def stats(self) -> VisionStats:
         """Return the counters, which may be a step apart from each other; any thread."""
@@ -134,7 +134,7 @@ class VisionStage:
         self.check(request)
         needed = self._needed[request]
         if needed.gets_pixels or not request.pictures:
-            return self._entrances.on_device(request.inputs)
+            return self._hooks.on_device(request.inputs)
         return self._with_features(request, needed.features)
 
     def _missing(self, request: Request) -> list[Picture]:
@@ -226,13 +226,13 @@ class VisionStage:
             pictures = [picture for picture in request.pictures if picture.modality == modality]
             if not pictures:
                 continue
-            own[modality] = tower.call(tower.door.arguments(request.inputs.tensors), len(pictures))
+            own[modality] = tower.call(tower.hook.arguments(request.inputs.tensors), len(pictures))
             if pictures[0].cut in (Cut.NONE, Cut.SET):
                 features[pictures[0].key] = tower.separated(own[modality], pictures)[0]
             else:
                 features |= {picture.key: tower.see([picture])[0] for picture in pictures}
-        expected = self._entrances.run_to_the_door(self._without_pixels(request, own))
-        got = self._entrances.run_to_the_door(self._with_features(request, features))
+        expected = self._hooks.run_to_decoder(self._without_pixels(request, own))
+        got = self._hooks.run_to_decoder(self._with_features(request, features))
         return features if _are_alike(expected, got) else None
 
     def _with_features(self, request: Request, features: Mapping[bytes, Features]) -> dict[str, Any]:
@@ -244,9 +244,9 @@ class VisionStage:
         return self._without_pixels(request, said)
 
     def _without_pixels(self, request: Request, said: Mapping[str, Any]) -> dict[str, Any]:
-        pixels = {door.pixels: None for door in self._doors.values() if door.pixels in request.inputs.tensors}
+        pixels = {hook.pixels: None for hook in self._tower_hooks.values() if hook.pixels in request.inputs.tensors}
         rest = {name: tensor for name, tensor in request.inputs.tensors.items() if name not in pixels}
-        tensors = self._entrances.on_device(replace(request.inputs, tensors=rest))
+        tensors = self._hooks.on_device(replace(request.inputs, tensors=rest))
         return {**tensors, **pixels, "mm_encoder_outputs": dict(said)}
 
 

@@ -20,7 +20,7 @@ from worker.engine.config import PagedConfig, VisionConfig
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.media.types import DecodedMedia
 from worker.models.inputs import ModelInputs
@@ -110,7 +110,7 @@ def check_crowd(
     vision: VisionConfig | None = None,
     length: int = MAX_MODEL_LEN,
     num_cancelled: int = NUM_CANCELLED,
-) -> tuple[PagedRunner | SlotRunner, EngineCore]:
+) -> tuple[PagedRunner | DenseRunner, EngineCore]:
     """Let the jobs arrive at random, cancel some of the long ones, compare every text with `generate`'s."""
     requests = [request(job.inputs, max_new_tokens=job.max_new_tokens) for job in jobs]
     longest = sorted(range(len(jobs)), key=lambda number: jobs[number].max_new_tokens)[-2 * num_cancelled :]

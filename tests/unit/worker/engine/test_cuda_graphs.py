@@ -17,7 +17,7 @@ from tests.unit.worker.engine.test_positions import model_of
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.kv_cache.blocks import PagedKV
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.runner.build import build_runner, probe
 from worker.engine.runner.cuda_graphs import DecodeGraphs, graph_sizes
 from worker.engine.runner.forward import DecodeInputs, FlatForward
@@ -27,17 +27,17 @@ BLOCK_SIZE, NUM_BLOCKS, WIDTH = 4, 60, 9
 
 
 def forward_of(model: object) -> FlatForward:
-    """Return the flat forward of a model on a cache full of noise, trash block and unowned blocks included."""
-    entrances = Entrances(model)  # type: ignore[arg-type]
-    layout = probe(entrances)
+    """Return the flat forward of a model on a cache full of noise, null block and unowned blocks included."""
+    hooks = ModelHooks(model)  # type: ignore[arg-type]
+    layout = probe(hooks)
     kv = PagedKV(layout, NUM_BLOCKS, BLOCK_SIZE)
     generator = torch.Generator().manual_seed(0)
-    slots = torch.arange(NUM_BLOCKS * BLOCK_SIZE)
+    slot_mapping = torch.arange(NUM_BLOCKS * BLOCK_SIZE)
     for layer, shape in layout.items():
-        keys = torch.randn(len(slots), shape.num_heads, shape.key_dim, generator=generator)
-        values = torch.randn(len(slots), shape.num_heads, shape.value_dim, generator=generator)
-        kv.write(layer, keys, values, slots)
-    return FlatForward(entrances, kv)
+        keys = torch.randn(len(slot_mapping), shape.num_heads, shape.key_dim, generator=generator)
+        values = torch.randn(len(slot_mapping), shape.num_heads, shape.value_dim, generator=generator)
+        kv.write(layer, keys, values, slot_mapping)
+    return FlatForward(hooks, kv)
 
 
 def random_inputs(chance: random.Random, num_rows: int, longest: int = 20) -> DecodeInputs:
@@ -105,7 +105,7 @@ def test_steps_that_cannot_be_recorded_any_more_run_as_they_are() -> None:
 
 @torch.inference_mode()
 def test_a_smaller_batch_neither_writes_nor_reads_what_a_larger_one_had(idefics2: TinyModel) -> None:
-    """Padding rows write to the trash block; numbers of former rows, however bad, weigh nothing."""
+    """Padding rows write to the null block; numbers of former rows, however bad, weigh nothing."""
     forward = forward_of(idefics2.model)
     graphs = DecodeGraphs(forward, [8], WIDTH, torch.device("cpu"), TapeRecorder())
     graphs.record()

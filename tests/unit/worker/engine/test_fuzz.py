@@ -17,7 +17,7 @@ from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.models.inputs import ModelInputs
 
@@ -115,10 +115,10 @@ def check(case: Case, outbox: Outbox) -> str:
     return finish.reason
 
 
-def check_nothing_is_left(core: EngineCore, runner: PagedRunner | SlotRunner, num_free: int) -> None:
+def check_nothing_is_left(core: EngineCore, runner: PagedRunner | DenseRunner, num_free: int) -> None:
     assert not core._texts
     assert (core.scheduler.num_running, core.scheduler.num_waiting) == (0, 0)
-    if isinstance(runner, SlotRunner):
+    if isinstance(runner, DenseRunner):
         assert not runner._rows
         return
     assert runner.num_free_blocks == num_free

@@ -17,8 +17,8 @@ from worker.engine.attention.choose import (
     choose_kernels,
     decode_candidates,
     decode_trials,
-    piece_candidates,
-    piece_trials,
+    prefill_candidates,
+    prefill_trials,
 )
 from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.batch import Chunk
@@ -42,10 +42,10 @@ def see(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int |
 
 
 def decode_row_by_row(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, kv_lens: Tensor, scale: float, window: int | None
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, context_lens: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    assert (table.dtype, kv_lens.dtype) == (torch.int32, torch.int32)
-    rows = zip(table, kv_lens, strict=True)
+    assert (table.dtype, context_lens.dtype) == (torch.int32, torch.int32)
+    rows = zip(table, context_lens, strict=True)
     stores = [[store[blocks].flatten(0, 1)[:count] for store in (keys, values)] for blocks, count in rows]
     return torch.cat([see(row[None], *seen, scale, window) for row, seen in zip(query, stores, strict=True)])
 
@@ -54,13 +54,13 @@ def pieces_one_by_one(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    starts: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
+    cu_seqlens: tuple[Tensor, Tensor],
+    max_seqlens: tuple[int, int],
     scale: float,
     window: int | None,
 ) -> Tensor:
-    sizes = [each.diff().tolist() for each in starts]
-    assert [max(each) for each in sizes] == list(longest)
+    sizes = [each.diff().tolist() for each in cu_seqlens]
+    assert [max(each) for each in sizes] == list(max_seqlens)
     parts = zip(query.split(sizes[0]), keys.split(sizes[1]), values.split(sizes[1]), strict=True)
     return torch.cat([see(*each, scale, window) for each in parts])
 
@@ -72,13 +72,13 @@ def logits_of_steps(tiny: TinyModel, kernels: Kernels) -> list[Tensor]:
     """Read prompts in pieces of 7 tokens beside streams; return the logits of every step."""
     runner = build_runner(tiny.model, 4, 200, PagedConfig(block_size=4, num_blocks=200, reuses_prefixes=False))
     assert isinstance(runner, PagedRunner)
-    runner._forward = FlatForward(runner._entrances, runner._kv, kernels)
+    runner._forward = FlatForward(runner._hooks, runner._kv, kernels)
     made = []
     running: list[Request] = []
     for number in range(3):
         inputs = tiny.inputs(f"What is number {number}?", [picture(number)] * (number % 2))
         running.append(Request(request(inputs), submitted_at=0.0))
-        runner.open(running[-1])
+        runner.allocate(running[-1])
         while running[-1].num_unread:
             pieces = [Chunk(each, min(7, each.num_unread)) for each in running]
             assert all(chunk.num_tokens for chunk in pieces)
@@ -121,8 +121,8 @@ def nonsense(query: Tensor, *_rest: object) -> Tensor:
     return torch.full_like(query, torch.nan)
 
 
-def no_causality(query: Tensor, keys: Tensor, values: Tensor, starts: object, *rest: object) -> Tensor:
-    return pieces_one_by_one(query.flip(0), keys, values, starts, *rest).flip(0)  # type: ignore[arg-type]
+def no_causality(query: Tensor, keys: Tensor, values: Tensor, cu_seqlens: object, *rest: object) -> Tensor:
+    return pieces_one_by_one(query.flip(0), keys, values, cu_seqlens, *rest).flip(0)  # type: ignore[arg-type]
 
 
 def refuses(*_args: object) -> Tensor:
@@ -130,11 +130,11 @@ def refuses(*_args: object) -> Tensor:
 
 
 def test_code_that_is_wrong_in_any_way_fails_the_trials() -> None:
-    decode, pieces = decode_trials(SHAPE, 6, block_size=16), piece_trials(SHAPE, 6, block_size=16)
+    decode, pieces = decode_trials(SHAPE, 6, block_size=16), prefill_trials(SHAPE, 6, block_size=16)
     assert all(trial.is_passed(OWN) for trial in [*decode, *pieces])
     for wrong in (no_window, no_table, no_length, nonsense):
         assert not all(trial.is_passed(Kernels(decode=wrong)) for trial in decode), wrong
-    assert not all(trial.is_passed(Kernels(pieces=no_causality)) for trial in pieces)
+    assert not all(trial.is_passed(Kernels(prefill=no_causality)) for trial in pieces)
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_a_lost_device_is_not_taken_for_a_bad_kernel() -> None:
 def test_a_cpu_has_sdpa_and_candidates_are_what_is_installed() -> None:
     assert choose_kernels({0: SHAPE}, 6, 16) == SDPA
     assert "flash-attn" not in decode_candidates(16), "its blocks are larger"
-    assert "torch-varlen" in piece_candidates()
+    assert "torch-varlen" in prefill_candidates()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 
-from worker.engine.kv_cache.dense import SlotCache, SlotMasks
+from worker.engine.kv_cache.dense import DenseCache, DenseMasks
 from worker.engine.request import Unsuited
 
 
@@ -20,7 +20,7 @@ def prompt(num_tokens: int, fill: float) -> DynamicCache:
 
 
 def test_a_decode_step_copies_no_rows() -> None:
-    cache = SlotCache(num_rows=3, row_length=16)
+    cache = DenseCache(num_rows=3, row_length=16)
     assert cache.load(0, prompt(5, 1.0)) == 5
     cache.load(1, prompt(3, 2.0))
     new = torch.full((2, 2, 1, 4), 9.0)
@@ -34,7 +34,7 @@ def test_a_decode_step_copies_no_rows() -> None:
 
 
 def test_a_moved_row_is_the_row() -> None:
-    cache = SlotCache(num_rows=2, row_length=8)
+    cache = DenseCache(num_rows=2, row_length=8)
     cache.load(0, prompt(2, 1.0))
     cache.load(1, prompt(6, 5.0))
     cache.move(source=1, target=0, num_tokens=6)
@@ -47,7 +47,7 @@ def test_a_moved_row_is_the_row() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_show_what_was_written_and_is_in_the_window(attention: str) -> None:
     config = MistralConfig(sliding_window=3, attn_implementation=attention)
-    mask = SlotMasks(config, torch.float32).build(torch.tensor([1, 4]), kv_length=6)
+    mask = DenseMasks(config, torch.float32).build(torch.tensor([1, 4]), kv_length=6)
     assert isinstance(mask, torch.Tensor)
     may_look = mask if attention == "sdpa" else mask == 0
     assert may_look[:, 0, 0].int().tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
@@ -57,4 +57,4 @@ def test_layers_that_rows_cannot_serve_are_refused() -> None:
     config = LlamaConfig(attn_implementation="sdpa")
     config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(Unsuited, match="chunked_attention"):
-        SlotMasks(config, torch.float32)
+        DenseMasks(config, torch.float32)

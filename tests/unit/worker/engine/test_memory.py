@@ -18,7 +18,7 @@ from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest, Request
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 
 NUM_TOKENS = 20
@@ -27,7 +27,7 @@ LIMITS = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=400)
 
 def core_of(
     tiny: TinyModel, paged: PagedConfig | None, *, runs_ahead: bool = False
-) -> tuple[EngineCore, PagedRunner | SlotRunner]:
+) -> tuple[EngineCore, PagedRunner | DenseRunner]:
     runner = build_runner(tiny.model, LIMITS.max_num_seqs, 1024, paged)
     return EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS, runs_ahead=runs_ahead), runner
 
@@ -171,7 +171,7 @@ def test_rows_that_cannot_be_sampled_together_are_sampled_alone(
     assert error is None or error.code == "out_of_memory"
 
 
-def poison(runner: PagedRunner | SlotRunner, victim: Request) -> None:
+def poison(runner: PagedRunner | DenseRunner, victim: Request) -> None:
     """Write NaN over all keys and values of a running request, as an overflow would."""
     if isinstance(runner, PagedRunner):
         num_tokens = max(victim.num_cached_tokens, victim.num_prompt_cached)

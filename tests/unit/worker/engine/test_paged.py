@@ -19,7 +19,7 @@ from tests.unit.worker.engine.harness import request, running_engine
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.kv_cache.blocks import PagedKV
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Request
 from worker.engine.runner.build import Unsuited, build_runner, probe
 from worker.engine.runner.forward import DecodeInputs, FlatForward
@@ -187,7 +187,7 @@ def test_a_model_that_attends_in_its_own_way_is_found_out(idefics2: TinyModel) -
     """By paged blocks and by rows, which both attend in the usual way."""
     AttentionInterface.register("biased", biased_attention)
     config = idefics2.model.config.text_config
-    assert probe(Entrances(idefics2.model)).keys() == {0, 1, 2}
+    assert probe(ModelHooks(idefics2.model)).keys() == {0, 1, 2}
     config._attn_implementation_internal = "biased"
     try:
         with pytest.raises(CannotStart, match="paged blocks: logits of token 1 differ"):
@@ -206,7 +206,7 @@ def test_layers_of_an_unknown_type_and_models_of_another_attention_go_to_rows(
     config.layer_types = ["sliding_attention", "chunked_attention", "full_attention"]
     try:
         with pytest.raises(Unsuited, match="chunked_attention"):
-            probe(Entrances(gemma3.model))
+            probe(ModelHooks(gemma3.model))
     finally:
         config.layer_types = before
     runner = build_runner(tiny_model("git").model, 2, 64, PagedConfig())
@@ -238,8 +238,8 @@ def test_a_prompt_that_cannot_be_read_gives_its_blocks_back(idefics2: TinyModel)
 @torch.inference_mode()
 def test_a_whole_forward_needs_the_step_handed_down(idefics2: TinyModel) -> None:
     """Outside of the engine the registered function refuses, instead of computing something."""
-    entrances = Entrances(idefics2.model)
-    kv = PagedKV(probe(entrances), 2, 4)
-    assert FlatForward(entrances, kv).num_axes == 1
-    with entrances.attending("visionq_flat"), pytest.raises(TypeError, match="kv_step"):
+    hooks = ModelHooks(idefics2.model)
+    kv = PagedKV(probe(hooks), 2, 4)
+    assert FlatForward(hooks, kv).num_axes == 1
+    with hooks.attending("visionq_flat"), pytest.raises(TypeError, match="kv_step"):
         idefics2.model(input_ids=torch.tensor([[1, 2]]))

@@ -17,7 +17,7 @@ from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.request import Ended, GenerationRequest
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.models.inputs import ModelInputs
 
@@ -102,7 +102,7 @@ def test_every_one_of_24_mixed_jobs_equals_sequential_generate(
     requests = [request(job.inputs, max_new_tokens=job.max_new_tokens) for job in jobs]
     cancelled = {each.request_id for each in random.Random(7).sample(requests, NUM_CANCELLED)}
     runner = build_runner(tiny.model, LIMITS.max_num_seqs, MAX_MODEL_LEN, BACKENDS[backend])
-    assert isinstance(runner, SlotRunner if backend == "slots" or name == "git" else PagedRunner)
+    assert isinstance(runner, DenseRunner if backend == "slots" or name == "git" else PagedRunner)
     num_free = runner.num_free_blocks if isinstance(runner, PagedRunner) else 0
 
     core = EngineCore(tiny.model, tiny.tokenizer, runner, LIMITS, runs_ahead=backend == "paged-ahead")

@@ -80,7 +80,7 @@ def run_greedily(runner: PagedRunner, requests: list[Request]) -> Scheduler:
         scheduler.add(each)
     while not scheduler.is_idle:
         while (waiting := scheduler.next_to_start()) is not None:
-            runner.open(waiting)
+            runner.allocate(waiting)
             scheduler.start(waiting)
         chunks: list[Chunk] = scheduler.schedule()
         made = runner.run(chunks)
@@ -123,7 +123,7 @@ def test_only_what_must_stay_whole_is_read_whole(name: str) -> None:
         Request(request(prompt(random.Random(1), count), max_new_tokens=1), submitted_at=0.0) for count in (2, 0)
     )
     for each in (with_image, text):
-        runner.open(each)
+        runner.allocate(each)
     assert text.is_chunkable
     assert with_image.is_chunkable == (name == "qwen2-vl")
     # Images are squeezed into fewer positions than they have tokens.

@@ -12,7 +12,7 @@ from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.runner.build import build_runner
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.prefill import PrefixKeys, Prompt, capture
@@ -59,10 +59,10 @@ def test_another_image_is_another_prefix(tiny_model: Callable[[str], TinyModel])
 
 @torch.inference_mode()
 def test_keys_name_the_whole_prefix(idefics2: TinyModel) -> None:
-    entrances, prefixes = Entrances(idefics2.model), PrefixKeys()
+    hooks, prefixes = ModelHooks(idefics2.model), PrefixKeys()
 
     def prompt(text: str, seed: int) -> Prompt:
-        return capture(entrances, entrances.on_device(idefics2.inputs(text, [picture(seed)])))
+        return capture(hooks, hooks.on_device(idefics2.inputs(text, [picture(seed)])))
 
     def keys(text: str, seed: int) -> list[bytes]:
         return prefixes.keys(prompt(text, seed), 4)

@@ -25,9 +25,9 @@ from tests.unit.worker.engine.harness import request
 from tests.unit.worker.engine.test_parity import LIMITS, Job, check_answers, run_with_random_arrivals
 from worker.engine.config import PagedConfig
 from worker.engine.core import EngineCore
-from worker.engine.model_hooks import Entrances
+from worker.engine.model_hooks import ModelHooks
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.dense import SlotRunner
+from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.engine.runner.proof import reference
 from worker.errors import CannotStart
@@ -76,7 +76,7 @@ def test_every_family_is_proven_with_pictures_and_served_by_both_back_ends(
     assert any("pixel_values" in trial.tensors for trial in trials)
     with caplog.at_level(logging.INFO):
         runner = build_runner(tiny.model, 4, 256, BACKENDS[backend], trials=trials)
-    assert isinstance(runner, PagedRunner if backend == "paged" and name != "git" else SlotRunner)
+    assert isinstance(runner, PagedRunner if backend == "paged" and name != "git" else DenseRunner)
     proven = [record for record in caplog.records if record.getMessage() == "back end answers as generate does"]
     assert [record.kv_backend for record in proven] == [runner.kv_backend]  # type: ignore[attr-defined]
 
@@ -277,12 +277,12 @@ def test_the_reference_is_plain_generate_whatever_the_checkpoint_says(tiny_model
     """A generation config that ends at once, or counts repetitions, must not shorten or bend the proof."""
     tiny = tiny_model("llava")
     inputs = tiny.inputs("Hello", [picture(1)])
-    plain = reference(Entrances(tiny.model), inputs)
+    plain = reference(ModelHooks(tiny.model), inputs)
     config = tiny.model.generation_config
     before = (config.eos_token_id, config.repetition_penalty)
     try:
         config.eos_token_id, config.repetition_penalty = plain.tokens[0], 9.0
-        again = reference(Entrances(tiny.model), inputs)
+        again = reference(ModelHooks(tiny.model), inputs)
         assert tiny.model.generation_config is config
     finally:
         config.eos_token_id, config.repetition_penalty = before
