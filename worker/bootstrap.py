@@ -138,7 +138,7 @@ def connect(settings: WorkerSettings) -> Ledger:
 
 
 def make_known(ledger: Ledger, model: str) -> None:
-    """Tell the model's name before it is loaded, so that gateways take its jobs. The first beat tells it again."""
+    """Publish the model's name before it is loaded, so that gateways take its jobs. The first beat does it again."""
     try:
         ledger.loading(model)
     except redis.RedisError as error:

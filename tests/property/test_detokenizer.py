@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, StopStringCriteria
 
-from worker.engine.detokenizer import DetokenizerFactory, Piece
+from worker.engine.detokenizer import DetokenizerFactory, TextDelta
 
 TRAINING = ["The circle is red. Two cats, don't they sleep? Größe, naïve, 日本語, 👩‍👩‍👧 and 🎉🎉 twice."] * 3
 SPECIALS = ["<pad>", "</s>", "<unk>", "<image>", "<end_of_utterance>"]
@@ -74,15 +74,15 @@ TOKENIZERS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "word_pi
 
 def pieces(
     name: str, token_ids: list[int], stop: tuple[str, ...] = (), *, keeps_leading_space: bool = False
-) -> list[Piece]:
+) -> list[TextDelta]:
     """Feed the tokens one by one, as the engine does for a request that ends by length."""
     detokenizer = factory(name).make(stop, keeps_leading_space=keeps_leading_space)
-    told: list[Piece] = []
+    told: list[TextDelta] = []
     for number, token_id in enumerate(token_ids, start=1):
-        piece = detokenizer.push(token_id, is_last=number == len(token_ids))
-        if piece is not None:
-            told.append(piece)
-            if piece.is_stopped:
+        delta = detokenizer.push(token_id, is_last=number == len(token_ids))
+        if delta is not None:
+            told.append(delta)
+            if delta.is_stopped:
                 break
     return told
 
@@ -103,8 +103,8 @@ def test_random_byte_level_tokens_join_to_decode(data: st.DataObject, keeps_lead
     token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), min_size=1, max_size=40))
     expected = tokenizer.decode(token_ids, skip_special_tokens=True)
     told = pieces("byte_level", token_ids, keeps_leading_space=keeps_leading_space)
-    assert "".join(piece.text for piece in told) == (expected if keeps_leading_space else expected.lstrip())
-    assert sum(piece.num_tokens for piece in told) == len(token_ids)
+    assert "".join(delta.text for delta in told) == (expected if keeps_leading_space else expected.lstrip())
+    assert sum(delta.num_tokens for delta in told) == len(token_ids)
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
@@ -115,9 +115,9 @@ def test_no_piece_of_a_real_text_has_half_a_character(name: str, text: str) -> N
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     told = pieces(name, token_ids)
     expected = tokenizer.decode(token_ids, skip_special_tokens=True).lstrip()
-    assert "\ufffd" not in "".join(piece.text for piece in told)
-    assert "".join(piece.text for piece in told) == expected
-    assert [piece.offset for piece in told] == [
+    assert "\ufffd" not in "".join(delta.text for delta in told)
+    assert "".join(delta.text for delta in told) == expected
+    assert [delta.offset for delta in told] == [
         sum(len(before.text) for before in told[:number]) for number in range(len(told))
     ]
 
@@ -125,7 +125,7 @@ def test_no_piece_of_a_real_text_has_half_a_character(name: str, text: str) -> N
 @given(token_ids=st.lists(st.integers(0, 13), min_size=1, max_size=20))
 def test_word_pieces_join_to_decode(token_ids: list[int]) -> None:
     expected = word_piece().decode(token_ids, skip_special_tokens=True).lstrip()
-    assert "".join(piece.text for piece in pieces("word_piece", token_ids)) == expected
+    assert "".join(delta.text for delta in pieces("word_piece", token_ids)) == expected
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
@@ -138,7 +138,7 @@ def test_text_is_cut_at_the_first_stop_string(name: str, text: str, stops: list[
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     told = pieces(name, token_ids, stop)
     expected = tokenizer.decode(token_ids, skip_special_tokens=True).lstrip()
-    assert "".join(piece.text for piece in told) == cut(expected, stop)
+    assert "".join(delta.text for delta in told) == cut(expected, stop)
     assert bool(told and told[-1].is_stopped) == any(each in expected for each in stop)
 
 
@@ -155,7 +155,7 @@ def test_a_window_never_grows(name: str, token_ids: list[int]) -> None:
 def test_a_special_token_never_reaches_the_reader() -> None:
     for name in ("byte_level", "byte_fallback"):
         ids = TOKENIZERS[name]().encode("Assistant<end_of_utterance>\nUser", add_special_tokens=False)
-        assert "<end_of_utterance>" not in "".join(piece.text for piece in pieces(name, ids))
+        assert "<end_of_utterance>" not in "".join(delta.text for delta in pieces(name, ids))
 
 
 CHECKPOINT_TEXTS = ("The circle is red. Two cats, don't they sleep", " twice  twice", "a red, red circle")
@@ -185,13 +185,13 @@ def test_a_checkpoints_stop_string_stops_where_generate_does(name: str, data: st
     )
     text, num_read = "", 0
     for num_read, token_id in enumerate(answer, start=1):
-        piece = detokenizer.push(token_id, is_last=num_read == len(answer))
-        text += piece.text if piece is not None else ""
-        if piece is not None and piece.is_stopped:
+        delta = detokenizer.push(token_id, is_last=num_read == len(answer))
+        text += delta.text if delta is not None else ""
+        if delta is not None and delta.is_stopped:
             break
     else:
-        piece = None
+        delta = None
     assert num_read == expected
     whole = tokenizer.decode(answer[:expected], skip_special_tokens=True)
     whole = whole if keeps_leading_space else whole.lstrip()
-    assert text == whole if piece is None else whole.startswith(text)
+    assert text == whole if delta is None else whole.startswith(text)

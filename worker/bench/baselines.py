@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from worker.bench.run import Answer, Answering, BenchJob
+from worker.bench.run import Answering, BenchJob, JobOutput
 from worker.engine.step_times import Step
 from worker.models.generation_defaults import eos_token_ids
 from worker.models.loader import LoadedModel
@@ -27,14 +27,14 @@ from worker.models.loader import LoadedModel
 
 @contextmanager
 def static_batches(loaded: LoadedModel, size: int) -> Iterator[Answering]:
-    """Answer `size` jobs at a time, the next ones when all of them are done; 1 is sequential `generate`."""
+    """JobOutput `size` jobs at a time, the next ones when all of them are done; 1 is sequential `generate`."""
     yield partial(_generate_in_batches, loaded, size)
 
 
 def _generate_in_batches(
     loaded: LoadedModel, size: int, jobs: Sequence[BenchJob]
-) -> tuple[Mapping[str, Answer], Sequence[Step]]:
-    answers: dict[str, Answer] = {}
+) -> tuple[Mapping[str, JobOutput], Sequence[Step]]:
+    answers: dict[str, JobOutput] = {}
     for start in range(0, len(jobs), size):
         answers |= _generate(loaded, jobs[start : start + size])
     return answers, ()
@@ -54,7 +54,7 @@ class _Stamps(BaseStreamer):  # type: ignore[misc]
 
 
 @torch.inference_mode()
-def _generate(loaded: LoadedModel, jobs: Sequence[BenchJob]) -> Mapping[str, Answer]:
+def _generate(loaded: LoadedModel, jobs: Sequence[BenchJob]) -> Mapping[str, JobOutput]:
     pad = loaded.tokenizer.pad_token_id or 0
     tensors = {name: value.to(loaded.device) for name, value in collate(jobs, pad).items()}
     stamps = _Stamps()
@@ -73,9 +73,9 @@ def _generate(loaded: LoadedModel, jobs: Sequence[BenchJob]) -> Mapping[str, Ans
     }
 
 
-def _answer(loaded: LoadedModel, ids: Sequence[int], times: Sequence[float]) -> Answer:
+def _answer(loaded: LoadedModel, ids: Sequence[int], times: Sequence[float]) -> JobOutput:
     text: str = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-    return Answer(text.lstrip(), len(ids), list(times[: len(ids)]))
+    return JobOutput(text.lstrip(), len(ids), list(times[: len(ids)]))
 
 
 def _cut(ids: Sequence[int], max_new_tokens: int, ends: frozenset[int]) -> Sequence[int]:
@@ -120,7 +120,7 @@ def text_model(loaded: LoadedModel) -> PreTrainedModel:
 
 @contextmanager
 def continuous_batching(loaded: LoadedModel) -> Iterator[Answering]:
-    """Answer jobs with `generate`'s continuous batching; what it sets up, it sets up once."""
+    """JobOutput jobs with `generate`'s continuous batching; what it sets up, it sets up once."""
     model: Any = text_model(loaded)
     attention = loaded.model.config.get_text_config(decoder=True)._attn_implementation
     config = GenerationConfig(
@@ -138,7 +138,7 @@ def continuous_batching(loaded: LoadedModel) -> Iterator[Answering]:
 
 def _peer_answer(
     loaded: LoadedModel, manager: Any, jobs: Sequence[BenchJob]
-) -> tuple[Mapping[str, Answer], Sequence[Step]]:
+) -> tuple[Mapping[str, JobOutput], Sequence[Step]]:
     started_at = time.perf_counter()
     wanted = {
         manager.add_request(
@@ -148,7 +148,7 @@ def _peer_answer(
         ): job.job_id
         for job in jobs
     }
-    answers: dict[str, Answer] = {}
+    answers: dict[str, JobOutput] = {}
     while len(answers) < len(jobs):
         result = manager.get_result(timeout=1)
         if result is None:
@@ -158,5 +158,5 @@ def _peer_answer(
             ids = list(result.generated_tokens)
             text: str = loaded.tokenizer.decode(ids, skip_special_tokens=True)
             times = list(result.timestamps or [started_at])
-            answers[wanted[result.request_id]] = Answer(text.lstrip(), len(ids), times)
+            answers[wanted[result.request_id]] = JobOutput(text.lstrip(), len(ids), times)
     return answers, ()

@@ -14,11 +14,11 @@ from itertools import chain, pairwise
 from typing import Final
 
 from api_stub.contract.sampling import SamplingParams
-from worker.bench.run import Answer, Answering, BenchJob, long_job, percentile
+from worker.bench.run import Answering, BenchJob, JobOutput, long_job, percentile
 from worker.engine.config import EngineConfig, PagedConfig
 from worker.engine.engine import Engine
 from worker.engine.request import Ended, GenerationRequest, RequestOutput
-from worker.engine.step_times import Stage, Step, StepTimes
+from worker.engine.step_times import Step, StepStage, StepTimes
 from worker.models.loader import LoadedModel
 
 #: KV back ends by name, as the engine is told about them. Nothing is kept of one job for another, as by `generate`.
@@ -34,14 +34,14 @@ TOKEN_BUDGET: Final = 512
 #: Tokens that each stream has got when the long prompt arrives, and what it wants in all.
 TOKENS_BEFORE, STREAM_TOKENS = 8, 96
 #: What a step does beside the model's and the sampler's work.
-OVERHEAD: Final = (Stage.SCHEDULE, Stage.DETOKENISE, Stage.HAND_OVER)
+OVERHEAD: Final = (StepStage.SCHEDULE, StepStage.DETOKENISE, StepStage.HAND_OVER)
 
 
 @contextmanager
 def serving(
     loaded: LoadedModel, back_end: PagedConfig | None, num_seqs: int, jobs: Sequence[BenchJob]
 ) -> Iterator[Answering]:
-    """Answer all jobs that come, `num_seqs` at a time, in an engine sized for `jobs`."""
+    """JobOutput all jobs that come, `num_seqs` at a time, in an engine sized for `jobs`."""
     with _running(loaded, _config(back_end, num_seqs, jobs)) as (running, times):
         yield partial(_serve, running, times)
 
@@ -84,7 +84,7 @@ def long_prompt(
     streams = [BenchJob(job.job_id, job.inputs, STREAM_TOKENS) for job in streams]
     late = long_job(loaded, num_tokens, max_new_tokens=2)
     config = _config(back_end, len(streams) + 1, [*streams, late])
-    answers: dict[str, Answer] = {}
+    answers: dict[str, JobOutput] = {}
     with _running(loaded, config) as (running, times):
         outputs = running.generate([_request(job) for job in streams], TIMEOUT_S)
         young = {job.job_id for job in streams}
@@ -99,7 +99,7 @@ def long_prompt(
     reading = [step for step in times.steps if step.num_prompt_tokens and step.at_s + step.total_s > arrived_at]
     decoding = [step.total_s for step in times.steps if step.num_streams and not step.num_prompt_tokens]
     largest = max(step.num_prompt_tokens for step in reading)
-    seen = [gap for job in streams for gap in _gaps_during(answers[job.job_id].told_at, reading)]
+    seen = [gap for job in streams for gap in _gaps_during(answers[job.job_id].token_times, reading)]
     return LongPrompt(
         name=name,
         num_prompt_tokens=late.inputs.num_prompt_tokens,
@@ -124,7 +124,7 @@ class WideBatch:
     name: str
     num_rows: int
     num_steps: int
-    stage_s: Mapping[Stage, float]
+    stage_s: Mapping[StepStage, float]
     overhead_s: float
     overhead_cpu_s: float
 
@@ -134,32 +134,34 @@ def wide_batch(loaded: LoadedModel, name: str, back_end: PagedConfig | None, job
     with serving(loaded, back_end, len(jobs), jobs) as answering:
         _, steps = answering(jobs)
     full = [step for step in steps if step.num_streams == len(jobs) and not step.num_prompt_tokens]
-    stages = {stage: statistics.median(step.stage_s[stage] for step in full) for stage in Stage}
+    stages = {stage: statistics.median(step.stage_s[stage] for step in full) for stage in StepStage}
     overhead_s = statistics.median(sum(step.stage_s[stage] for stage in OVERHEAD) for step in full)
     overhead_cpu_s = statistics.median(sum(step.cpu_s[stage] for stage in OVERHEAD) for step in full)
     return WideBatch(name, len(jobs), len(full), stages, overhead_s, overhead_cpu_s)
 
 
-def mean_stages(steps: Sequence[Step]) -> Mapping[Stage, float]:
+def mean_stages(steps: Sequence[Step]) -> Mapping[StepStage, float]:
     """Return the mean seconds of each stage, 0 without steps."""
-    return {stage: sum(step.stage_s.get(stage, 0.0) for step in steps) / max(len(steps), 1) for stage in Stage}
+    return {stage: sum(step.stage_s.get(stage, 0.0) for step in steps) / max(len(steps), 1) for stage in StepStage}
 
 
-def _serve(running: Engine, times: StepTimes, jobs: Sequence[BenchJob]) -> tuple[Mapping[str, Answer], Sequence[Step]]:
-    answers: dict[str, Answer] = {}
+def _serve(
+    running: Engine, times: StepTimes, jobs: Sequence[BenchJob]
+) -> tuple[Mapping[str, JobOutput], Sequence[Step]]:
+    answers: dict[str, JobOutput] = {}
     num_before = len(times.steps)
     for output in running.generate([_request(job) for job in jobs], TIMEOUT_S):
         _add(output, answers)
     return answers, times.steps[num_before:]
 
 
-def _add(output: RequestOutput, answers: dict[str, Answer]) -> RequestOutput:
+def _add(output: RequestOutput, answers: dict[str, JobOutput]) -> RequestOutput:
     """Add an output that has just come to its job's answer; return it. Raises RuntimeError for a job that failed."""
-    answer = answers.setdefault(output.request_id, Answer())
+    answer = answers.setdefault(output.request_id, JobOutput())
     answer.text += output.text
     answer.num_tokens += output.num_tokens
     if output.num_tokens or output.is_first:
-        answer.told_at.append(time.perf_counter())
+        answer.token_times.append(time.perf_counter())
     if output.finish is not None and isinstance(output.finish.reason, Ended):
         raise RuntimeError(f"{output.request_id} {output.finish.reason}: {output.finish.error}")
     return output

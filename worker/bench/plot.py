@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from worker.bench.report import EngineReport
-from worker.engine.step_times import Stage
+from worker.engine.step_times import StepStage
 
 
 def plot(report: EngineReport, path: Path) -> None:
@@ -34,7 +34,7 @@ def _draw_speeds(axes: Any, report: EngineReport) -> None:
 def _draw_steps(axes: Any, report: EngineReport) -> None:
     modes = [mode for mode in report.modes if mode.step_s]
     left = [0.0] * len(modes)
-    for stage in Stage:
+    for stage in StepStage:
         widths = [mode.step_s[stage] * 1e3 for mode in modes]
         axes.barh([mode.name for mode in modes], widths, left=left, label=stage.value)
         left = [start + width for start, width in zip(left, widths, strict=True)]

@@ -9,7 +9,7 @@ from typing import Final
 
 from worker.bench.engine_runs import LongPrompt, WideBatch, mean_stages
 from worker.bench.run import Run, percentile
-from worker.engine.step_times import Stage
+from worker.engine.step_times import StepStage
 
 SEQUENTIAL: Final = "sequential"
 STATIC: Final = "static"
@@ -36,7 +36,7 @@ class ModeReport:
     peak_bytes: int | None
     same_texts: int
     num_steps: int
-    step_s: Mapping[Stage, float]
+    step_s: Mapping[StepStage, float]
     floor: float | None
 
     @staticmethod
@@ -178,10 +178,12 @@ class EngineReport:
         if with_steps:
             yield ""
             yield (
-                f"{'ms per step':<12} " + " ".join(f"{stage:>10}" for stage in Stage) + f" {'steps':>6} {'of floor':>9}"
+                f"{'ms per step':<12} "
+                + " ".join(f"{stage:>10}" for stage in StepStage)
+                + f" {'steps':>6} {'of floor':>9}"
             )
         for mode in with_steps:
-            stages = " ".join(f"{mode.step_s[stage] * 1e3:10.3f}" for stage in Stage)
+            stages = " ".join(f"{mode.step_s[stage] * 1e3:10.3f}" for stage in StepStage)
             floor = "-" if mode.floor is None else f"{mode.floor:.2f}"
             yield f"{mode.name:<12} {stages} {mode.num_steps:6} {floor:>9}"
 

@@ -42,12 +42,12 @@ class BenchJob:
 
 
 @dataclass(slots=True)
-class Answer:
-    """What one job got. told_at: when a reader saw something new, the first entry is the first token's time."""
+class JobOutput:
+    """What one job got. token_times: when a reader got something new, the first token first."""
 
     text: str = ""
     num_tokens: int = 0
-    told_at: list[float] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Run:
     """Answers by job id in the jobs' order, the cost of all, and an engine's steps."""
 
     name: str
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, JobOutput]
     cost: Cost
     steps: Sequence[Step] = ()
 
@@ -80,22 +80,22 @@ class Run:
     @property
     def first_token_s(self) -> list[float]:
         """Seconds from the beginning, when all jobs were handed in, to each first token."""
-        return [answer.told_at[0] - self.cost.started_at for answer in self.answers.values() if answer.told_at]
+        return [answer.token_times[0] - self.cost.started_at for answer in self.answers.values() if answer.token_times]
 
     @property
     def gaps_s(self) -> list[float]:
         """Seconds between two pieces of one answer."""
-        return [gap for answer in self.answers.values() for gap in gaps(answer.told_at)]
+        return [gap for answer in self.answers.values() for gap in gaps(answer.token_times)]
 
 
 #: Answers jobs; returns the answers and, for an engine, its steps.
-Answering = Callable[[Sequence[BenchJob]], tuple[Mapping[str, Answer], Sequence[Step]]]
+Answering = Callable[[Sequence[BenchJob]], tuple[Mapping[str, JobOutput], Sequence[Step]]]
 #: A way of answering: sets up what a serving process would have ready, and takes it down.
 Mode = Callable[[], AbstractContextManager[Answering]]
 
 
 def measure(name: str, mode: Mode, jobs: Sequence[BenchJob], warm_up: Sequence[BenchJob]) -> Run:
-    """Answer the jobs, warm, and count time and memory. `warm_up` are others, lest anything is kept of the jobs."""
+    """JobOutput the jobs, warm, and count time and memory. `warm_up` are others, lest anything is kept of the jobs."""
     gc.collect()
     with mode() as answering, _peak_memory() as peak:
         answering(warm_up)

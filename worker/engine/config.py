@@ -35,7 +35,7 @@ class PagedConfig:
 
     block_size: tokens of a block. num_blocks: 0 takes what `max_num_seqs` full requests need, on a GPU at most
     `memory_fraction` of the memory that is free. reads_whole, reuses_prefixes: see `PagedRunner`.
-    tries_kernels: look for better attention code than SDPA, see `choose_kernels`.
+    tries_kernels: look for better attention code than SDPA.
     records: replay recorded decode steps on a GPU; None does where attention has a kernel, which reads no more than it
         must. compiles: see `FlatForward`.
     """
@@ -72,7 +72,7 @@ class EngineConfig:
     paged: sizes of a paged KV back end; None, or a model that is not suited, takes rows.
     runs_ahead: see `EngineCore`; None does on a GPU, which would wait for Python otherwise.
     vision: bounds of the vision tower and of what is kept of it; None takes the defaults.
-    generation: what holds where a request says nothing; None reads it from the model's generation config.
+    generation: parameters that a request leaves open; None reads it from the model's generation config.
     """
 
     max_num_seqs: int

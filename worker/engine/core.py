@@ -35,7 +35,7 @@ from worker.engine.request import (
 )
 from worker.engine.sampler import Chooser, Sampler
 from worker.engine.scheduler import Scheduler
-from worker.engine.step_times import Stage, StepClock
+from worker.engine.step_times import StepClock, StepStage
 from worker.engine.tensors import HostCopy
 from worker.models.generation_defaults import GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.inputs import ModelInputs
@@ -60,7 +60,7 @@ class EngineCore:
     is_dead: the device is lost or steps keep failing; call nothing but `end` then.
     runs_ahead: read the tokens of a step while the next one runs, where the runner can. An end that depends on the
         token is known one step late then; what was generated meanwhile is dropped.
-    defaults: what holds where a request says nothing; None reads it from the model's generation config.
+    defaults: parameters that a request leaves open; None reads it from the model's generation config.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class EngineCore:
         return self._runner.kv_usage()
 
     def prefix_stats(self) -> PrefixStats:
-        """Return what earlier prompts that began alike have spared; any thread."""
+        """Return counts of the prefix cache; any thread."""
         return self._runner.prefix_stats()
 
     def vision_stats(self) -> VisionStats:
-        """Return what the vision-embedding cache has spared; any thread."""
+        """Return counts of the vision cache; any thread."""
         return self._runner.vision_stats()
 
     def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
@@ -121,19 +121,19 @@ class EngineCore:
         outputs: list[RequestOutput] = []
         self._clock.begin()
         self._start_waiting(outputs)
-        self._clock.lap(Stage.OPEN)
+        self._clock.lap(StepStage.OPEN)
         chunks = self.scheduler.schedule()
-        self._clock.lap(Stage.SCHEDULE)
+        self._clock.lap(StepStage.SCHEDULE)
         self._clock.feed(chunks)
         logits = self._run(chunks, outputs)
-        self._clock.lap(Stage.MODEL)
+        self._clock.lap(StepStage.MODEL)
         sampled = self._sample(logits, outputs)
         if self._runs_ahead:
             sampled, self._in_flight = self._in_flight, sampled
         tokens = self._wait(sampled, outputs)
-        self._clock.lap(Stage.SAMPLE)
+        self._clock.lap(StepStage.SAMPLE)
         self._append(tokens, outputs)
-        self._clock.lap(Stage.DETOKENISE)
+        self._clock.lap(StepStage.DETOKENISE)
         return outputs
 
     def end(self, request: Request, reason: Ended, error: ErrorInfo | None = None) -> RequestOutput:
@@ -172,7 +172,7 @@ class EngineCore:
                 error = caught.with_traceback(None)
             else:
                 if decodes:
-                    # A prompt that could be read says nothing about decoding.
+                    # A prompt that could be read is no proof that decoding works.
                     self._num_failed_steps = 0
                 for request, reason in logits.failed:
                     self._fail_prompt(request, reason, outputs)

@@ -72,17 +72,14 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream(Protocol):
-    """Makes text of tokens; returns whole characters only."""
+    """Makes text of tokens, whole characters only. What is left half at `flush` becomes U+FFFD, as in `decode`."""
 
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that is now certain."""
-
-    def flush(self) -> str:
-        """Return what is left; half a character comes out as U+FFFD, as `decode` has it."""
+    def push(self, token_id: int) -> str: ...
+    def flush(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """New text of a request.
 
     offset: code points before `text`. num_tokens: tokens that it stands for. is_stopped: a stop string was found.
@@ -98,7 +95,7 @@ class Detokenizer:
     """Makes the text of one request. Give it every token in order; after `is_last` or `end` it takes no more.
 
     raw: `stream`, when `stops` is to see all of its text, before white space and special tokens are taken away.
-    offset: code points told so far.
+    offset: code points returned so far.
     """
 
     def __init__(
@@ -109,19 +106,19 @@ class Detokenizer:
         self._is_at_start = not keeps_leading_space
         self._raw = raw
         self.offset = 0
-        self._num_untold = 0
+        self._num_held = 0
 
-    def push(self, token_id: int, *, is_last: bool = False) -> Piece | None:
-        """Add a token; return a piece when there is text to show, a stop string was found or the token is the last."""
+    def push(self, token_id: int, *, is_last: bool = False) -> TextDelta | None:
+        """Add a token; return a delta when there is text to show, a stop string was found or the token is the last."""
         text = self._stream.push(token_id)
-        return self._tell(text + self._stream.flush() if is_last else text, is_last=is_last)
+        return self._emit(text + self._stream.flush() if is_last else text, is_last=is_last)
 
-    def end(self) -> Piece | None:
+    def end(self) -> TextDelta | None:
         """Add the model's end token, which has no text; return what was held back."""
-        return self._tell(self._stream.flush(), is_last=True)
+        return self._emit(self._stream.flush(), is_last=True)
 
-    def _tell(self, text: str, *, is_last: bool) -> Piece | None:
-        self._num_untold += 1
+    def _emit(self, text: str, *, is_last: bool) -> TextDelta | None:
+        self._num_held += 1
         text = self._stops.push(self._stripped(text) if self._raw is None else text)
         is_stopped = self._stops.is_found
         if is_last and not is_stopped:
@@ -130,10 +127,10 @@ class Detokenizer:
             text = self._stripped(self._raw.shown(text))
         if not (text or is_last or is_stopped):
             return None
-        piece = Piece(text, self.offset, self._num_untold, is_stopped)
+        delta = TextDelta(text, self.offset, self._num_held, is_stopped)
         self.offset += len(text)
-        self._num_untold = 0
-        return piece
+        self._num_held = 0
+        return delta
 
     def _stripped(self, text: str) -> str:
         if self._is_at_start:
@@ -145,7 +142,7 @@ class Detokenizer:
 class DetokenizerFactory:
     """Makes detokenizers for one tokenizer, sharing its tables. Engine thread only.
 
-    checkpoint_stop: stop strings of requests that say nothing of their own.
+    checkpoint_stop: stop strings of requests that have none of their own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, checkpoint_stop: tuple[str, ...] = ()) -> None:
@@ -174,7 +171,7 @@ class DetokenizerFactory:
 class RawStream:
     """Text of `stream` with that of special tokens in it, as it goes on from what was read.
 
-    alone: another stream of the same kind. What it does not say of the first text, a space, is not to be shown.
+    alone: another stream of the same kind. What it does not return of the first text, a space, is not to be shown.
     """
 
     def __init__(self, stream: TextStream, alone: TextStream, specials: Mapping[int, str]) -> None:
@@ -226,7 +223,7 @@ class ByteTable:
 
     @staticmethod
     def fits(tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Tell whether the tokenizer's tokens are plain bytes, so that text is their concatenation."""
+        """Return whether the tokenizer's tokens are plain bytes, so that text is their concatenation."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         return backend is not None and type(backend.decoder).__name__ == "ByteLevel"
 
@@ -263,7 +260,7 @@ class ByteStream:
 class WindowStream:
     """Text of any tokenizer: decodes a short window twice, with and without the new tokens.
 
-    The window begins one piece earlier, because tokenizers decode the first token of a text differently. Text that
+    The window begins one step earlier, because tokenizers decode the first token of a text differently. Text that
     ends in U+FFFD may be half a character and waits, but not for more tokens than a character can have.
     """
 
@@ -271,26 +268,26 @@ class WindowStream:
         self._tokenizer = tokenizer
         self._skipped = skipped
         self._window: list[int] = []
-        self._num_told = 0
+        self._num_emitted = 0
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        is_full = len(self._window) - self._num_told >= MAX_HELD_TOKENS
+        is_full = len(self._window) - self._num_emitted >= MAX_HELD_TOKENS
         if text.endswith(REPLACEMENT) and not is_full:
             return ""
         return self._advance(text)
 
     def flush(self) -> str:
-        return self._advance(self._decode(self._window)) if len(self._window) > self._num_told else ""
+        return self._advance(self._decode(self._window)) if len(self._window) > self._num_emitted else ""
 
     def _advance(self, text: str) -> str:
-        told = self._decode(self._window[: self._num_told])
-        self._window = self._window[self._num_told :]
-        self._num_told = len(self._window)
-        return text[len(told) :]
+        emitted = self._decode(self._window[: self._num_emitted])
+        self._window = self._window[self._num_emitted :]
+        self._num_emitted = len(self._window)
+        return text[len(emitted) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)

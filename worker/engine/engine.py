@@ -24,7 +24,7 @@ from worker.engine.model_hooks import ModelLock
 from worker.engine.pictures import Picture
 from worker.engine.request import Ended, GenerationRequest, RequestOutput, check_length
 from worker.engine.runner.build import build_runner
-from worker.engine.step_times import Stage, StepClock
+from worker.engine.step_times import StepClock, StepStage
 from worker.errors import EngineDead
 from worker.models.inputs import ModelInputs
 
@@ -59,7 +59,7 @@ class Engine:
 
     `outbox` is called on the engine thread with all outputs of one step, those of `generate` excepted, and must return
     at once: decoding waits for it. Every submitted request gets exactly one output with `finish`, also when it is
-    cancelled, when the engine stops and when it dies. `clock` is told where the time of the steps goes. About `trials`
+    cancelled, when the engine stops and when it dies. `clock` measures the stages of the steps. About `trials`
     the engine must answer as the model's own `generate` does. Raises CannotStart, see `build_runner`.
     """
 
@@ -238,7 +238,7 @@ class Engine:
             while not self._core.is_dead and self._take_messages():
                 if not self._core.scheduler.is_idle:
                     self._emit(self._core.step())
-                    self._clock.lap(Stage.HAND_OVER)
+                    self._clock.lap(StepStage.HAND_OVER)
                 self._last_step_at = time.monotonic()
         except Exception:
             logger.exception("engine thread failed", extra={"action": "engine.run"})

@@ -35,7 +35,7 @@ from worker.models.generation_defaults import GenerationDefaults
 
 @dataclass(frozen=True, slots=True)
 class Processing:
-    """The processors of one batch. Tell it every chosen token.
+    """The processors of one batch. `see` every chosen token.
 
     seen: what penalties remember of the rows, prompt and answer.
     """

@@ -2,8 +2,7 @@
 
 Each processor does what transformers' own of that purpose does (`transformers/generation/logits_process.py`), and they
 run in the order of its `_get_logits_processor`. A row's scores depend on that row only; nothing waits for the device:
-`History` and `Seen` keep on it what the rows have said so far, built from what the host knows and then told each new
-token.
+`History` and `Seen` keep the rows' tokens on it, built from what the host knows and then extended by each new token.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class History:
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> History:
-        """Return the history of `requests`, with room for all that they may still say."""
+        """Return the history of `requests`, with room for all that they may still generate."""
         capacity = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         ids = torch.zeros(len(requests), capacity, dtype=torch.long)
         for row, request in enumerate(requests):

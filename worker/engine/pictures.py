@@ -125,7 +125,7 @@ def _pieces(arguments: Mapping[str, Tensor], pixels: Tensor) -> tuple[Cut, list[
         return (Cut.FRAME if len(pixels) == 1 else Cut.FRAME_OF_CLIPS), frames
     if all(len(tensor) == len(pixels) for tensor in arguments.values()):
         return Cut.ROW, _rows(arguments, len(pixels))
-    # Something is told of all of them together: LLaVA-OneVision hears how many images there are.
+    # Some argument is about all of them together: LLaVA-OneVision gets the number of images.
     return Cut.SET, [dict(arguments)]
 
 

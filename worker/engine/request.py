@@ -1,6 +1,6 @@
-"""One generation request inside the engine, and what the engine says about it.
+"""One generation request inside the engine, and what comes out for it.
 
-Going in: `GenerationRequest`. Coming out: `RequestOutput`, one per request and step that has something to say;
+Going in: `GenerationRequest`. Coming out: `RequestOutput`, one per request and step with new text or an end;
 the last one has `finish` set. `Request` is the engine's own moving state; it never leaves the engine thread.
 Also what went wrong with a step, for those who wait for its answers.
 """
@@ -165,7 +165,7 @@ NEXT_STATES: Final[Mapping[RequestState, frozenset[RequestState]]] = {
 class Request:
     """A request as scheduler, runner and sampler see it. Compared by identity.
 
-    defaults: what the checkpoint says of what the job leaves open.
+    defaults: the checkpoint's values of what the job leaves open.
     sampling: the outcome of both.
     output_ids: generated tokens, the end token included. A preempted request keeps them.
     num_pending: tokens after those that have been chosen on the device and have not come to the host yet.

@@ -82,7 +82,7 @@ class Sampler:
     def sample_alone(self, logits: Tensor, request: Request) -> Tensor:
         """Return the next token [1] of one request of a batch that is too large for memory; `logits` [1, V].
 
-        `note` says when the whole batch has its tokens.
+        Call `note` when the whole batch has its tokens.
         """
         return _choose(logits, self._built(logits, [request]))
 
@@ -146,7 +146,7 @@ def _shifted_right(bits: Tensor, count: int) -> Tensor:
 def _partition(requests: Sequence[Request], num_tokens: int) -> list[tuple[list[int], int | None]]:
     """Split the sampled rows by what they need: no order, the k largest logits, or all logits sorted.
 
-    A row's group depends on its own parameters only, so company cannot change the order in which it is drawn.
+    A row's group depends on its own parameters only: other rows cannot change the order in which it is drawn.
     """
     unordered: list[int] = []
     largest: list[int] = []
@@ -205,7 +205,7 @@ def _filtered(scores: Tensor, group: _Group) -> tuple[Tensor, Tensor | None]:
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest of float32 `scores` and their ids, in order; of equal ones those of lower id come first.
 
-    topk alone takes equal ones as they fall for its `count`, which company decides.
+    topk alone breaks ties by its `count`, which depends on the other rows of the batch.
     """
     if count >= scores.shape[-1]:
         ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

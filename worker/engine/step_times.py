@@ -14,7 +14,7 @@ from enum import StrEnum
 from worker.engine.batch import Chunk
 
 
-class Stage(StrEnum):
+class StepStage(StrEnum):
     """Parts of a step, in order.
 
     open: vision and embedding of new prompts. schedule: choosing what to feed. model: the forward. sample: choosing
@@ -42,8 +42,8 @@ class Step:
     num_streams: int = 0
     num_prompt_tokens: int = 0
     num_entries: int = 0
-    stage_s: dict[Stage, float] = field(default_factory=dict)
-    cpu_s: dict[Stage, float] = field(default_factory=dict)
+    stage_s: dict[StepStage, float] = field(default_factory=dict)
+    cpu_s: dict[StepStage, float] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:
@@ -59,7 +59,7 @@ class StepClock:
     def feed(self, chunks: Sequence[Chunk]) -> None:
         """The step's batch is known and not yet fed."""
 
-    def lap(self, stage: Stage) -> None:
+    def lap(self, stage: StepStage) -> None:
         """A stage has ended."""
 
 
@@ -85,7 +85,7 @@ class StepTimes(StepClock):
         # What the looking took is nobody's.
         self._lapped_at, self._cpu_at = time.perf_counter(), time.thread_time()
 
-    def lap(self, stage: Stage) -> None:
+    def lap(self, stage: StepStage) -> None:
         now, cpu = time.perf_counter(), time.thread_time()
         step = self.steps[-1]
         step.stage_s[stage] = now - self._lapped_at

@@ -14,7 +14,7 @@ from api_stub.contract.event import CompletedBody, FinalBody, RetryReason
 from api_stub.contract.result import FinishReason
 from api_stub.ledger.rows import RefusalReason
 from worker.engine.engine import Engine
-from worker.engine.step_times import Stage, StepClock
+from worker.engine.step_times import StepClock, StepStage
 from worker.errors import Component
 from worker.jobs.attempt import Attempt, StopReason, Stopwatch
 from worker.jobs.entry import DropReason
@@ -30,19 +30,19 @@ class StepMeter(StepClock):
     def __init__(self, metrics: Metrics) -> None:
         self.is_on = False
         self._step = metrics.engine_step
-        self._stages = {stage: metrics.engine_stage.labels(stage.value) for stage in Stage}
+        self._stages = {stage: metrics.engine_stage.labels(stage.value) for stage in StepStage}
         self._began_at = self._lapped_at = 0.0
 
     def begin(self) -> None:
         self._began_at = self._lapped_at = time.perf_counter()
 
-    def lap(self, stage: Stage) -> None:
+    def lap(self, stage: StepStage) -> None:
         if not self.is_on:
             return
         now = time.perf_counter()
         self._stages[stage].inc(now - self._lapped_at)
         self._lapped_at = now
-        if stage is Stage.HAND_OVER:
+        if stage is StepStage.HAND_OVER:
             self._step.observe(now - self._began_at)
 
 

@@ -44,7 +44,7 @@ from worker.streaming.output import AttemptOutput, AttemptStream, Outgoing
 
 logger = logging.getLogger(__name__)
 
-#: Between two tries to tell the ledger how a job ended, while Redis is away.
+#: Between two tries to write the end of a job into the ledger, while Redis is away.
 FINISH_PAUSE_S: Final = 0.2
 NO_MEDIA: Final = Collected([], 0.0, 0)
 #: How often a waiting job looks at its deadline and at the engine's health.
@@ -74,7 +74,7 @@ class EventPublisher(Protocol):
 
 
 class Pipeline:
-    """Runs claimed jobs, each in the thread that calls `run`. `on_engine_dead` is told when the process must end."""
+    """Runs claimed jobs, each in the thread that calls `run`. `on_engine_dead` is called when the process must end."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class Pipeline:
         )
 
     def _settle(self, attempt: Attempt, body: FinalBody | GiveBack | None) -> str:
-        """Tell the ledger, however long Redis is away, until it answers or the lease is lost.
+        """Write the end into the ledger, however long Redis is away, until it answers or the lease is lost.
 
         A process that ends waits no longer than its lease: a reaper finds the job, and it is done again.
         """

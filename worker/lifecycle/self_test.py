@@ -34,7 +34,7 @@ TIMEOUT_S: Final = 600.0  # a large model tunes kernels on its first prompt
 
 @dataclass(frozen=True, slots=True)
 class TriedOut:
-    """What the model said, the counts and times of saying it, and the tokens that the picture cost."""
+    """The model's answer, its counts and times, and the tokens that the picture cost."""
 
     text: str
     finish: Finish

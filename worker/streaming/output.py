@@ -42,7 +42,7 @@ class Outgoing:
 
 
 def merge(first: RunningBody, second: RunningBody) -> RunningBody | None:
-    """Return one body that says the same as two neighbours of one stream, or None when they must stay two."""
+    """Return one body that stands for two neighbours of one stream, or None when they must stay two."""
     if isinstance(first, DeltaBody) and isinstance(second, DeltaBody):
         return DeltaBody(
             text=first.text + second.text, offset=first.offset, num_tokens=first.num_tokens + second.num_tokens

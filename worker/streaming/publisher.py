@@ -59,7 +59,7 @@ _Entry: TypeAlias = Outgoing | _Step | threading.Event | _Stop
 
 @dataclass(slots=True)
 class _Batch:
-    """What goes out in one ledger call, and who is told afterwards: ended generations and flushes, in order."""
+    """What goes out in one ledger call, and whose waiting ends afterwards: generations that ended and flushes."""
 
     events: list[Outgoing] = field(default_factory=list)
     ended: list[tuple[AttemptOutput, Finish]] = field(default_factory=list)

@@ -41,7 +41,7 @@ class KVStep(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The rest of what a layer says: who it is, its mask, the scale of its scores, how far back it may look."""
+    """A layer's other arguments: itself, its mask, the scale of its scores, how far back it may look."""
 
     module: nn.Module
     mask: Tensor | None
@@ -152,7 +152,7 @@ class FlatStep:
     _scratch: dict[str, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """See `KVStep`. Runs nothing that waits for the device."""
+        """Store keys and values, attend for decodes and prefill chunks. Runs nothing that waits for the device."""
         self.kv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slot_mapping)
         flat = query[0].transpose(0, 1)
         scale = flat.shape[-1] ** -0.5 if call.scaling is None else call.scaling
@@ -265,7 +265,7 @@ class PromptStep:
     slot_mapping: Tensor
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """See `KVStep`."""
+        """Store keys and values, attend with transformers' own SDPA."""
         self.kv.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slot_mapping)
         output, _ = sdpa_attention_forward(call.module, query, key, value, call.mask, scaling=call.scaling)
         result: Tensor = output
@@ -279,7 +279,7 @@ class LayoutStep:
     layout: dict[int, LayerShape] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """See `KVStep`; returns zeros. The call's mask is that of `window_mask`.
+        """Note the layer's shape and return zeros. The call's mask is that of `window_mask`.
 
         Raises NotImplementedError for a layer whose mask would be missed where none is built.
         """

@@ -131,12 +131,12 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
         value_at = values + block * value_block + place * value_entry + kv_head * value_head
-        told = tl.load(
+        value = tl.load(
             value_at[:, None] + value_dims[None, :],
             mask=is_seen[:, None] & (value_dims < value_dim)[None, :],
             other=0.0,
         )
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(told.dtype), told, input_precision="ieee")
+        mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         largest = new_largest
 

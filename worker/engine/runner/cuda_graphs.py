@@ -38,7 +38,7 @@ class CudaGraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Recorder`."""
+        """Run the step on a side stream until it is warm, then capture it."""
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -120,7 +120,7 @@ class DecodeGraphs:
         try:
             self.record()
         except RuntimeError:
-            # What was recorded before it is good. If the device is lost, the step that comes next says so.
+            # What was recorded before it is good. If the device is lost, the next step raises.
             logger.warning("decode steps cannot be recorded", extra={"action": "engine.record"}, exc_info=True)
 
     def _step(self, size: int, logits: Tensor) -> Callable[[], Tensor]:

@@ -66,15 +66,15 @@ class DenseRunner:
         return PrefixStats()
 
     def vision_stats(self) -> VisionStats:
-        """See `VisionStage`."""
+        """Return counts of the vision cache; any thread."""
         return self._vision.stats()
 
     def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """See `VisionStage`."""
+        """Return the pictures of a prompt; any thread."""
         return self._vision.cut(inputs)
 
     def look_ahead(self, requests: Sequence[Request]) -> None:
-        """See `VisionStage`."""
+        """Bring pictures of waiting requests through the vision tower, as many as a step may."""
         self._vision.look_ahead(requests)
 
     def can_allocate(self, num_tokens: int, num_running: int) -> bool:
@@ -129,7 +129,7 @@ class DenseRunner:
         self.free_memory()
 
     def free_memory(self) -> None:
-        """See `Runner`."""
+        """Drop cached features and give the allocator's unused memory back."""
         self._vision.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -115,7 +115,7 @@ class FlatForward:
                 kv_step=step,
             )
         logits: Tensor = output.logits[0]
-        # Some forwards know no `logits_to_keep` and say something of every token (VideoLLaMA 3).
+        # Some forwards know no `logits_to_keep` and return those of every token (VideoLLaMA 3).
         return logits if last is None or logits.shape[0] == last.shape[0] else logits[last]
 
     def _spread(self, positions: Tensor) -> Tensor:

@@ -87,15 +87,15 @@ class PagedRunner:
         return PrefixStats(self._num_queried_tokens, self._num_reused_tokens)
 
     def vision_stats(self) -> VisionStats:
-        """See `VisionStage`."""
+        """Return counts of the vision cache; any thread."""
         return self._vision.stats()
 
     def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """See `VisionStage`."""
+        """Return the pictures of a prompt; any thread."""
         return self._vision.cut(inputs)
 
     def look_ahead(self, requests: Sequence[Request]) -> None:
-        """See `VisionStage`."""
+        """Bring pictures of waiting requests through the vision tower, as many as a step may."""
         self._vision.look_ahead(requests)
 
     def can_allocate(self, num_tokens: int, num_running: int) -> bool:
@@ -158,7 +158,7 @@ class PagedRunner:
         return StepLogits(requests, torch.cat(logits) if requests else None, failed)
 
     def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
-        """See `Runner`."""
+        """Keep the newest tokens [B], which are pending, for the next `run`."""
         self._newest = tokens
         self._places = {request: place for place, request in enumerate(requests)}
 
@@ -174,7 +174,7 @@ class PagedRunner:
         self.free_memory()
 
     def free_memory(self) -> None:
-        """See `Runner`."""
+        """Drop cached features and give the allocator's unused memory back."""
         self._vision.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from worker.engine.tensors import are_close
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the tower says of one picture, on the tower's device.
+    """What the tower returns for one picture, on the tower's device.
 
     pooled: one tensor for each of the picture's outputs, ready for the text model.
     deepstack: the same for each of the text model's first layers, where the family feeds them too (Qwen3-VL).
@@ -92,7 +92,7 @@ class CannotSeparate(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How a family's tower wraps what it says."""
+    """How a family's tower wraps what it returns."""
 
     output: Callable[..., Any]
     is_one_tensor: bool
@@ -164,8 +164,8 @@ class VisionTower:
             [tensor for layer in layers for tensor in layer]
             for layers in zip(*(f.deepstack for f in features), strict=True)
         ]
-        said: dict[str, Any] = {"pooler_output": torch.stack(pooled) if self._form.is_one_tensor else pooled}
-        return self._form.output(**said, **({"deepstack_features": deepstack} if deepstack else {}))
+        returned: dict[str, Any] = {"pooler_output": torch.stack(pooled) if self._form.is_one_tensor else pooled}
+        return self._form.output(**returned, **({"deepstack_features": deepstack} if deepstack else {}))
 
     def _see_together(self, pictures: Sequence[Picture]) -> list[Features]:
         return self.separated(self.call(joined(pictures), len(pictures)), pictures)

@@ -163,7 +163,7 @@ class VisionStage:
     def _hand_out(
         self, seen: Mapping[bytes, Features], failed: Mapping[bytes, Exception], requests: Sequence[Request]
     ) -> None:
-        """Give what the tower said to everyone who waits for it, and to the cache."""
+        """Give what the tower returned to every request that waits for it, and to the cache."""
         taken: set[bytes] = set()
         for request in requests:
             needed = self._needed[request]
@@ -179,7 +179,7 @@ class VisionStage:
     def _call(self, call: list[Picture], seen: dict[bytes, Features], failed: dict[bytes, Exception]) -> None:
         """Show pictures to the tower together; if that fails, one by one, so that each fails alone."""
         try:
-            said = self._towers[call[0].modality].see(call)
+            returned = self._towers[call[0].modality].see(call)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 self._cache.clear()
@@ -191,7 +191,7 @@ class VisionStage:
             for picture in call:
                 self._call([picture], seen, failed)
         else:
-            seen.update(zip((picture.key for picture in call), said, strict=True))
+            seen.update(zip((picture.key for picture in call), returned, strict=True))
 
     def _try(self, request: Request) -> dict[bytes, Features]:
         """Find out, on the first prompt of a kind, whether features picture by picture are as good as the tower's own
@@ -236,18 +236,18 @@ class VisionStage:
         return features if _are_alike(expected, got) else None
 
     def _with_features(self, request: Request, features: Mapping[bytes, Features]) -> dict[str, Any]:
-        said = {}
+        returned = {}
         for modality, tower in self._towers.items():
             its = [features[picture.key] for picture in request.pictures if picture.modality == modality]
             if its:
-                said[modality] = tower.output(its)
-        return self._without_pixels(request, said)
+                returned[modality] = tower.output(its)
+        return self._without_pixels(request, returned)
 
-    def _without_pixels(self, request: Request, said: Mapping[str, Any]) -> dict[str, Any]:
+    def _without_pixels(self, request: Request, returned: Mapping[str, Any]) -> dict[str, Any]:
         pixels = {hook.pixels: None for hook in self._tower_hooks.values() if hook.pixels in request.inputs.tensors}
         rest = {name: tensor for name, tensor in request.inputs.tensors.items() if name not in pixels}
         tensors = self._hooks.on_device(replace(request.inputs, tensors=rest))
-        return {**tensors, **pixels, "mm_encoder_outputs": dict(said)}
+        return {**tensors, **pixels, "mm_encoder_outputs": dict(returned)}
 
 
 def _kind(request: Request) -> _Kind:

@@ -18,9 +18,9 @@ from worker.bench.engine import BenchOptions, bench_loaded, entry_bytes, weight_
 from worker.bench.engine_runs import BACK_ENDS, REUSING, TOKEN_BUDGET
 from worker.bench.random_models import RANDOM_MODELS, build, idefics2
 from worker.bench.report import EngineReport, ModeReport
-from worker.bench.run import Answer, BenchJob, Cost, Run, long_job, make_jobs, percentile
+from worker.bench.run import BenchJob, Cost, JobOutput, Run, long_job, make_jobs, percentile
 from worker.cli import app
-from worker.engine.step_times import Stage
+from worker.engine.step_times import StepStage
 from worker.models.loader import LoadedModel
 
 OPTIONS = BenchOptions(
@@ -71,7 +71,7 @@ def test_all_modes_answer_all_jobs_alike(report: EngineReport) -> None:
 def test_only_the_engines_modes_tell_their_steps(report: EngineReport) -> None:
     for mode in report.modes:
         is_engine = mode.name in {*BACK_ENDS, REUSING}
-        assert set(mode.step_s) == (set(Stage) if is_engine else set())
+        assert set(mode.step_s) == (set(StepStage) if is_engine else set())
         assert (mode.num_steps > 0) is is_engine
         assert (mode.floor is not None) is is_engine
 
@@ -97,7 +97,7 @@ def test_a_long_prompt_keeps_to_the_budget_on_paged_blocks(report: EngineReport)
 def test_a_wide_batch_is_measured_at_its_full_width(report: EngineReport) -> None:
     assert [each.name for each in report.wide_batches] == list(BACK_ENDS)
     for each in report.wide_batches:
-        assert (each.num_rows, set(each.stage_s)) == (5, set(Stage))
+        assert (each.num_rows, set(each.stage_s)) == (5, set(StepStage))
         assert each.num_steps > 10
         assert each.overhead_s > 0
         assert each.overhead_cpu_s > 0
@@ -136,8 +136,8 @@ def test_a_peer_and_a_fallback_are_told(report: EngineReport) -> None:
 
 def test_a_different_text_is_found(report: EngineReport) -> None:
     cost = Cost(0.0, 1.0, 1.0, None)
-    run = Run("a", {"one": Answer("x", 3, [0.1, 0.2, 0.5]), "two": Answer("y", 1, [0.4])}, cost)
-    other = replace(run, name="b", answers={**run.answers, "one": Answer("x", 2, [0.1])})
+    run = Run("a", {"one": JobOutput("x", 3, [0.1, 0.2, 0.5]), "two": JobOutput("y", 1, [0.4])}, cost)
+    other = replace(run, name="b", answers={**run.answers, "one": JobOutput("x", 2, [0.1])})
     modes = [ModeReport.of(run, run), ModeReport.of(other, run)]
     assert [mode.same_texts for mode in modes] == [2, 1]
     assert modes[0].first_token_p99_s == 0.4
@@ -211,7 +211,7 @@ def test_the_peer_answers_alike_and_leaves_the_model_as_it_was(loaded: LoadedMod
     with static_batches(loaded, 1) as answering:
         alone, _ = answering(jobs)
     assert {name: answer.text for name, answer in peer.items()} == {name: a.text for name, a in alone.items()}
-    assert [len(peer[job.job_id].told_at) for job in jobs] == [job.max_new_tokens for job in jobs]
+    assert [len(peer[job.job_id].token_times) for job in jobs] == [job.max_new_tokens for job in jobs]
 
 
 def test_percentiles_are_nearest_ranks() -> None:
