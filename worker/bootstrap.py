@@ -36,7 +36,7 @@ from worker.media.types import PIXEL_BYTES, MediaPolicy
 from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
 from worker.prompting.prepare import PromptBuilder, trial_prompts
-from worker.settings import Attention, KVBackend, Switch, WorkerSettings
+from worker.settings import Attention, KVBackend, WorkerSettings
 from worker.streaming.publisher import Publisher
 from worker.streaming.token_meter import TokenMeter
 
@@ -171,7 +171,6 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
         settings.kv_memory_fraction,
         tries_kernels=settings.attention in (Attention.AUTO, Attention.FLASH),
         records=settings.cuda_graphs.choice,
-        compiles=settings.compile_decode is Switch.ON,
     )
     return EngineConfig(
         max_num_seqs=settings.max_num_seqs,

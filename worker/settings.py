@@ -148,11 +148,6 @@ class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
     run_ahead: Switch = Field(
         default=Switch.AUTO, description="Start a step before the last one's tokens are known; `auto`: on a GPU"
     )
-    compile_decode: Switch = Field(
-        default=Switch.AUTO,
-        validation_alias=AliasChoices("compile_decode", "VISIONQ_COMPILE"),
-        description="`torch.compile` of decode steps; `auto`: off, its gain is not measured yet",
-    )
     prepare_ahead: int = Field(default=4, ge=0, le=256, description="Jobs fetched and prepared beyond `max_num_seqs`")
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0: torch's own choice")
     beat_s: float = Field(default=3.0, gt=0, description="Time between heartbeats; at most a third of the lease")

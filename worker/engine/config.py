@@ -37,7 +37,7 @@ class PagedConfig:
     `memory_fraction` of the memory that is free. reads_whole, reuses_prefixes: see `PagedRunner`.
     tries_kernels: look for better attention code than SDPA.
     records: replay recorded decode steps on a GPU; None does where attention has a kernel, which reads no more than it
-        must. compiles: see `FlatForward`.
+        must.
     """
 
     block_size: int = 16
@@ -47,7 +47,6 @@ class PagedConfig:
     reuses_prefixes: bool = True
     tries_kernels: bool = True
     records: bool | None = None
-    compiles: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ def _paged_runner(
     free_bytes = _free_bytes(layout, hooks.model.device, stage.cache_bytes)
     num_blocks = count_blocks(config, layout, max_num_seqs, max_model_len, free_bytes)
     kv = PagedKV(layout, num_blocks, config.block_size)
-    forward = FlatForward(hooks, kv, kernels, compiles=config.compiles)
+    forward = FlatForward(hooks, kv, kernels)
     facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
     logger.info("serving from paged blocks", extra=facts)
     return PagedRunner(
@@ -150,7 +150,7 @@ def _prove_paged(
         length,
         reads_whole=config.reads_whole,
         reuses_prefixes=config.reuses_prefixes,
-        forward=FlatForward(hooks, kv, kernels, compiles=config.compiles),
+        forward=FlatForward(hooks, kv, kernels),
     )
     prove(trial, expected, num_rows, computing_dtype(hooks.model))
 

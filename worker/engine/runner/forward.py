@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.attention.paged import FLAT, DecodeRows, FlatStep, PrefillSeq
@@ -51,14 +50,13 @@ class FlatForward:
     """Feeds decode rows and prefill chunks to the text model in one forward. Engine thread only.
 
     num_axes: axes of the model's position ids, 1 until a prompt with more comes by.
-    kernels: attention code for the device. compiles: let `torch.compile` have the forward of decode steps.
+    kernels: attention code for the device.
     """
 
-    def __init__(self, hooks: ModelHooks, kv: PagedKV, kernels: Kernels = SDPA, *, compiles: bool = False) -> None:
+    def __init__(self, hooks: ModelHooks, kv: PagedKV, kernels: Kernels = SDPA) -> None:
         self._hooks = hooks
         self._kv = kv
         self._kernels = kernels
-        self._decode_forward = _compiled(hooks.text_forward) if compiles else hooks.text_forward
         self.num_axes = 1
 
     @property
@@ -69,7 +67,7 @@ class FlatForward:
     def decode(self, inputs: DecodeInputs) -> Tensor:
         """Return logits [B, V]. Only tensors go in and nothing waits for the device: fit for a CUDA graph."""
         embeds, positions = self._hooks.embed(inputs.ids), self._spread(inputs.positions)
-        return self._run(self._decode_forward, embeds, positions, self._decode_step(inputs), None)
+        return self._run(embeds, positions, self._decode_step(inputs), None)
 
     def mixed(self, inputs: DecodeInputs | None, chunks: Sequence[PrefillChunk]) -> Tensor:
         """Return logits of the decode rows and of the last token of each prompt that ends, [B + ends, V]."""
@@ -90,7 +88,7 @@ class FlatForward:
         next(ends)
         wanted = [*range(num_decode), *(end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last)]
         last = to_device(torch.tensor(wanted, dtype=torch.long), embeds[0].device)
-        return self._run(self._hooks.text_forward, torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
+        return self._run(torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
 
     def _decode_step(self, inputs: DecodeInputs) -> FlatStep:
         block_size = self._kv.block_size
@@ -101,13 +99,11 @@ class FlatForward:
             rows = DecodeRows(rows.block_table.int(), rows.context_lens.int())
         return FlatStep(self._kv, slot_mapping, rows, kernels=self._kernels)
 
-    def _run(
-        self, forward: Callable[..., Any], embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None
-    ) -> Tensor:
+    def _run(self, embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None) -> Tensor:
         """Return logits of the tokens `last` points at, of all without it."""
         positions = positions[None] if positions.ndim == 1 else positions[:, None]
         with self._hooks.attending(FLAT):
-            output = forward(
+            output = self._hooks.text_forward(
                 inputs_embeds=embeds[None],
                 position_ids=positions,
                 use_cache=False,
@@ -123,9 +119,3 @@ class FlatForward:
         if positions.ndim == 2 or self.num_axes == 1:
             return positions
         return positions.expand(self.num_axes, -1)
-
-
-def _compiled(forward: nn.Module) -> Callable[..., Any]:
-    """Compile for any number of rows at once: a compilation takes minutes."""
-    compiled: Callable[..., Any] = torch.compile(forward, dynamic=True)
-    return compiled
