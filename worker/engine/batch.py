@@ -51,6 +51,43 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """One token each of B requests; a padding row has nothing cached and a table of null blocks.
+
+    ids, positions: of the newest tokens, [B]. num_cached: entries cached before them, [B]. block_table: [B, W].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    num_cached: Tensor
+    block_table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """The next tokens of one prompt. embeds: [n, hidden]; positions: [n] or [axes, n]; slot_mapping: [n].
+
+    blocks, context_len: see `PrefillSeq`.
+
+    is_last: the prompt ends here, so the logits of the last token are wanted.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    blocks: Tensor
+    context_len: int
+    is_last: bool
+
+
+class DecodeForward(Protocol):
+    """Runs a decode step: a forward of the model, or a recorded one."""
+
+    def decode(self, inputs: DecodeInputs) -> Tensor:
+        """Return logits [B, V]."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepLogits:
     """What a step made.
 

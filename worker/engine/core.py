@@ -147,14 +147,16 @@ class EngineCore:
 
     def _start_waiting(self, outputs: list[RequestOutput]) -> None:
         """Open the requests that the scheduler lets in; one that cannot be opened fails alone."""
-        self._runner.look_ahead(self.scheduler.next_in_line())
+        if self.scheduler.num_waiting:
+            self._runner.look_ahead(self.scheduler.next_in_line())
         while not self.is_dead and (request := self.scheduler.next_to_start()) is not None:
             try:
                 self._runner.allocate(request)
             except NoRoom:
                 return
             except Exception as error:
-                logger.warning("prompt cannot be opened", extra=_facts(request), exc_info=True)
+                facts = {"action": "engine.prefill", "job_id": request.job_id}
+                logger.warning("prompt cannot be opened", extra=facts, exc_info=True)
                 self._fail_prompt(request, error.with_traceback(None), outputs)
             else:
                 self.scheduler.start(request)
@@ -296,7 +298,3 @@ class EngineCore:
         # An AcceleratorError is sticky: every later call to the device fails too.
         if isinstance(error, torch.AcceleratorError) or self._num_failed_steps >= MAX_FAILED_STEPS:
             self.is_dead = True
-
-
-def _facts(request: Request) -> dict[str, str]:
-    return {"action": "engine.prefill", "job_id": request.job_id}

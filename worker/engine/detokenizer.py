@@ -237,10 +237,8 @@ class ByteTable:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        try:
-            return bytes(self._byte_of[character] for character in token)
-        except KeyError:  # an added token in plain writing
-            return bytes(token, "utf-8")
+        is_plain = any(character not in self._byte_of for character in token)  # an added token
+        return bytes(token, "utf-8") if is_plain else bytes(self._byte_of[character] for character in token)
 
 
 class ByteStream:

@@ -77,20 +77,6 @@ class ModelHooks:
         }
 
     @contextmanager
-    def attending(self, name: str) -> Iterator[None]:
-        """Let the text model, and it alone, use another attention function for the block.
-
-        The vision tower keeps its own: a function without a mask function would silently drop its masks.
-        """
-        before = self.text_config._attn_implementation
-        # The public setter walks over all modules, too slow for every step.
-        self.text_config._attn_implementation_internal = name
-        try:
-            yield
-        finally:
-            self.text_config._attn_implementation_internal = before
-
-    @contextmanager
     def handing(self, **arguments: Any) -> Iterator[None]:
         """Hand the decoder these keyword arguments in the block, whatever the model makes of those that it is given."""
 

@@ -7,12 +7,13 @@ tokens are counted by `streaming.token_meter`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import CompletedBody, FinalBody, RetryReason
 from api_stub.contract.result import FinishReason
 from api_stub.ledger.rows import RefusalReason
+from worker.engine.batch import Chunk
 from worker.engine.engine import Engine
 from worker.engine.step_times import StepClock, StepStage
 from worker.errors import Component
@@ -35,6 +36,9 @@ class StepMeter(StepClock):
 
     def begin(self) -> None:
         self._began_at = self._lapped_at = time.perf_counter()
+
+    def feed(self, chunks: Sequence[Chunk]) -> None:
+        """What a step feeds is not counted here."""
 
     def lap(self, stage: StepStage) -> None:
         if not self.is_on:

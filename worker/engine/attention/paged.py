@@ -10,19 +10,20 @@ is global, so engines in one process cannot disturb each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from worker.engine.attention.kernels import SDPA, Kernels, PrefillAttention
-from worker.engine.kv_cache.blocks import LayerShape, PagedKV
+from worker.engine.kv_cache.blocks import PagedKV
 from worker.engine.tensors import to_device
 
 FLAT: Final = "visionq_flat"
@@ -93,6 +94,21 @@ AttentionInterface.register(LAYOUT, paged_attention)
 AttentionInterface.register(PROMPT, paged_attention)
 AttentionMaskInterface.register(PROMPT, prompt_mask)
 AttentionMaskInterface.register(LAYOUT, window_mask)
+
+
+@contextmanager
+def attending(text_config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Let the text model, and it alone, use another attention function for the block.
+
+    The vision tower keeps its own: a function without a mask function would silently drop its masks.
+    """
+    before = text_config._attn_implementation
+    # The public setter walks over all modules, too slow for every step.
+    text_config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        text_config._attn_implementation_internal = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,23 +286,3 @@ class PromptStep:
         output, _ = sdpa_attention_forward(call.module, query, key, value, call.mask, scaling=call.scaling)
         result: Tensor = output
         return result
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutStep:
-    """Stores nothing and notes the shape of every layer's keys and values."""
-
-    layout: dict[int, LayerShape] = field(default_factory=dict)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        """Note the layer's shape and return zeros. The call's mask is that of `window_mask`.
-
-        Raises NotImplementedError for a layer whose mask would be missed where none is built.
-        """
-        if call.mask is not None and (call.mask.numel() > 1 or call.mask.dtype != torch.long):
-            raise NotImplementedError("masks of the model's own making")
-        if call.mask is not None and int(call.mask) != (call.window or 0):
-            raise NotImplementedError(f"a layer whose mask looks {int(call.mask)} tokens back, and says {call.window}")
-        _, num_heads, _, key_dim = key.shape
-        self.layout[layer] = LayerShape(num_heads, key_dim, value.shape[-1], key.dtype, key.device)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.engine.attention.choose import choose_kernels
 from worker.engine.attention.kernels import SDPA, Kernels
-from worker.engine.attention.paged import LAYOUT, LayoutStep
+from worker.engine.attention.paged import LAYOUT, Call, attending
 from worker.engine.config import PagedConfig, VisionConfig
 from worker.engine.kv_cache.blocks import LayerShape, PagedKV
 from worker.engine.kv_cache.dense import FULL, SLIDING
@@ -24,8 +26,7 @@ from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Unsuited
 from worker.engine.runner.cuda_graphs import CudaGraphRecorder, DecodeGraphs, graph_sizes
 from worker.engine.runner.dense import DenseRunner
-from worker.engine.runner.forward import FlatForward
-from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.paged import FlatForward, PagedRunner
 from worker.engine.runner.proof import Reference, first_line, prove, references, trial_length
 from worker.engine.tensors import computing_dtype
 from worker.engine.vision.stage import VisionStage
@@ -180,6 +181,26 @@ def _graphs(
     return graphs
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutStep:
+    """Stores nothing and notes the shape of every layer's keys and values."""
+
+    layout: dict[int, LayerShape] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+        """Note the layer's shape and return zeros. The call's mask is that of `window_mask`.
+
+        Raises NotImplementedError for a layer whose mask would be missed where none is built.
+        """
+        if call.mask is not None and (call.mask.numel() > 1 or call.mask.dtype != torch.long):
+            raise NotImplementedError("masks of the model's own making")
+        if call.mask is not None and int(call.mask) != (call.window or 0):
+            raise NotImplementedError(f"a layer whose mask looks {int(call.mask)} tokens back, and says {call.window}")
+        _, num_heads, _, key_dim = key.shape
+        self.layout[layer] = LayerShape(num_heads, key_dim, value.shape[-1], key.dtype, key.device)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
 def probe(hooks: ModelHooks) -> Mapping[int, LayerShape]:
     """Return the shapes of the layers' keys and values after a trial. Raises Unsuited with the reason."""
     config = hooks.text_config
@@ -201,7 +222,7 @@ def _layout(hooks: ModelHooks) -> Mapping[int, LayerShape]:
     device, step = hooks.model.device, LayoutStep()
     positions = torch.arange(PROBE_TOKENS, device=device)
     embeds = hooks.embed((positions + 1) % hooks.text_config.vocab_size)
-    with hooks.attending(LAYOUT):
+    with attending(hooks.text_config, LAYOUT):
         hooks.text_forward(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False, kv_step=step)
     return step.layout
 

@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from worker.engine.batch import DecodeInputs
 from worker.engine.kv_cache.blocks import NULL_BLOCK
-from worker.engine.runner.forward import DecodeInputs, FlatForward
+from worker.engine.runner.paged import FlatForward
 
 logger = logging.getLogger(__name__)
 

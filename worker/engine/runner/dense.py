@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.batch import Chunk, PrefixStats, StepLogits, VisionStats
+from worker.engine.batch import Chunk, PrefixStats, StepLogits
 from worker.engine.kv_cache.dense import FULL, DenseCache, DenseMasks
 from worker.engine.model_hooks import ModelHooks
-from worker.engine.pictures import Picture
 from worker.engine.request import Request, Unsuited
 from worker.engine.runner.prefill import prefill
-from worker.engine.vision.stage import VisionStage
+from worker.engine.vision.stage import VisionRunner, VisionStage
 from worker.errors import PromptTooLong
-from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ logger = logging.getLogger(__name__)
 KV_LENGTH_STEP = 32
 
 
-class DenseRunner:
+class DenseRunner(VisionRunner):
     """A `Runner` with a row per request that has been read. Rows 0…B−1 are taken, without gaps."""
 
     kv_backend = "slots"
@@ -45,7 +43,7 @@ class DenseRunner:
         self.why_not_paged = why_not_paged
         model = hooks.model
         self._hooks = hooks
-        self._vision = vision
+        super().__init__(vision)
         text_config = self._hooks.text_config
         if text_config._attn_implementation not in ("sdpa", "eager"):
             # Flash attention takes no 4-dimensional mask; only the text decoder needs one. SDPA caps no scores.
@@ -64,18 +62,6 @@ class DenseRunner:
     def prefix_stats(self) -> PrefixStats:
         """Every row is read from its beginning."""
         return PrefixStats()
-
-    def vision_stats(self) -> VisionStats:
-        """Return counts of the vision cache; any thread."""
-        return self._vision.stats()
-
-    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """Return the pictures of a prompt; any thread."""
-        return self._vision.cut(inputs)
-
-    def look_ahead(self, requests: Sequence[Request]) -> None:
-        """Bring pictures of waiting requests through the vision tower, as many as a step may."""
-        self._vision.look_ahead(requests)
 
     def can_allocate(self, num_tokens: int, num_running: int) -> bool:
         """There is a row for each request that may run."""
@@ -127,12 +113,6 @@ class DenseRunner:
         """Give the rows' memory back."""
         self._cache.clear()
         self.free_memory()
-
-    def free_memory(self) -> None:
-        """Drop cached features and give the allocator's unused memory back."""
-        self._vision.clear()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _prefill(self, request: Request) -> Tensor:
         """Read a prompt into the next row; return the logits [1, V] of the first token.

@@ -6,30 +6,36 @@ that cannot go through the model's own forward as a whole, beside the step.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from worker.engine.attention.paged import PromptStep
-from worker.engine.batch import Chunk, NoRoom, PrefixStats, StepLogits, VisionStats
+from worker.engine.attention.kernels import SDPA, Kernels
+from worker.engine.attention.paged import FLAT, DecodeRows, FlatStep, PrefillSeq, PromptStep, attending
+from worker.engine.batch import (
+    Chunk,
+    DecodeForward,
+    DecodeInputs,
+    NoRoom,
+    PrefillChunk,
+    PrefixStats,
+    StepLogits,
+)
 from worker.engine.kv_cache.blocks import BlockPool, BlockTables, PagedKV
 from worker.engine.model_hooks import ModelHooks
-from worker.engine.pictures import Picture
 from worker.engine.request import Request
-from worker.engine.runner.cuda_graphs import DecodeGraphs
 from worker.engine.runner.dense import check_room
-from worker.engine.runner.forward import DecodeInputs, FlatForward, PrefillChunk
-from worker.engine.runner.prefill import PrefixKeys, Prompt, capture, read_whole
+from worker.engine.runner.prefill import PrefixKeys, Prompt, capture, read_whole, token_inputs
 from worker.engine.tensors import to_device
-from worker.engine.vision.stage import VisionStage
-from worker.models.inputs import ModelInputs
+from worker.engine.vision.stage import VisionRunner, VisionStage
 
 logger = logging.getLogger(__name__)
 
 
-class PagedRunner:
+class PagedRunner(VisionRunner):
     """A `Runner` with a block table per running request. It can resume requests.
 
     reads_whole: read every prompt in one chunk through the model's own forward; for tests and comparison.
@@ -53,11 +59,11 @@ class PagedRunner:
         reads_whole: bool = False,
         reuses_prefixes: bool = True,
         forward: FlatForward | None = None,
-        graphs: DecodeGraphs | None = None,
+        graphs: DecodeForward | None = None,
     ) -> None:
         self._hooks = hooks
         self._kv = kv
-        self._vision = vision
+        super().__init__(vision)
         self._max_model_len = max_model_len
         self._reads_whole = reads_whole
         self._forward = forward or FlatForward(hooks, kv)
@@ -85,18 +91,6 @@ class PagedRunner:
     def prefix_stats(self) -> PrefixStats:
         """Return how many prompt tokens did not have to be read; any thread."""
         return PrefixStats(self._num_queried_tokens, self._num_reused_tokens)
-
-    def vision_stats(self) -> VisionStats:
-        """Return counts of the vision cache; any thread."""
-        return self._vision.stats()
-
-    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """Return the pictures of a prompt; any thread."""
-        return self._vision.cut(inputs)
-
-    def look_ahead(self, requests: Sequence[Request]) -> None:
-        """Bring pictures of waiting requests through the vision tower, as many as a step may."""
-        self._vision.look_ahead(requests)
 
     def can_allocate(self, num_tokens: int, num_running: int) -> bool:
         """Whether the blocks suffice, one more for each decode set aside: else it might be sent away at once."""
@@ -173,12 +167,6 @@ class PagedRunner:
         """Give temporary memory back; the blocks of other requests are as they were."""
         self.free_memory()
 
-    def free_memory(self) -> None:
-        """Drop cached features and give the allocator's unused memory back."""
-        self._vision.clear()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def _forget(self, request: Request) -> None:
         self._prompts.pop(request, None)
         self._vision.forget(request)
@@ -224,31 +212,89 @@ class PagedRunner:
     def _prefill_chunk(self, chunk: Chunk) -> PrefillChunk:
         """Return the next tokens of a prompt, and of the answer so far where a preempted request is read again."""
         request, row = chunk.request, chunk.request.row
-        start = request.num_cached_tokens
-        end = start + chunk.num_tokens
-        embeds, positions = self._tokens(request, start, end)
-        return PrefillChunk(
-            embeds=embeds,
-            positions=positions,
-            slot_mapping=to_device(self._tables.slot_mapping(row, start, end), self._device),
-            blocks=to_device(self._tables.blocks(row, end), self._device),
-            context_len=end,
-            is_last=end == request.num_tokens,
-        )
+        start, end = request.num_cached_tokens, request.num_cached_tokens + chunk.num_tokens
+        embeds, positions = token_inputs(self._hooks, request, self._prompts.get(request), start, end)
+        slot_mapping = to_device(self._tables.slot_mapping(row, start, end), self._device)
+        blocks = to_device(self._tables.blocks(row, end), self._device)
+        return PrefillChunk(embeds, positions, slot_mapping, blocks, end, is_last=end == request.num_tokens)
 
-    def _tokens(self, request: Request, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return embeddings [n, hidden] and positions [n] or [axes, n] of tokens `start` to `end`."""
-        num_prompt = request.num_prompt_cached
-        embeds: list[Tensor] = []
-        positions: list[Tensor] = []
-        if start < num_prompt:
-            prompt = self._prompts[request]
-            embeds.append(prompt.embeds[start:end])
-            positions.append(prompt.positions[..., start:end])
-        first, last = max(start - num_prompt, 0), end - num_prompt
-        if last > first:
-            ids = to_device(torch.tensor(request.output_ids[first:last]), self._device)
-            embeds.append(self._hooks.embed(ids))
-            places = torch.arange(request.first_position + first, request.first_position + last, device=self._device)
-            positions.append(places.expand(*positions[0].shape[:-1], -1) if positions else places)
-        return torch.cat(embeds), torch.cat(positions, dim=-1)
+
+class FlatForward:
+    """Feeds decode rows and prefill chunks to the text model in one forward. Engine thread only.
+
+    num_axes: axes of the model's position ids, 1 until a prompt with more comes by.
+    kernels: attention code for the device.
+    """
+
+    def __init__(self, hooks: ModelHooks, kv: PagedKV, kernels: Kernels = SDPA) -> None:
+        self._embedding = hooks.model.get_input_embeddings()
+        self._text_config = hooks.text_config
+        self._text_forward = hooks.text_forward
+        self._kv = kv
+        self._kernels = kernels
+        self.num_axes = 1
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether decode steps attend with a kernel, which reads of a table only what a row may see."""
+        return self._kernels.decode is not None
+
+    def decode(self, inputs: DecodeInputs) -> Tensor:
+        """Return logits [B, V]. Only tensors go in and nothing waits for the device: fit for a CUDA graph."""
+        embeds, positions = self._embed(inputs.ids), self._spread(inputs.positions)
+        return self._run(embeds, positions, self._decode_step(inputs), None)
+
+    def mixed(self, inputs: DecodeInputs | None, chunks: Sequence[PrefillChunk]) -> Tensor:
+        """Return logits of the decode rows and of the last token of each prompt that ends, [B + ends, V]."""
+        embeds = [chunk.embeds for chunk in chunks]
+        positions = [self._spread(chunk.positions) for chunk in chunks]
+        slot_mapping = [chunk.slot_mapping for chunk in chunks]
+        step = FlatStep(self._kv, slot_mapping[0], kernels=self._kernels)
+        num_decode = 0
+        if inputs is not None:
+            step = self._decode_step(inputs)
+            num_decode = inputs.ids.shape[0]
+            embeds.insert(0, self._embed(inputs.ids))
+            positions.insert(0, self._spread(inputs.positions))
+            slot_mapping.insert(0, step.slot_mapping)
+        step.slot_mapping = torch.cat(slot_mapping)
+        step.prefill_seqs = [PrefillSeq(chunk.embeds.shape[0], chunk.context_len, chunk.blocks) for chunk in chunks]
+        ends = itertools.accumulate((seq.num_tokens for seq in step.prefill_seqs), initial=num_decode - 1)
+        next(ends)
+        wanted = [*range(num_decode), *(end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last)]
+        last = to_device(torch.tensor(wanted, dtype=torch.long), embeds[0].device)
+        return self._run(torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
+
+    def _decode_step(self, inputs: DecodeInputs) -> FlatStep:
+        block_size = self._kv.block_size
+        blocks = inputs.block_table.gather(1, (inputs.num_cached // block_size)[:, None])[:, 0]
+        slot_mapping = blocks * block_size + inputs.num_cached % block_size
+        rows = DecodeRows(inputs.block_table, inputs.num_cached + 1)
+        if self._kernels.decode is not None:
+            rows = DecodeRows(rows.block_table.int(), rows.context_lens.int())
+        return FlatStep(self._kv, slot_mapping, rows, kernels=self._kernels)
+
+    def _run(self, embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None) -> Tensor:
+        """Return logits of the tokens `last` points at, of all without it."""
+        positions = positions[None] if positions.ndim == 1 else positions[:, None]
+        with attending(self._text_config, FLAT):
+            output = self._text_forward(
+                inputs_embeds=embeds[None],
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=0 if last is None else last,
+                kv_step=step,
+            )
+        logits: Tensor = output.logits[0]
+        # Some forwards know no `logits_to_keep` and return those of every token (VideoLLaMA 3).
+        return logits if last is None or logits.shape[0] == last.shape[0] else logits[last]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        embeddings: Tensor = self._embedding(ids[None])[0]
+        return embeddings
+
+    def _spread(self, positions: Tensor) -> Tensor:
+        """Text stands at the same place on every axis."""
+        if positions.ndim == 2 or self.num_axes == 1:
+            return positions
+        return positions.expand(self.num_axes, -1)

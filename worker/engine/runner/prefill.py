@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from worker.engine.attention.paged import PROMPT, PromptStep
+from worker.engine.attention.paged import PROMPT, PromptStep, attending
 from worker.engine.model_hooks import ModelHooks
+from worker.engine.request import Request
+from worker.engine.tensors import to_device
 from worker.errors import InvalidRequest
 
 #: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
@@ -79,7 +81,7 @@ def prefill(hooks: ModelHooks, arguments: Mapping[str, Any]) -> Prefilled:
 def capture(hooks: ModelHooks, arguments: Mapping[str, Any]) -> Prompt:
     """Run the model up to its decoder and return what the decoder would get. Raises whatever the model raises."""
     # The model makes its masks before its decoder, so they must be real ones.
-    with hooks.attending(PROMPT):
+    with attending(hooks.text_config, PROMPT):
         seen = hooks.run_to_decoder(arguments)
     embeds: Tensor = seen["inputs_embeds"][0]
     positions = _positions(seen.get("position_ids"), embeds)
@@ -91,9 +93,31 @@ def capture(hooks: ModelHooks, arguments: Mapping[str, Any]) -> Prompt:
     )
 
 
+def token_inputs(
+    hooks: ModelHooks, request: Request, prompt: Prompt | None, start: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """Return embeddings [n, hidden] and positions [n] or [axes, n] of tokens `start` to `end` of prompt and answer.
+
+    prompt: None when none of them is the prompt's.
+    """
+    num_prompt = request.num_prompt_cached
+    embeds: list[Tensor] = []
+    positions: list[Tensor] = []
+    if prompt is not None and start < num_prompt:
+        embeds.append(prompt.embeds[start:end])
+        positions.append(prompt.positions[..., start:end])
+    first, last = max(start - num_prompt, 0), end - num_prompt
+    if last > first:
+        device = hooks.model.device
+        embeds.append(hooks.embed(to_device(torch.tensor(request.output_ids[first:last]), device)))
+        places = torch.arange(request.first_position + first, request.first_position + last, device=device)
+        positions.append(places.expand(*positions[0].shape[:-1], -1) if positions else places)
+    return torch.cat(embeds), torch.cat(positions, dim=-1)
+
+
 def read_whole(hooks: ModelHooks, arguments: Mapping[str, Any], step: PromptStep) -> Tensor:
     """Run a whole prompt through the model's forward, storing keys and values; return logits [1, V]."""
-    with hooks.attending(PROMPT):
+    with attending(hooks.text_config, PROMPT):
         output = hooks.model(**arguments, use_cache=False, kv_step=step, **hooks.last_logits_only)
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -250,6 +250,31 @@ class VisionStage:
         return {**tensors, **pixels, "mm_encoder_outputs": dict(returned)}
 
 
+class VisionRunner:
+    """What runners of both KV back ends do with a vision stage."""
+
+    def __init__(self, vision: VisionStage) -> None:
+        self._vision = vision
+
+    def vision_stats(self) -> VisionStats:
+        """Return counts of the vision cache; any thread."""
+        return self._vision.stats()
+
+    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
+        """Return the pictures of a prompt; any thread."""
+        return self._vision.cut(inputs)
+
+    def look_ahead(self, requests: Sequence[Request]) -> None:
+        """Bring pictures of waiting requests through the vision tower, as many as a step may."""
+        self._vision.look_ahead(requests)
+
+    def free_memory(self) -> None:
+        """Drop cached features and give the allocator's unused memory back."""
+        self._vision.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def _kind(request: Request) -> _Kind:
     return frozenset((picture.modality, picture.cut) for picture in request.pictures)
 

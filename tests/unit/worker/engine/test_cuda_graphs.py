@@ -14,14 +14,14 @@ from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import Outbox, request
 from tests.unit.worker.engine.recorder import TapeRecorder
 from tests.unit.worker.engine.test_positions import model_of
+from worker.engine.batch import DecodeInputs
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.kv_cache.blocks import PagedKV
 from worker.engine.model_hooks import ModelHooks
 from worker.engine.runner.build import build_runner, probe
 from worker.engine.runner.cuda_graphs import DecodeGraphs, graph_sizes
-from worker.engine.runner.forward import DecodeInputs, FlatForward
-from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.paged import FlatForward, PagedRunner
 
 BLOCK_SIZE, NUM_BLOCKS, WIDTH = 4, 60, 9
 

@@ -26,8 +26,7 @@ from worker.engine.config import PagedConfig
 from worker.engine.kv_cache.blocks import LayerShape
 from worker.engine.request import Request
 from worker.engine.runner.build import build_runner
-from worker.engine.runner.forward import FlatForward
-from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.paged import FlatForward, PagedRunner
 
 SHAPE = LayerShape(num_heads=2, key_dim=16, value_dim=16, dtype=torch.float32, device=torch.device("cpu"))
 

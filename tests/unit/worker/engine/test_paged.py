@@ -16,14 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request, running_engine
+from worker.engine.attention.paged import attending
+from worker.engine.batch import DecodeInputs
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.kv_cache.blocks import PagedKV
 from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Request
 from worker.engine.runner.build import Unsuited, build_runner, probe
-from worker.engine.runner.forward import DecodeInputs, FlatForward
-from worker.engine.runner.paged import PagedRunner
+from worker.engine.runner.paged import FlatForward, PagedRunner
 from worker.errors import CannotStart
 from worker.models.inputs import ModelInputs
 
@@ -137,7 +138,7 @@ def test_padding_rows_change_nothing(tiny_model: Callable[[str], TinyModel], nam
         return torch.cat((tensor, tensor.new_zeros(3, *tensor.shape[1:])))
 
     wide = torch.nn.functional.pad(padded(inputs.block_table), (0, 4))
-    filled = DecodeInputs(padded(inputs.ids), padded(inputs.positions), padded(inputs.lengths), wide)
+    filled = DecodeInputs(padded(inputs.ids), padded(inputs.positions), padded(inputs.num_cached), wide)
     together = runner._forward.decode(filled)
     assert together.shape[0] == 5
     torch.testing.assert_close(together[:2], alone, atol=1e-5, rtol=1e-5)
@@ -241,5 +242,5 @@ def test_a_whole_forward_needs_the_step_handed_down(idefics2: TinyModel) -> None
     hooks = ModelHooks(idefics2.model)
     kv = PagedKV(probe(hooks), 2, 4)
     assert FlatForward(hooks, kv).num_axes == 1
-    with hooks.attending("visionq_flat"), pytest.raises(TypeError, match="kv_step"):
+    with attending(hooks.text_config, "visionq_flat"), pytest.raises(TypeError, match="kv_step"):
         idefics2.model(input_ids=torch.tensor([[1, 2]]))
