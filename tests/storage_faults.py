@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,17 +83,23 @@ Fault = Status | Truncate | Stall | Drip | Silence | Reset | Lie | Before | Unco
 
 @dataclass
 class FaultyStorage:
-    """`plan["GET"]` holds the faults of the next GETs, `always` one that hits every request without a plan."""
+    """`plan["GET"]` holds the faults of the next GETs, `always` one that hits every request without a plan.
+
+    `of_object["key"]` hits every request for objects of that key, before any other.
+    """
 
     upstream: str
     plan: dict[str, list[Fault]] = field(default_factory=dict)
     always: Fault | None = None
+    of_object: dict[str, Fault] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
     url: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
 
-    def next_fault(self, method: str) -> Fault | None:
+    def next_fault(self, method: str, key: str) -> Fault | None:
         self.seen.append(method)
+        if key in self.of_object:
+            return self.of_object[key]
         planned = self.plan.get(method)
         return planned.pop(0) if planned else self.always
 
@@ -128,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def _serve(self, method: str) -> None:
-        fault = self.storage.next_fault(method)
+        fault = self.storage.next_fault(method, urllib.parse.urlsplit(self.path).path.split("/", 2)[-1])
         if isinstance(fault, Reset):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             self.close_connection = True

@@ -25,7 +25,14 @@ from tests.decoding import shared_decoders
 from tests.servers import S3Server, eventually
 from tests.storage_faults import Before, FaultyStorage, Silence, Stall, Status, Unconditional, faulty_storage
 from tests.unit.worker.media.drawn_clips import B_FRAMES, number_of
-from worker.errors import MediaForbidden, MediaNotFound, MediaTooLarge, MediaUnsupported, StorageUnavailable
+from worker.errors import (
+    MediaForbidden,
+    MediaNotFound,
+    MediaTooLarge,
+    MediaUnsupported,
+    StorageRefuses,
+    StorageUnavailable,
+)
 from worker.media.cache import MediaCache
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector
 from worker.media.fetch import ObjectFetcher
@@ -192,8 +199,8 @@ def test_a_deleted_object_is_not_found_although_it_is_kept(collect, s3_client: S
 
 def test_storage_that_now_refuses_is_obeyed(collect, storage: FaultyStorage) -> None:
     collect(SCENE)
-    storage.plan["HEAD"] = [Status(403, "AccessDenied")]
-    with pytest.raises(MediaForbidden):
+    storage.of_object = {"scene.png": Status(403, "AccessDenied")}
+    with pytest.raises(StorageRefuses):
         collect(SCENE)
 
 

@@ -155,12 +155,25 @@ def test_a_version_that_storage_calls_malformed_is_not_found(fetch, storage: Fau
 
 
 def test_a_refusal_says_that_it_may_mean_a_missing_object(fetch, storage: FaultyStorage) -> None:
-    storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, "AccessDenied")]}
+    storage.of_object = {"hidden.png": Status(403, "AccessDenied")}
     with pytest.raises(
         MediaForbidden, match=r"AccessDenied.* may not read it, or it does not exist and the worker may"
     ):
         fetch("s3://media/hidden.png")
-    assert storage.seen == ["HEAD", "GET", "HEAD"]
+    assert storage.seen == ["HEAD", "GET", "HEAD", "GET"]
+
+
+def test_a_refusal_that_ends_while_it_is_looked_into_is_no_fault_of_the_object(
+    s3_client: S3Client, storage: FaultyStorage, tmp_path: Path
+) -> None:
+    for key in ("served.png", "next.png"):
+        s3_client.put_object(Bucket="media", Key=key, Body=png(side=20))
+    fetcher, denied = fetcher_at(storage.url), Status(403, "AccessDenied")
+    fetched_by(fetcher, "s3://media/served.png", tmp_path)
+    for plan in ({"HEAD": [denied]}, {"HEAD": [denied], "GET": [denied]}, {"GET": [denied]}):
+        storage.plan = plan  # refused, then refused with a code, or not any more
+        assert fetched_by(fetcher, "s3://media/next.png", tmp_path).stored.num_bytes
+        assert not any(storage.plan.values())
 
 
 def refused(storage: FaultyStorage, tmp_path: Path, code: str, *, is_known: bool, status: int = 403) -> Exception:
@@ -213,12 +226,11 @@ def test_an_object_that_is_refused_while_others_are_served_is_the_jobs_own_fault
         s3_client.put_object(Bucket="media", Key=key, Body=png(side=20))
     fetcher = fetcher_at(storage.url)
     fetched_by(fetcher, "s3://media/served.png", tmp_path)
-    storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, code)]}
+    storage.of_object = {"hidden.png": Status(403, code)}
     with pytest.raises(MediaForbidden) as caught:
         fetched_by(fetcher, "s3://media/hidden.png", tmp_path)
     assert caught.value.component is None
     s3_client.delete_object(Bucket="media", Key="served.png")
-    storage.plan = {"HEAD": [Status(403)], "GET": [Status(403, code)]}
     with pytest.raises(MediaForbidden):  # what is gone was not refused
         fetched_by(fetcher, "s3://media/hidden.png", tmp_path)
 

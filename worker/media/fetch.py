@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import IO, TYPE_CHECKING, Final, TypeVar
 
+from botocore.exceptions import ClientError
+
 from api_stub.contract.media import S3Object
 from api_stub.ledger.backoff import Backoff
 from worker.errors import (
@@ -192,7 +194,10 @@ class ObjectFetcher:
                 answer = ask(abandoned)
             except STORAGE_ERRORS as error:
                 final = self._refusals.judge(error, media)
-                outcome.set_exception(_TransientFault(final) if is_passing(error) else final)
+                is_over = (
+                    isinstance(error, ClientError) and type(final) is StorageUnavailable
+                )  # a refusal that has passed
+                outcome.set_exception(_TransientFault(final) if is_passing(error) or is_over else final)
             except BaseException as error:  # noqa: BLE001 - re-raised on the job's thread
                 outcome.set_exception(error)
             else:

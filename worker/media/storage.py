@@ -1,8 +1,8 @@
 """The S3 client, and the translation of its errors: the object is refused, the worker is refused, or storage is slow.
 
 The response to a refused HEAD has a status only, so the object is requested again by GET, whose response names S3's
-error code. Then the worker requests the object that storage served last, or the bucket: if that succeeds, it is the
-object that is refused.
+error code. Then the worker requests the object that storage served last, or the bucket, and the object once more: if
+only the object is refused, it is the object's fault.
 
 botocore's and urllib3's exceptions are translated here, once, into the worker's own. Messages name the object, the HTTP
 status and S3's code; never an endpoint, a credential or botocore's own text, which may hold either.
@@ -113,8 +113,8 @@ def s3_client(endpoint_url: str | None, region: str, timeout_s: float, max_conne
 
 
 class Refusals:
-    """Classifies refusals for one worker. Any thread. A call sends up to two requests, and one per bucket that has
-    served the worker.
+    """Classifies refusals for one worker. Any thread. A call sends up to three requests, and one per bucket that
+    has served the worker.
     """
 
     def __init__(self, client: S3Client) -> None:
@@ -131,8 +131,10 @@ class Refusals:
             return translate(error, media)
         detailed = self._with_code(error, media)
         meaning, is_proven = translate(detailed, media), is_about_credentials(detailed)
-        if not (is_proven or isinstance(meaning, MediaForbidden)) or self.is_served(media.bucket):
+        if not (is_proven or isinstance(meaning, MediaForbidden)):
             return meaning
+        if self.is_served(media.bucket):
+            return self._confirmed(meaning, media)
         # S3 uses these codes for a single bucket, too: one in another region or of another account.
         is_proven = is_proven and not any(
             self.is_served(other) for other in list(self._served) if other != media.bucket
@@ -141,6 +143,17 @@ class Refusals:
             code = refusal_code(detailed) or "no reason given"
             return StorageRefuses(f"storage refuses this worker ({code})", is_proven=is_proven)
         return MediaRefused(str(meaning))
+
+    def _confirmed(self, meaning: WorkerError, media: S3Object) -> WorkerError:
+        """Return what a refusal means after storage has served the worker something else: it may be over by now.
+
+        One that ended in between was the worker's, and no job may end with it. So the object is requested once more.
+        """
+        try:
+            self._read_first_byte(media)
+        except STORAGE_ERRORS as error:
+            return meaning if is_refusal(error) else translate(error, media)
+        return StorageUnavailable(f"storage refused to read {media.uri} for a moment")
 
     def is_served(self, bucket: str) -> bool:
         """Request the object that storage served last from a bucket, else the bucket; return whether it was not
