@@ -33,6 +33,8 @@ from worker.broker.unclaimed import GuardedQoS
 from worker.jobs.entry import DropReason, Entry, Unreadable, read_entry
 from worker.jobs.message import FALLBACK_TASK, known_task
 
+logger = logging.getLogger(__name__)
+
 #: The verdict for every class of kombu.exceptions. OSError's subclasses, and others that are not listed, as their base.
 CLASSES: Final[Mapping[type[BaseException], Verdict]] = MappingProxyType(
     dict.fromkeys(
@@ -67,6 +69,12 @@ CLASSES: Final[Mapping[type[BaseException], Verdict]] = MappingProxyType(
     )
 )
 
+QUEUE_PREFIX: Final = names.queue("")
+#: Pause before a Redis that refused a command is asked again. It blocks the event loop, which only receives.
+REFUSED_PAUSE_S: Final = 0.5
+#: Pauses between two tries to connect to the broker. kombu's own grow to 30 s, which jobs would wait after an outage.
+RECONNECT: Final = {"interval_start": 1.0, "interval_step": 0.5, "interval_max": 1.0}
+
 
 def judge(error: BaseException) -> Verdict:
     """Return whether an error of kombu, redis-py or a socket is passing or lasting, or of the wrong server."""
@@ -80,15 +88,6 @@ def judge(error: BaseException) -> Verdict:
 def is_of_connection(error: BaseException) -> bool:
     """Return whether an error is one of the connection to the broker, and not of the message being handled."""
     return isinstance(error, redis.RedisError) or judge(error) is not Verdict.LASTING
-
-
-logger = logging.getLogger(__name__)
-
-QUEUE_PREFIX: Final = names.queue("")
-#: Pause before a Redis that refused a command is asked again. It blocks the event loop, which only receives.
-REFUSED_PAUSE_S: Final = 0.5
-#: Pauses between two tries to connect to the broker. kombu's own grow to 30 s, which jobs would wait after an outage.
-RECONNECT: Final = {"interval_start": 1.0, "interval_step": 0.5, "interval_max": 1.0}
 
 
 class FastReconnection(Connection):

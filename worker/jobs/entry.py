@@ -28,18 +28,36 @@ _LZMA_BYTES: Final = 80 * 1024 * 1024
 #: Window bits that let zlib detect its own format and gzip's.
 _ZLIB_OR_GZIP: Final = zlib.MAX_WBITS | 32
 
-
-class _Decoder(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
-
-
 _METHODS: Final[Mapping[str, str]] = {
     "application/x-gzip": "gzip", "gzip": "gzip", "zlib": "gzip",
     "application/x-bz2": "bzip2", "bzip2": "bzip2", "bzip": "bzip2",
     "application/x-lzma": "lzma", "lzma": "lzma", "xz": "lzma",
 }  # fmt: skip
+MAX_ID_CHARS: Final = 255
+FIRST_PRIORITY, LAST_PRIORITY = 0, 9
+#: Of a body, inflated. JSON in ASCII spends up to six bytes where the job's own JSON has one.
+MAX_BODY_BYTES: Final = 8 * MAX_JOB_BYTES
+#: Of an entry: a body in base64 and its headers. A larger one is not parsed.
+MAX_ENTRY_BYTES: Final = 2 * MAX_BODY_BYTES
+#: Objects and lists of one JSON text. A small text of many would cost hundreds of times its size.
+MAX_CONTAINERS: Final = 100_000
+#: Says why a message is refused, in the copy of it that a requeue puts back: what was refused once stays refused.
+REFUSED_HEADER: Final = "visionq-refused"
+MAX_PROBLEM_CHARS: Final = 500
+#: kombu writes the headers after the body, others may write them before: both ends are searched.
+_HEADERS_WITHIN: Final = 64 * 1024
+_HEADERS: Final = re.compile(rb'(?<!\\)"headers"\s*:\s*(?=\{)')
+_MAX_HEADERS: Final = 8
+_TEXT: Final = r'"(?:[^"\\]|\\.)*"'
+#: A text of JSON, to its end or that of the input: it never fails, so a pass over the input is one pass.
+_TEXT_OR_REST: Final = re.compile(r'"(?:[^"\\]++|\\.)*+["\\]?+', re.DOTALL)
+_PAIR: Final = re.compile(rf"\s*[{{,]\s*({_TEXT})\s*:\s*({_TEXT}|true|false|null|-?[0-9]+)(?=\s*[,}}])")
+
+
+class _Decoder(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
 def inflate(packed: bytes, method: str, max_bytes: int) -> bytes:
@@ -68,28 +86,6 @@ def _decoder(method: str) -> _Decoder:
     if method == "lzma":
         return lzma.LZMADecompressor(memlimit=_LZMA_BYTES)
     return zlib.decompressobj(_ZLIB_OR_GZIP)
-
-
-MAX_ID_CHARS: Final = 255
-FIRST_PRIORITY, LAST_PRIORITY = 0, 9
-#: Of a body, inflated. JSON in ASCII spends up to six bytes where the job's own JSON has one.
-MAX_BODY_BYTES: Final = 8 * MAX_JOB_BYTES
-#: Of an entry: a body in base64 and its headers. A larger one is not parsed.
-MAX_ENTRY_BYTES: Final = 2 * MAX_BODY_BYTES
-#: Objects and lists of one JSON text. A small text of many would cost hundreds of times its size.
-MAX_CONTAINERS: Final = 100_000
-#: Says why a message is refused, in the copy of it that a requeue puts back: what was refused once stays refused.
-REFUSED_HEADER: Final = "visionq-refused"
-MAX_PROBLEM_CHARS: Final = 500
-
-#: kombu writes the headers after the body, others may write them before: both ends are searched.
-_HEADERS_WITHIN: Final = 64 * 1024
-_HEADERS: Final = re.compile(rb'(?<!\\)"headers"\s*:\s*(?=\{)')
-_MAX_HEADERS: Final = 8
-_TEXT: Final = r'"(?:[^"\\]|\\.)*"'
-#: A text of JSON, to its end or that of the input: it never fails, so a pass over the input is one pass.
-_TEXT_OR_REST: Final = re.compile(r'"(?:[^"\\]++|\\.)*+["\\]?+', re.DOTALL)
-_PAIR: Final = re.compile(rf"\s*[{{,]\s*({_TEXT})\s*:\s*({_TEXT}|true|false|null|-?[0-9]+)(?=\s*[,}}])")
 
 
 class DropReason(StrEnum):

@@ -17,6 +17,8 @@ from typing import Final
 
 from worker.jobs.attempt import Attempts, StopReason
 
+logger = logging.getLogger(__name__)
+
 #: An event loop that has not run its timer for this long counts as not consuming; the timer is due every second.
 LOOP_SILENCE_S: Final = 15.0
 
@@ -75,9 +77,6 @@ class Consumption:
         finally:
             with self._lock:
                 self._num_occupied -= 1
-
-
-logger = logging.getLogger(__name__)
 
 
 class Drain:

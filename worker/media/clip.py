@@ -70,6 +70,14 @@ _DECODED: Final = frozenset(
      "raw frames", "RealVideo", "Apple Intermediate Codec"}
 )  # fmt: skip
 
+_FREE: Final = b"free"  # ISO 14496-12, 8.1.2: a box that readers skip
+_READERS: Final = {
+    MediaFormat.MP4: read_mp4,
+    MediaFormat.MOV: read_mp4,
+    MediaFormat.MATROSKA: read_matroska,
+    MediaFormat.AVI: read_avi,
+}
+
 
 def plain_name(code: str) -> str:
     """Return a codec's name; empty for an unknown code."""
@@ -86,9 +94,6 @@ def described(code: str) -> str:
 def is_decoded(code: str) -> bool:
     """Whether the FFmpeg in OpenCV's wheel decodes it for certain."""
     return plain_name(code) in _DECODED
-
-
-_FREE: Final = b"free"  # ISO 14496-12, 8.1.2: a box that readers skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +141,6 @@ class _HidingFile(io.BufferedIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-_READERS: Final = {
-    MediaFormat.MP4: read_mp4,
-    MediaFormat.MOV: read_mp4,
-    MediaFormat.MATROSKA: read_matroska,
-    MediaFormat.AVI: read_avi,
-}
 
 
 @dataclass(frozen=True, slots=True)

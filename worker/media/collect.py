@@ -28,6 +28,8 @@ from worker.media.types import PIXEL_BYTES, DecodedClip, DecodedMedia, MediaPoli
 
 _NAME = re.compile(r"visionq-media-(?P<pid>\d+)-.*")
 
+AnyMediaPart = ImagePart | VideoPart | MediaPart
+
 
 @contextmanager
 def job_directory() -> Iterator[Path]:
@@ -56,9 +58,6 @@ def _is_leftover(path: Path) -> bool:
     except (PermissionError, OverflowError):
         return False
     return pid == os.getpid()  # before the first job, such a directory is of an earlier process with this id
-
-
-AnyMediaPart = ImagePart | VideoPart | MediaPart
 
 
 @dataclass(frozen=True, slots=True)

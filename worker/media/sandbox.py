@@ -38,6 +38,9 @@ _INSTRUCTION: Final = struct.Struct("=HBBI")
 _HIGHEST_NUMBER: Final = 0x3FFFFFFF
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
+_PR_SET_PDEATHSIG: Final = 1
+_MAX_FILES: Final = 64
+
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
@@ -115,10 +118,6 @@ def _filter(architecture: _Architecture) -> bytes:
         ]
     instructions.append((_RETURN, 0, 0, _RET_ALLOW))
     return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
-
-
-_PR_SET_PDEATHSIG: Final = 1
-_MAX_FILES: Final = 64
 
 
 class Confinement(BaseModel):

@@ -18,6 +18,28 @@ MAX_PARTS: Final = 50_000
 #: Bytes that are read of one part.
 MAX_PART_BYTES: Final = 64 * 1024
 
+_PICTURES, _SOUND = b"vide", b"soun"
+_ENCRYPTED: Final = frozenset({b"encv", b"drmi"})
+_ENTRY_BYTES: Final = 86  # a visual sample entry before its boxes: ISO 14496-12, 12.1.3
+_METADATA: Final = frozenset({b"udta", b"meta", b"uuid"})
+#: Boxes needed to decode a movie's pictures, by the box they are in: ISO 14496-12, 6.2.3. The others are metadata.
+_NEEDED: Final = {
+    b"moov": frozenset({b"mvhd", b"trak", b"mvex"}),
+    b"trak": frozenset({b"tkhd", b"mdia", b"edts"}),
+    b"mdia": frozenset({b"mdhd", b"hdlr", b"minf"}),
+    b"minf": frozenset({b"vmhd", b"smhd", b"gmhd", b"nmhd", b"sthd", b"hdlr", b"dinf", b"stbl"}),
+    b"stbl": frozenset(
+        {b"stsd", b"stts", b"ctts", b"cslg", b"stsc", b"stsz", b"stz2", b"stco", b"co64", b"stss", b"stps"}
+    ),
+}
+#: Descriptive boxes in a visual sample entry: HDR, colour, fields, stereo and layers.
+_DESCRIBING: Final = frozenset(
+    {b"clli", b"CoLL", b"mdcv", b"SmDm", b"amve", b"dvcC", b"dvvC", b"dvwC", b"fiel", b"hfov", b"vexu", b"st3d",
+     b"sv3d", b"uuid", b"colr", b"btrt", b"gama", b"chrm"}
+)  # fmt: skip
+_PIXEL_ASPECT, _PIXEL_ASPECT_BYTES = b"pasp", 8
+_IDENTITY: Final = (1.0, 0.0, 0.0, 1.0)
+
 
 class Unreadable(Exception):
     """Raised when a container's tables cannot be parsed within the limits."""
@@ -110,29 +132,6 @@ class Tables:
         for kind in path:
             found = found and next((one for one in self.boxes(found.start, found.end) if one.kind == kind), None)
         return found
-
-
-_PICTURES, _SOUND = b"vide", b"soun"
-_ENCRYPTED: Final = frozenset({b"encv", b"drmi"})
-_ENTRY_BYTES: Final = 86  # a visual sample entry before its boxes: ISO 14496-12, 12.1.3
-_METADATA: Final = frozenset({b"udta", b"meta", b"uuid"})
-#: Boxes needed to decode a movie's pictures, by the box they are in: ISO 14496-12, 6.2.3. The others are metadata.
-_NEEDED: Final = {
-    b"moov": frozenset({b"mvhd", b"trak", b"mvex"}),
-    b"trak": frozenset({b"tkhd", b"mdia", b"edts"}),
-    b"mdia": frozenset({b"mdhd", b"hdlr", b"minf"}),
-    b"minf": frozenset({b"vmhd", b"smhd", b"gmhd", b"nmhd", b"sthd", b"hdlr", b"dinf", b"stbl"}),
-    b"stbl": frozenset(
-        {b"stsd", b"stts", b"ctts", b"cslg", b"stsc", b"stsz", b"stz2", b"stco", b"co64", b"stss", b"stps"}
-    ),
-}
-#: Descriptive boxes in a visual sample entry: HDR, colour, fields, stereo and layers.
-_DESCRIBING: Final = frozenset(
-    {b"clli", b"CoLL", b"mdcv", b"SmDm", b"amve", b"dvcC", b"dvvC", b"dvwC", b"fiel", b"hfov", b"vexu", b"st3d",
-     b"sv3d", b"uuid", b"colr", b"btrt", b"gama", b"chrm"}
-)  # fmt: skip
-_PIXEL_ASPECT, _PIXEL_ASPECT_BYTES = b"pasp", 8
-_IDENTITY: Final = (1.0, 0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,11 @@ _HALF_PRECISION: Final = (torch.float16, torch.bfloat16)
 #: flash-attn 2 has kernels for Ampere and newer (its README, "NVIDIA CUDA Support").
 _MIN_CAPABILITY: Final = (8, 0)
 
+#: Share of a GPU's free memory that weights may take; KV rows, images and activations need the rest.
+WEIGHTS_SHARE = 0.8
+GIBIBYTE = 1024**3
+_CHOICES = "use auto, balanced, cpu, cuda or cuda:N"
+
 
 def attention_name(
     wanted: Attention, architecture: type[PreTrainedModel], device: torch.device, dtype: torch.dtype
@@ -62,13 +67,6 @@ def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is too old for it"
     return None
-
-
-#: Share of a GPU's free memory that weights may take; KV rows, images and activations need the rest.
-WEIGHTS_SHARE = 0.8
-GIBIBYTE = 1024**3
-
-_CHOICES = "use auto, balanced, cpu, cuda or cuda:N"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,13 @@ from worker.settings import WorkerSettings
 
 Encode = Callable[[ProcessorMixin, Sequence[Image.Image], str], Mapping[str, Any]]
 
+#: Usual templates have a few kilobytes.
+MAX_TEMPLATE_BYTES: Final = 1024 * 1024
+VARIABLE: Final = "VISIONQ_CHAT_TEMPLATE"
+#: transformers' name of the template that is used by default.
+_DEFAULT: Final = "default"
+_IN_PROCESSOR: Final = ("processor_config.json", "chat_template.json", "chat_template.jinja")
+
 
 @dataclass(frozen=True, slots=True)
 class Captioner:
@@ -82,14 +89,6 @@ _CAPTIONERS: Mapping[type[ProcessorMixin], Captioner] = {
     Blip2Processor: Captioner("BLIP-2", False, 1, "", _encode_blip2),
     PaliGemmaProcessor: Captioner("PaliGemma", True, None, "caption en", _encode_paligemma),
 }
-
-
-#: Usual templates have a few kilobytes.
-MAX_TEMPLATE_BYTES: Final = 1024 * 1024
-VARIABLE: Final = "VISIONQ_CHAT_TEMPLATE"
-#: transformers' name of the template that is used by default.
-_DEFAULT: Final = "default"
-_IN_PROCESSOR: Final = ("processor_config.json", "chat_template.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from urllib.parse import quote, unquote
 from api_stub.contract.log_line import JsonFormatter, facts_of
 from worker.settings import LogFormat
 
+logger = logging.getLogger(__name__)
+
 HIDDEN: Final = "***"
 #: Shorter values would redact ordinary words.
 MIN_SECRET_CHARS: Final = 6
@@ -40,6 +42,9 @@ _PATTERNS: Final = (
     ),
     (re.compile(r"(\bBearer )[\w.~+/=-]+", re.I), rf"\1{HIDDEN}"),
 )
+
+#: Loggers that are limited to warnings: Celery logs every task at INFO, and a job has two lines of its own.
+_VERBOSE: Final = ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers")
 
 
 class Redactor:
@@ -65,11 +70,6 @@ def _forms(secret: str) -> set[str]:
     forms |= {json.dumps(form, ensure_ascii=False)[1:-1] for form in forms} | {json.dumps(plain)[1:-1]}
     return {form for form in forms if len(form) >= MIN_SECRET_CHARS}
 
-
-logger = logging.getLogger(__name__)
-
-#: Loggers that are limited to warnings: Celery logs every task at INFO, and a job has two lines of its own.
-_VERBOSE: Final = ("celery.worker.strategy", "celery.app.trace", "kombu", "botocore", "urllib3", "transformers")
 
 _job: ContextVar[dict[str, object] | None] = ContextVar("job", default=None)
 

@@ -22,6 +22,43 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from worker.models.loader import LoadedModel
 
 MARK = "\ufdd0"
+#: Training targets; a forward that sees them computes a loss.
+_NOT_FOR_INFERENCE = ("labels",)
+
+
+class Processors:
+    """`plain` is the loaded processor, `marked` a copy whose tokenizer removes marks."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.plain: ProcessorMixin = loaded.processor
+        self.marked: ProcessorMixin = copy.copy(loaded.processor)
+        self.marked.tokenizer = literal_tokenizer(loaded.tokenizer)
+        self.control = ControlTokens(loaded.tokenizer, _placeholders(loaded))
+        for processor in (self.plain, self.marked):
+            # The first call sets the tokenizer's truncation and padding, which must not happen while other threads use
+            # it.
+            processor.tokenizer("", return_tensors=None)
+
+    def control_ids(self, tensors: Mapping[str, Tensor]) -> Counter[int]:
+        """Count the control tokens in a prompt's ids."""
+        return Counter(token for token in tensors["input_ids"][0].tolist() if token in self.control.ids)
+
+
+def _placeholders(loaded: LoadedModel) -> set[str]:
+    tokens = [getattr(loaded.processor, name, None) for name in ("image_token", "video_token")]
+    return {str(token) for token in (*tokens, loaded.capabilities.video_token) if token}
+
+
+def tensors_of(encoded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a processor's output that the model's forward takes."""
+    return {
+        name: value for name, value in encoded.items() if isinstance(value, Tensor) and name not in _NOT_FOR_INFERENCE
+    }
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors, those of floating point in `dtype`."""
+    return {name: value.to(dtype) if torch.is_floating_point(value) else value for name, value in tensors.items()}
 
 
 class ControlTokens:
@@ -125,42 +162,3 @@ def _factored(words: set[str]) -> str:
     if "" in words:
         return f"(?:{'|'.join(branches)})?" if branches else ""
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
-
-
-#: Training targets; a forward that sees them computes a loss.
-_NOT_FOR_INFERENCE = ("labels",)
-
-
-class Processors:
-    """`plain` is the loaded processor, `marked` a copy whose tokenizer removes marks."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.plain: ProcessorMixin = loaded.processor
-        self.marked: ProcessorMixin = copy.copy(loaded.processor)
-        self.marked.tokenizer = literal_tokenizer(loaded.tokenizer)
-        self.control = ControlTokens(loaded.tokenizer, _placeholders(loaded))
-        for processor in (self.plain, self.marked):
-            # The first call sets the tokenizer's truncation and padding, which must not happen while other threads use
-            # it.
-            processor.tokenizer("", return_tensors=None)
-
-    def control_ids(self, tensors: Mapping[str, Tensor]) -> Counter[int]:
-        """Count the control tokens in a prompt's ids."""
-        return Counter(token for token in tensors["input_ids"][0].tolist() if token in self.control.ids)
-
-
-def _placeholders(loaded: LoadedModel) -> set[str]:
-    tokens = [getattr(loaded.processor, name, None) for name in ("image_token", "video_token")]
-    return {str(token) for token in (*tokens, loaded.capabilities.video_token) if token}
-
-
-def tensors_of(encoded: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a processor's output that the model's forward takes."""
-    return {
-        name: value for name, value in encoded.items() if isinstance(value, Tensor) and name not in _NOT_FOR_INFERENCE
-    }
-
-
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors, those of floating point in `dtype`."""
-    return {name: value.to(dtype) if torch.is_floating_point(value) else value for name, value in tensors.items()}
