@@ -13,6 +13,7 @@ from pathlib import Path
 import redis
 
 from api_stub.contract import names
+from tests.forks import ForkedProcess, can_fork
 from tests.servers import RedisServer, S3Server, eventually
 
 READY_S = 120.0
@@ -33,7 +34,12 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 
 class WorkerProcess:
-    """`visionq-worker start` with its own log file. `settings` are VISIONQ_ variables without the prefix."""
+    """`visionq-worker start` with its own log file. `settings` are VISIONQ_ variables without the prefix.
+
+    It is forked from a process that has imported the worker's libraries (tests/zygote.py): a fifth of the work. What is
+    executed: other programs, one with options (a supervisor), one with `variables` that libraries read while they are
+    imported, one with `is_executed`.
+    """
 
     program: tuple[str, ...] = ("-m", "worker.cli", "start")
     options: tuple[str, ...] = ()
@@ -45,6 +51,7 @@ class WorkerProcess:
         s3_url: str,
         *,
         variables: Mapping[str, str] | None = None,
+        is_executed: bool = False,
         **settings: object,
     ) -> None:
         self.model_name = str(settings.get("model_name", "default"))
@@ -62,8 +69,14 @@ class WorkerProcess:
             **{f"VISIONQ_{name.upper()}": str(value) for name, value in settings.items()},
             **(variables or {}),
         }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+        self.log.touch()
+        self.process = self._start(environment, is_forked=not is_executed and can_fork(variables or {}))
+
+    def _start(self, environment: Mapping[str, str], *, is_forked: bool) -> subprocess.Popen[bytes] | ForkedProcess:
+        if is_forked and (self.program, self.options) == (WorkerProcess.program, ()):
+            return ForkedProcess("worker.cli", ("start",), environment, self.log)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
                 [sys.executable, *self.program, *self.options],
                 env=environment,
                 stdout=log,

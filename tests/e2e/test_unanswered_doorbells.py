@@ -5,7 +5,6 @@ A worker that is stopped (SIGSTOP) while it waits for messages receives the next
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -56,13 +55,19 @@ def received_by_a_stopped(worker: WorkerProcess, client: Client, raw: redis.Redi
     """Stop the worker and have it receive a doorbell; return the job's id."""
     for _ in range(TRIES):
         worker.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, worker.process.pid, os.WSTOPPED | os.WNOWAIT)
+        eventually(lambda: is_stopped(worker.process.pid), what="the worker is stopped")
         job = client.vqa(question="hello", max_new_tokens=1)
         if not doorbells_in(raw):
             return job.id
         worker.process.send_signal(signal.SIGCONT)  # it was between two questions for messages
         job.result(timeout=60)
     raise AssertionError("it waits for no message")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether each of its threads is."""
+    threads = [path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state == "T" for state, *_ in threads)
 
 
 def claim_elsewhere(server: RedisServer, raw: redis.Redis, job_id: str) -> None:
