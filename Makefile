@@ -7,6 +7,9 @@ VISION ?= .venv-vision
 TRITON ?= .venv-triton
 ARGS ?=
 PARTS := tests/property tests/unit
+CHOSEN ?= -m "not check"
+# Each file in one process, in the order of the folders.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What depends on the server; everything runs on the newest, these on others, too. VISIONQ_TEST_REDIS: tests/servers.py.
 ON_REDIS := tests/property/test_ledger_states.py $(wildcard tests/unit/api_stub/test_ledger*.py) \
 	$(addprefix tests/unit/api_stub/test_,verdicts.py follow.py submit.py client.py doctor.py) \
@@ -43,7 +46,8 @@ help: ## list the targets
 demo: $(RUN_STAMP) ## set up, then caption a picture and answer questions about it and a clip
 	$(BIN)/visionq demo $(ARGS)
 
-# Tests of single parts share the cores; the others start servers and workers of their own and run one by one.
+# Tests of single parts, then those that start servers and workers of their own. In `make check` all of them, here without
+# those that are marked `check` (pyproject.toml says which).
 test: $(DEV_STAMP) ## set up, then run the tests (ARGS="-k name" and the like go to pytest, then in one process)
 ifeq ($(strip $(ARGS)),)
 	$(call each,test-parts test-rest)
@@ -52,16 +56,16 @@ else
 endif
 
 test-parts: $(DEV_STAMP)
-	$(BIN)/python -m pytest $(PARTS) --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARTS) $(TWO) $(CHOSEN)
 
 test-rest: $(DEV_STAMP)
-	$(BIN)/python -m pytest $(PARTS:%=--ignore=%)
+	$(BIN)/python -m pytest $(PARTS:%=--ignore=%) $(TWO) $(CHOSEN)
 
 test-chosen: $(DEV_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-oldest: $(DEV_STAMP)
-	VISIONQ_TEST_REDIS=oldest $(BIN)/python -m pytest $(ON_REDIS) --numprocesses 2 --dist loadfile
+	VISIONQ_TEST_REDIS=oldest $(BIN)/python -m pytest $(ON_REDIS) $(TWO)
 
 vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
 	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)
@@ -72,7 +76,8 @@ audit: $(DEV_STAMP) ## ask for known vulnerabilities of the pinned packages; say
 kernels: $(TRITON_STAMP) ## set up (1 GB), then test the GPU's attention kernel in Triton's interpreter
 	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
-check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, tests
+check: export CHOSEN :=
+check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, all tests
 	$(call each,lint format types floors audit test test-oldest vision)
 
 long: $(LONG_STAMP) ## the tests that depend on Redis, then ten minutes of chaos, on further servers (SERVERS="debian stack")

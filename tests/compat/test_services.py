@@ -23,6 +23,8 @@ from tests.gateway.service import serving
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually, free_port
 
+pytestmark = pytest.mark.check
+
 __all__ = ["demo_worker"]
 
 #: Nobody serves it.

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import run, soak
 from tests.chaos.faults import FaultKind
+
+pytestmark = pytest.mark.check
 
 
 def test_a_short_chaos_breaks_no_promise(tmp_path: Path) -> None:

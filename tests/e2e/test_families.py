@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from mypy_boto3_s3 import S3Client
 
+pytestmark = pytest.mark.check
+
 NUM_JOBS = 24
 NUM_FRAMES = 6
 WORDS = ("describe", "the", "cat", "flower", "picture", "please", "how", "many", "people", "are", "there")

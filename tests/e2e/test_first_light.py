@@ -50,6 +50,7 @@ def sequential_answers(asked: list[Question]) -> list[str]:
     return [reference.answer(reference.single_turn([Image.open(q.path)], q.text), max_new_tokens=64) for q in asked]
 
 
+@pytest.mark.check
 def test_each_of_200_concurrent_jobs_gets_the_answer_of_its_own_scene(
     demo_worker: WorkerProcess, client: Client, asked: list[Question], redis_server: RedisServer
 ) -> None:
@@ -161,7 +162,7 @@ def test_the_worker_drains_on_sigterm_and_exits_with_0(
     redis_server: RedisServer, s3_server: S3Server, tmp_path: Path, client: Client, asked: list[Question]
 ) -> None:
     worker = WorkerProcess(
-        tmp_path, redis_server.url, s3_server.url, model="demo", model_name="drains", drain_s=30
+        tmp_path, redis_server.url, s3_server.url, model="demo", model_name="drains", drain_s=30, is_executed=True
     ).wait_ready()
     try:
         job = client.caption(asked[0].uri, model="drains", max_new_tokens=200, min_new_tokens=200, temperature=1.0)

@@ -37,6 +37,8 @@ from tests.gateway.test_jobs import submit
 from tests.servers import RedisServer, S3Server
 from tests.unit.api_stub.workers import ScriptedWorker
 
+pytestmark = pytest.mark.check
+
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

@@ -10,6 +10,8 @@ import pytest
 from tests.gateway.storm import Start, storm
 from tests.gateway.test_process import STOP_S, ApiProcess
 
+pytestmark = pytest.mark.check
+
 NUM_READERS = 150
 NUM_JOBS = 15
 

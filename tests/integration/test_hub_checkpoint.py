@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.check
+
 TOKEN = "hf_" + "T0ken" * 6
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: Tells of every kind of file that a revision has one of its own.

@@ -7,6 +7,8 @@ import pytest
 from tests.families_table import PAGE, decoder_rows, family_row, read
 from tests.tiny.every_family import WITH_TORCHVISION, WITHOUT_TORCHVISION
 
+pytestmark = pytest.mark.check
+
 MEND = "run: python -m tests.families_table --write"
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 def would_run(target: str, venv: Path) -> str:
     """Return the commands that `make TARGET` would run on a machine that has nothing yet."""
     command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={venv}", f"PYTHON={sys.executable}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS", "CHOSEN"))}
     return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
 
 
@@ -79,13 +79,13 @@ def test_a_second_run_installs_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """An environment that looks installed. Its programs note how they are called; FAIL names those that fail."""
+    """An environment that looks installed. Its programs note their calls; FAIL names those that fail, `;` between."""
     (tmp_path / "bin").mkdir()
     for name in ("python", "ruff", "mypy", "lint-imports"):
         program = tmp_path / "bin" / name
         program.write_text(
             f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/calls"\n'
-            f'for words in $FAIL; do case "{name} $*" in *"$words"*) exit 3;; esac; done\n'
+            f'called="{name} $*"; IFS=";"; for words in $FAIL; do case "$called" in *"$words"*) exit 3;; esac; done\n'
         )
         program.chmod(0o755)
     for name in (".installed-run", ".installed-dev", ".installed"):
@@ -93,7 +93,12 @@ def installed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-PARTS = ["python -m pytest tests/property tests/unit", "python -m pytest --ignore=tests/property --ignore=tests/unit"]
+TWO = "--numprocesses 2 --dist loadfile --no-loadscope-reorder"
+ALL = [
+    f"python -m pytest tests/property tests/unit {TWO}",
+    f"python -m pytest --ignore=tests/property --ignore=tests/unit {TWO}",
+]
+PARTS = [f"{part} -m not check" for part in ALL]
 CHECKS = ["ruff check", "ruff format", "mypy", "lint-imports", "python -m tests.structure.audit"]
 OLDEST = "python -m pytest tests/property/test_ledger_states.py"
 VISION = "python -m pytest tests/vision"
@@ -103,16 +108,16 @@ VISION = "python -m pytest tests/vision"
     ("command", "failing", "calls", "last_line"),
     [
         (["test"], "", PARTS, None),
-        (["test"], "--numprocesses", PARTS, "make test: failed: test-parts"),
+        (["test"], "pytest tests/property", PARTS, "make test: failed: test-parts"),
         (["test"], "--ignore", PARTS, "make test: failed: test-rest"),
         (["test"], "pytest", PARTS, "make test: failed: test-parts test-rest"),
         (["test", "ARGS=-k name"], "", ["python -m pytest -k name"], None),
         (["test", "ARGS=-k name"], "-k", ["python -m pytest -k name"], "make test: failed: test-chosen"),
-        (["check"], "", [*CHECKS, *PARTS, OLDEST, VISION], None),
-        (["check"], "ruff mypy", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: lint format types"),
-        (["check"], "audit --ignore", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: audit test"),
-        (["check"], "test_ledger_states.py", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: test-oldest"),
-        (["check"], "tests/vision", [*CHECKS, *PARTS, OLDEST, VISION], "make check: failed: vision"),
+        (["check"], "", [*CHECKS, *ALL, OLDEST, VISION], None),
+        (["check"], "ruff;mypy", [*CHECKS, *ALL, OLDEST, VISION], "make check: failed: lint format types"),
+        (["check"], "audit;--ignore", [*CHECKS, *ALL, OLDEST, VISION], "make check: failed: audit test"),
+        (["check"], "test_ledger_states.py", [*CHECKS, *ALL, OLDEST, VISION], "make check: failed: test-oldest"),
+        (["check"], "tests/vision", [*CHECKS, *ALL, OLDEST, VISION], "make check: failed: vision"),
         (
             ["check", "ARGS=-k name"],
             "-k",
@@ -124,16 +129,23 @@ VISION = "python -m pytest tests/vision"
 def test_a_part_that_fails_hides_no_other(
     command: list[str], failing: str, calls: list[str], last_line: str | None, installed: Path
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS", "CHOSEN"))}
     made = subprocess.run(
         ["make", *command, f"VENV={installed}", f"VISION={installed}"],
         cwd=ROOT, env=environment | {"FAIL": failing}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     called = (installed / "calls").read_text().splitlines()
     assert [line.startswith(call) for line, call in zip(called, calls, strict=True)] == [True] * len(calls)
+    assert [line for line in called if "not check" in line] == [call for call in calls if "not check" in call]
     assert (made.returncode != 0) == (last_line is not None)
     said = [line for line in made.stderr.splitlines() if not line.startswith("make: ***")]
     assert (last_line is None) if not said else (said[-1] == last_line)
+
+
+def test_the_check_leaves_nothing_out_and_repeats_only_what_depends_on_the_server(tmp_path: Path) -> None:
+    tests = [line for line in would_run("check", tmp_path).splitlines() if "-m pytest" in line]
+    assert [" -m " in line.partition("-m pytest")[2] for line in tests] == [False] * 4
+    assert ["VISIONQ_TEST_REDIS=oldest" in line for line in tests] == [False, False, True, False]
 
 
 def test_an_old_python_is_refused_by_name(tmp_path: Path) -> None:

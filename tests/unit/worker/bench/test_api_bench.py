@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.check
+
 
 def test_the_bench_of_the_gateway_measures_all_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "api.json"

@@ -23,6 +23,8 @@ from worker.cli import app
 from worker.engine.step_times import StepStage
 from worker.models.loader import LoadedModel
 
+pytestmark = pytest.mark.check
+
 OPTIONS = BenchOptions(
     num_jobs=4, new_tokens=(3, 9), concurrency=3, num_images=1, long_prompt_tokens=700, num_wide_rows=5
 )

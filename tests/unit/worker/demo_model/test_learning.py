@@ -37,6 +37,8 @@ from worker.demo_model.learning.supervision import targets
 from worker.demo_model.learning.train import main
 from worker.demo_model.scenes import COLOURS, SHAPES, Scene, Thing, draw
 
+pytestmark = pytest.mark.check
+
 TALKS = (image_conversation, images_conversation, clip_conversation, greeting)
 
 

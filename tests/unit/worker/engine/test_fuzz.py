@@ -21,6 +21,8 @@ from worker.engine.runner.dense import DenseRunner
 from worker.engine.runner.paged import PagedRunner
 from worker.models.inputs import ModelInputs
 
+pytestmark = pytest.mark.check
+
 SEEDS = range(4)
 NUM_PROMPTS, NUM_JOBS, MAX_TOKENS = 8, 18, 36
 MAX_MODEL_LEN = 320

@@ -16,6 +16,7 @@ import pytest
 from api_stub.contract.result import FinishReason
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
+from tests.tiny.kinds import each_kind
 from tests.unit.worker.engine.harness import TIMEOUT_S, Outbox, request
 from worker.bootstrap import engine_config
 from worker.check import check
@@ -218,7 +219,7 @@ def test_a_field_of_the_checkpoint_changes_answers_as_it_does_those_of_generate(
 FAMILY_FIELDS = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "suppress_tokens": [40, 50, 60, 70, 80]}
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "paligemma", "git"])
+@pytest.mark.parametrize("name", each_kind(["llava", "idefics3", "gemma3", "paligemma", "git"]))
 def test_other_families_follow_their_checkpoints_too(
     tiny_model: Callable[[str], TinyModel], make: Make, name: str
 ) -> None:
@@ -308,7 +309,7 @@ def random_fields(plain: Plain, chance: random.Random) -> dict[str, Any]:
     return {"eos_token_id": ends, **{name: every[name] for name in names}}
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", each_kind(range(16), always=range(3)))
 def test_fields_together_equal_generate(plain: Plain, make: Make, seed: int) -> None:
     chance = random.Random(seed)
     backend = list(BACKENDS)[seed % 3]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tests.tiny.families import FAMILIES
 from tests.tiny.handed import handed_by_engine, handed_by_generate
 from tests.tiny.jobs import TinyModel, mixed_inputs
+from tests.tiny.kinds import each_kind
 from worker.engine.config import PagedConfig
 from worker.engine.runner.build import build_runner
 from worker.models.inputs import ModelInputs
@@ -39,7 +40,7 @@ def check_handed(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_kind(FAMILIES))
 def test_the_engine_hands_a_model_what_generate_hands_it(
     name: str, backend: str, tiny_model: Callable[[str], TinyModel]
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from api_stub.contract.sampling import SamplingParams
 from tests.tiny.jobs import TinyModel
+from tests.tiny.kinds import each_kind
 from worker.engine.logits_processor_list import ProcessingFactory
 from worker.engine.request import GenerationRequest, Request
 from worker.models.generation_defaults import GenerationDefaults, read_generation_defaults
@@ -94,7 +95,7 @@ def random_scores(chance: random.Random, num_rows: int, *, has_invalid: bool) ->
     return scores
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", each_kind(range(60), always=range(15)))
 @pytest.mark.filterwarnings("ignore:Passing `:UserWarning")
 def test_scores_of_every_row_are_those_of_transformers(
     idefics2: TinyModel, seed: int, monkeypatch: pytest.MonkeyPatch

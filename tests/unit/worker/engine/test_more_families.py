@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.tiny.kinds import each_kind
 from tests.tiny.more_families import MORE_FAMILIES
 from tests.unit.worker.engine.crowds import (
     MAX_MODEL_LEN,
@@ -34,7 +35,7 @@ Loaded = Callable[[str], LoadedModel]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(MORE_FAMILIES))
 def test_every_one_of_12_mixed_jobs_equals_sequential_generate(
     name: str, backend: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:
@@ -45,7 +46,7 @@ def test_every_one_of_12_mixed_jobs_equals_sequential_generate(
     assert runner.kv_backend == ("slots" if backend == "slots" or name in ROWS_ONLY else "paged")
 
 
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(MORE_FAMILIES))
 def test_requests_that_are_sent_back_go_on_where_they_were(
     name: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:
@@ -54,7 +55,7 @@ def test_requests_that_are_sent_back_go_on_where_they_were(
 
 
 @pytest.mark.parametrize("backend", ["paged", "slots"])
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(MORE_FAMILIES))
 def test_pictures_that_were_seen_before_are_answered_as_generate_does(
     name: str, backend: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:
@@ -62,7 +63,7 @@ def test_pictures_that_were_seen_before_are_answered_as_generate_does(
 
 
 @pytest.mark.parametrize("backend", ["paged", "slots"])
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(MORE_FAMILIES))
 def test_the_engine_hands_a_model_what_generate_hands_it(
     name: str, backend: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:
@@ -71,13 +72,13 @@ def test_the_engine_hands_a_model_what_generate_hands_it(
     check_handed(loaded.model, prompts, BACKENDS[backend], MAX_MODEL_LEN)
 
 
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(MORE_FAMILIES))
 def test_another_picture_or_order_changes_the_logits(name: str, loaded_family: Loaded, builder_of: Builders) -> None:
     """Guards the other tests: a model that ignored its pictures would pass them."""
     check_pictures_matter(loaded_family(name), builder_of(name))
 
 
-@pytest.mark.parametrize("name", [name for name in MORE_FAMILIES if "gemma" not in name])
+@pytest.mark.parametrize("name", each_kind(name for name in MORE_FAMILIES if "gemma" not in name))
 def test_prompts_are_what_the_familys_own_chat_path_makes_of_them(
     name: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny.families import FAMILIES, picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
+from tests.tiny.kinds import each_kind
 from tests.unit.worker.engine.harness import Outbox, request
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
@@ -93,7 +94,7 @@ def check_answers(tiny: TinyModel, jobs: list[Job], requests: list[GenerationReq
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_kind(FAMILIES))
 def test_every_one_of_24_mixed_jobs_equals_sequential_generate(
     tiny_model: Callable[[str], TinyModel], name: str, backend: str
 ) -> None:
@@ -137,7 +138,7 @@ def test_requests_that_are_sent_back_go_on_where_they_were(
     assert runner.num_free_blocks == num_free
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_kind(FAMILIES))
 def test_another_image_changes_the_logits(tiny_model: Callable[[str], TinyModel], name: str) -> None:
     """Guards the parity test: a model that ignored its images would pass it."""
     tiny = tiny_model(name)

@@ -21,6 +21,7 @@ from transformers import (
 from tests.tiny.decoders import REFUSED, ROWS_ONLY, SERVED, llava_with, mllama
 from tests.tiny.families import FAMILIES, picture, save
 from tests.tiny.jobs import TinyModel, mixed_inputs
+from tests.tiny.kinds import each_kind
 from tests.unit.worker.engine.harness import request
 from tests.unit.worker.engine.test_parity import LIMITS, Job, check_answers, run_with_random_arrivals
 from worker.engine.config import PagedConfig
@@ -67,7 +68,7 @@ def decoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
 # PaliGemma's processor makes labels in a way NumPy 2 warns about.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_kind(FAMILIES))
 def test_every_family_is_proven_with_pictures_and_served_by_both_back_ends(
     name: str, backend: str, tiny_model: Callable[[str], TinyModel], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,14 +93,14 @@ def check_mixed_jobs(tiny: TinyModel, backend: str) -> str:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("model_type", SERVED)
+@pytest.mark.parametrize("model_type", each_kind(SERVED, always=list(SERVED)[:2]))
 def test_decoders_of_other_kinds_that_are_accepted_answer_as_generate_does(
     model_type: str, backend: str, decoder_of: Callable[[str], TinyModel]
 ) -> None:
     assert check_mixed_jobs(decoder_of(model_type), backend) == backend
 
 
-@pytest.mark.parametrize("model_type", ROWS_ONLY)
+@pytest.mark.parametrize("model_type", each_kind(ROWS_ONLY, always=list(ROWS_ONLY)[:2]))
 def test_decoders_whose_attention_blocks_cannot_do_are_served_by_rows(
     model_type: str, decoder_of: Callable[[str], TinyModel], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,7 +110,7 @@ def test_decoders_whose_attention_blocks_cannot_do_are_served_by_rows(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", each_kind(REFUSED, always=list(REFUSED)[:2]))
 def test_decoders_that_no_back_end_answers_for_are_refused_with_the_reason(
     model_type: str, backend: str, decoder_of: Callable[[str], TinyModel]
 ) -> None:

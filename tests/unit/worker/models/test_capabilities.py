@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny.families import CHAT_FAMILIES
+from tests.tiny.kinds import each_kind
 from worker.errors import CannotStart
 from worker.models.capabilities import Capabilities
 from worker.models.loader import load
@@ -27,7 +28,7 @@ def rewrite(file: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.mark.parametrize("name", CHAT_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(CHAT_FAMILIES))
 def test_chat_families_without_a_video_processor_see_clips_as_frames(name: str, tiny_checkpoint: Checkpoints) -> None:
     can = capabilities(tiny_checkpoint(name))
     assert (can.has_chat_template, can.captioner) == (True, None)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BertConfig
 
 from tests.tiny.families import FAMILIES
+from tests.tiny.kinds import each_kind
 from worker.errors import CannotStart
 from worker.models.loader import DEMO_CHECKPOINT, LoadedModel, load
 from worker.settings import Attention, Dtype, Switch, WorkerSettings
@@ -60,7 +61,7 @@ def set_in_config(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_kind(FAMILIES))
 @pytest.mark.usefixtures("no_network")
 def test_a_folder_of_every_family_is_loaded_without_network(name: str, tiny_checkpoint: Checkpoints) -> None:
     loaded = load(WorkerSettings(model=str(tiny_checkpoint(name))))

@@ -25,6 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.tiny import families
 from tests.tiny.families import FAMILIES, build
+from tests.tiny.kinds import each_kind
 from tests.tiny.quantised import PACKINGS, ROUNDING, error, errors_of_a_prompt, pack, written_out
 from worker.check import check
 from worker.errors import CannotStart
@@ -34,6 +35,8 @@ from worker.settings import Dtype, Quantization, WorkerSettings
 
 KINDS = [Quantization.INT8, Quantization.NF4]
 CPU = torch.device("cpu")
+#: Layers as idefics2 has them.
+ALIKE = ("idefics2-window", "idefics2-splitting")
 #: Each kind with each way in which this processor may compute it.
 WAYS = [(Quantization.INT8, False), *((Quantization.NF4, is_packed) for is_packed in PACKINGS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -156,7 +159,7 @@ def test_quantised_weights_say_nearly_the_same(kind: Quantization, tolerance: fl
 
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
 @pytest.mark.parametrize(("kind", "is_packed"), WAYS)
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("idefics2-window", "idefics2-splitting")])
+@pytest.mark.parametrize("name", each_kind(name for name in FAMILIES if name not in ALIKE))
 def test_every_quantised_layer_of_every_family_computes_what_its_weights_stand_for(
     name: str,
     kind: Quantization,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny.families import FAMILIES
+from tests.tiny.kinds import each_kind
 from worker.errors import CannotStart
 from worker.models.loader import load
 from worker.settings import Quantization, WorkerSettings
@@ -56,7 +57,7 @@ def without(pattern: str) -> Callable[[Weights], Weights]:
     return change
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_kind(FAMILIES))
 def test_a_file_that_lacks_any_single_weight_is_refused(name: str, own_checkpoint: Checkpoints) -> None:
     folder = own_checkpoint(name)
     whole = load_file(folder / "model.safetensors")

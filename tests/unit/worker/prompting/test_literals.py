@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from api_stub.contract.conversation import Turn
 from tests.tiny.families import CHAT_FAMILIES
+from tests.tiny.kinds import each_kind
 from tests.unit.worker.prompting.conversations import IMAGE, VIDEO, assistant, clip, image, system, upstream, user
 from worker.errors import InvalidRequest
 from worker.media.types import DecodedMedia
@@ -48,7 +49,7 @@ def assert_stays_text(
     assert decoded == loaded.tokenizer.decode(harmless[0]).replace(HARMLESS, literal)
 
 
-@pytest.mark.parametrize("name", CHAT_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(CHAT_FAMILIES))
 def test_every_added_token_of_a_family_stays_text_anywhere(
     name: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:
@@ -60,7 +61,7 @@ def test_every_added_token_of_a_family_stays_text_anywhere(
             assert_stays_text(loaded, builder, place.format(literal), lambda text: (user(text),), ())
 
 
-@pytest.mark.parametrize("name", CHAT_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(CHAT_FAMILIES))
 def test_all_literals_at_once_beside_images_in_every_turn_stay_text(
     name: str, loaded_family: Loaded, builder_of: Builders
 ) -> None:
@@ -100,7 +101,7 @@ def test_the_ordinary_path_alone_would_let_a_literal_in(loaded_family: Loaded) -
     assert control_counts(loaded, PromptBuilder(loaded).prepare(turns, ()).tensors["input_ids"])[end] == 1
 
 
-@pytest.mark.parametrize("name", CHAT_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(CHAT_FAMILIES))
 def test_a_literal_cut_in_two_parts_stays_text(name: str, loaded_family: Loaded, builder_of: Builders) -> None:
     loaded = loaded_family(name)
     for literal in (str(loaded.capabilities.image_token), loaded.tokenizer.eos_token):

@@ -14,6 +14,7 @@ from transformers import AutoProcessor
 from api_stub.contract.conversation import Turn
 from api_stub.contract.job import CaptionJob, VideoQaJob, VqaJob
 from tests.tiny.families import CHAT_FAMILIES
+from tests.tiny.kinds import each_kind
 from tests.unit.worker.prompting.conversations import (
     IMAGE,
     MEDIUM,
@@ -60,7 +61,7 @@ CONVERSATIONS: dict[str, Asked] = {
 }
 
 
-@pytest.mark.parametrize("name", CHAT_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(CHAT_FAMILIES))
 @pytest.mark.parametrize("asked", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_tensors_equal_those_of_the_ordinary_path(
     name: str, asked: Asked, builder_of: Builders, tiny_checkpoint: Callable[[str], Path]
@@ -90,7 +91,7 @@ def test_a_continued_turn_is_left_open(loaded_family: Loaded, builder_of: Builde
     assert not builder_of("idefics2").prepare(turns[:1], ()).is_continuation
 
 
-@pytest.mark.parametrize("name", CHAT_FAMILIES)
+@pytest.mark.parametrize("name", each_kind(CHAT_FAMILIES))
 def test_two_clips_of_six_frames_are_twelve_images_at_the_clips_places(
     name: str, builder_of: Builders, loaded_family: Loaded
 ) -> None:
