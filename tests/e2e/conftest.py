@@ -8,7 +8,7 @@ import pytest
 
 from tests.processes import WorkerProcess, start_workers
 from tests.servers import RedisServer, S3Server
-from tests.unit.worker.engine.conftest import one_thread
+from tests.unit.worker.conftest import one_thread
 
 __all__ = ["one_thread"]  # for the references: two threads that lack a core wait for each other at every matrix
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from tests.unit.worker.engine.conftest import one_thread
+from tests.unit.worker.conftest import one_thread
 from tests.unit.worker.prompting.conftest import builder_of, loaded_family
 
 __all__ = ["builder_of", "loaded_family", "one_thread"]

@@ -206,7 +206,7 @@ FIELDS: dict[str, Callable[[Plain], tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("backend", ["slots", "paged-preempting"])
+@pytest.mark.parametrize("backend", each_kind(["slots", "paged-preempting"], always=["paged-preempting"]))
 def test_a_field_of_the_checkpoint_changes_answers_as_it_does_those_of_generate(
     plain: Plain, make: Make, field: str, backend: str
 ) -> None:

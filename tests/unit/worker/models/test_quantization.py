@@ -157,7 +157,7 @@ def test_quantised_weights_say_nearly_the_same(kind: Quantization, tolerance: fl
     assert divergence < tolerance
 
 
-@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+@pytest.mark.parametrize("dtype", each_kind([Dtype.FLOAT32, Dtype.BFLOAT16], always=[Dtype.FLOAT32]))
 @pytest.mark.parametrize(("kind", "is_packed"), WAYS)
 @pytest.mark.parametrize("name", each_kind(name for name in FAMILIES if name not in ALIKE))
 def test_every_quantised_layer_of_every_family_computes_what_its_weights_stand_for(
