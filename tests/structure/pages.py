@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 #: Their code runs.
-PAGES = (README, *sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md")
+PAGES = (
+    *(README, *sorted(DOCS.glob("*.md"))),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "api_stub/README.md", "worker/README.md")),
+)
 FENCE = "```"
 _BLOCK = re.compile(
     rf"(?:<!-- not run here: (?P<why>[^>]*) -->\n)?^{FENCE}(?P<language>\w+)\n(?P<code>.*?)^{FENCE}$",

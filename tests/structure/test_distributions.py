@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,15 @@ from api_stub.devstack.servers import worker_command
 ROOT = Path(__file__).parent.parent.parent
 MAX_PRODUCER_BYTES = 400_000
 LEARNING = "worker/demo_model/learning"
+HEADERS = (
+    "Name",
+    "Version",
+    "Requires-Dist",
+    "License-Expression",
+    "License-File",
+    "Classifier",
+    "Description-Content-Type",
+)
 STRANGER = "raise SystemExit('a stranger was run')\n"
 
 
@@ -47,7 +57,7 @@ def build(source: Path, place: Path) -> Path:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a clone has, with what running it leaves behind."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in tracked("api_stub", "worker", "pyproject.toml", "README.md", "LICENSE"):
+    for name in tracked("api_stub", "worker", "pyproject.toml", "LICENSE"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     for package in ("api_stub", "worker"):
@@ -70,10 +80,12 @@ def wheels(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def metadata(wheel: Path) -> dict[str, list[str]]:
+    """Return a wheel's headers with their values, and its long description as `Description`."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         message = Parser().parsestr(archive.read(name).decode())
-    return {key: message.get_all(key) or [] for key in ("Name", "Version", "Requires-Dist")}
+    headers = {key: message.get_all(key) or [] for key in HEADERS}
+    return headers | {"Description": [str(message.get_payload())]}
 
 
 def test_every_file_is_in_its_wheel_but_what_trained_the_demo_model(wheels: tuple[Path, Path]) -> None:
@@ -97,6 +109,19 @@ def test_both_have_one_version_and_the_worker_needs_that_producer(wheels: tuple[
     assert f"visionq=={producer['Version'][0]}" in worker["Requires-Dist"]
     built = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert producer["Version"] == [built]
+
+
+def test_both_say_on_a_package_index_what_they_are(wheels: tuple[Path, Path]) -> None:
+    for wheel, name in zip(wheels, ("visionq", "visionq-worker"), strict=True):
+        said = metadata(wheel)
+        assert said["License-Expression"] == ["Apache-2.0"]
+        assert said["License-File"] == ["LICENSE"]
+        assert "Typing :: Typed" in said["Classifier"]
+        assert said["Description-Content-Type"] == ["text/markdown"]
+        (description,) = said["Description"]
+        assert description.startswith(f"# {name}\n")
+        assert re.findall(r"\]\((?!https://)[^)]*\)", description) == [], "a link that leads nowhere there"
+    assert (ROOT / "LICENSE").read_bytes() == (ROOT / "worker" / "LICENSE").read_bytes()
 
 
 @pytest.fixture
