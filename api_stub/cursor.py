@@ -98,7 +98,7 @@ def answered(result: Result | None, error: ErrorInfo | None) -> Result:
     raise JobFailed(error.code.value, error.message, error.retryable)
 
 
-class Patience:
+class ReadTimeouts:
     """How long one read waits: for events (`timeout` seconds of silence, None: for ever) and for whom it asks."""
 
     def __init__(self, timeout: float | None, clock: Callable[[], float] = time.monotonic) -> None:

@@ -22,7 +22,7 @@ from api_stub.client.pubsub_pool import CONFIRM_S, Subscription, Subscriptions
 from api_stub.connections import unavailable
 from api_stub.contract import names
 from api_stub.contract.event import Event, FinalEvent, parse_event
-from api_stub.cursor import EventCursor, Patience
+from api_stub.cursor import EventCursor, ReadTimeouts
 from api_stub.errors import UnknownJob
 from api_stub.ledger.aio import AsyncLedger
 from api_stub.ledger.ledger import Ledger
@@ -44,42 +44,42 @@ class Follower:
 
         Raises TimeoutError after `timeout` seconds without an event, UnknownJob, StoreUnavailable.
         """
-        cursor, patience = EventCursor(after), Patience(timeout)
+        cursor, timeouts = EventCursor(after), ReadTimeouts(timeout)
         while not cursor.is_finished:
             try:
                 with self._subscriptions.lend() as subscription:
-                    for message in _messages(subscription, names.events_key(job_id), patience):
+                    for message in _messages(subscription, names.events_key(job_id), timeouts):
                         events = _forwarded(cursor, message)
-                        for event in self._replayed(job_id, cursor, patience) if events is None else events:
+                        for event in self._replayed(job_id, cursor, timeouts) if events is None else events:
                             yield event
-                            patience.heard()
+                            timeouts.heard()
                         if cursor.is_finished:
                             subscription.is_over = True
                             return
             except redis.RedisError as error:
-                time.sleep(_pause_s(error, patience))
+                time.sleep(_pause_s(error, timeouts))
 
     def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """Wait at most `timeout` seconds for the job to end; wakes once, by its result's channel.
 
         Raises TimeoutError, UnknownJob, StoreUnavailable.
         """
-        patience = Patience(timeout)
+        timeouts = ReadTimeouts(timeout)
         while True:
             try:
                 with self._subscriptions.lend() as subscription:
-                    for _ in _messages(subscription, names.result_key(job_id), patience):
+                    for _ in _messages(subscription, names.result_key(job_id), timeouts):
                         replay = self._ledger.replay(job_id, after=None)
-                        patience.connected()
+                        timeouts.connected()
                         if (ending := _ending(job_id, replay)) is not None:
                             subscription.is_over = True
                             return ending
             except redis.RedisError as error:
-                time.sleep(_pause_s(error, patience))
+                time.sleep(_pause_s(error, timeouts))
 
-    def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
+    def _replayed(self, job_id: str, cursor: EventCursor, timeouts: ReadTimeouts) -> list[Event]:
         replay = self._ledger.replay(job_id, cursor.last_seq)
-        patience.connected()
+        timeouts.connected()
         return _caught_up(job_id, cursor, replay)
 
 
@@ -96,49 +96,51 @@ class AsyncFollower:
         Raises TimeoutError after `timeout` seconds without an event, UnknownJob, StoreUnavailable. Close the generator
         (`contextlib.aclosing`) when you leave it early.
         """
-        cursor, patience, cancels = EventCursor(after), Patience(timeout), _Cancels()
+        cursor, timeouts, cancels = EventCursor(after), ReadTimeouts(timeout), _Cancels()
         while not cursor.is_finished:
             try:
-                async with aclosing(self._messages(names.events_key(job_id), patience, cancels)) as messages:
+                async with aclosing(self._messages(names.events_key(job_id), timeouts, cancels)) as messages:
                     async for message in messages:
                         events = _forwarded(cursor, message)
-                        for event in await self._replayed(job_id, cursor, patience) if events is None else events:
+                        for event in await self._replayed(job_id, cursor, timeouts) if events is None else events:
                             yield event
-                            patience.heard()
+                            timeouts.heard()
                         if cursor.is_finished:
                             return
             except redis.RedisError as error:
-                await asyncio.sleep(_pause_s(error, patience))
+                await asyncio.sleep(_pause_s(error, timeouts))
 
     async def ending(self, job_id: str, timeout: float | None = None) -> FinalEvent:
         """Wait at most `timeout` seconds for the job to end; wakes once, by its result's channel.
 
         Raises TimeoutError, UnknownJob, StoreUnavailable.
         """
-        patience, cancels = Patience(timeout), _Cancels()
+        timeouts, cancels = ReadTimeouts(timeout), _Cancels()
         while True:
             try:
-                async with aclosing(self._messages(names.result_key(job_id), patience, cancels)) as messages:
+                async with aclosing(self._messages(names.result_key(job_id), timeouts, cancels)) as messages:
                     async for _ in messages:
                         replay = await self._ledger.replay(job_id, after=None)
-                        patience.connected()
+                        timeouts.connected()
                         if (ending := _ending(job_id, replay)) is not None:
                             return ending
             except redis.RedisError as error:
-                await asyncio.sleep(_pause_s(error, patience))
+                await asyncio.sleep(_pause_s(error, timeouts))
 
-    async def _messages(self, channel: str, patience: Patience, cancels: _Cancels) -> AsyncGenerator[str | None, None]:
+    async def _messages(
+        self, channel: str, timeouts: ReadTimeouts, cancels: _Cancels
+    ) -> AsyncGenerator[str | None, None]:
         async with self._readers.pubsub() as subscription:
             await subscription.subscribe(channel)
             message = _confirmed(await subscription.get_message(timeout=CONFIRM_S))
             while message is not None:
                 yield message["data"] if message["type"] == "message" else None
                 cancels.heed()
-                message = await subscription.get_message(timeout=patience.wait_s())
+                message = await subscription.get_message(timeout=timeouts.wait_s())
 
-    async def _replayed(self, job_id: str, cursor: EventCursor, patience: Patience) -> list[Event]:
+    async def _replayed(self, job_id: str, cursor: EventCursor, timeouts: ReadTimeouts) -> list[Event]:
         replay = await self._ledger.replay(job_id, cursor.last_seq)
-        patience.connected()
+        timeouts.connected()
         return _caught_up(job_id, cursor, replay)
 
 
@@ -163,20 +165,20 @@ class _Cancels:
         return task.cancelling() if task is not None else 0
 
 
-def _messages(subscription: Subscription, channel: str, patience: Patience) -> Generator[str | None, None, None]:
+def _messages(subscription: Subscription, channel: str, timeouts: ReadTimeouts) -> Generator[str | None, None, None]:
     """Yield None whenever the channel was subscribed (anew), and every message; end after a long silence."""
     message: dict[str, Any] | None = subscription.begin(channel)
     while message is not None:
         yield message["data"] if message["type"] == "message" else None
-        message = subscription.next(patience.wait_s())
+        message = subscription.next(timeouts.wait_s())
 
 
-def _pause_s(error: redis.RedisError, patience: Patience) -> float:
+def _pause_s(error: redis.RedisError, timeouts: ReadTimeouts) -> float:
     """Return how long to wait before Redis is asked again. Raises StoreUnavailable when that makes no sense."""
     problem = unavailable(error)
     if not is_passing(error):
         raise problem from error
-    return patience.pause_s(problem)
+    return timeouts.pause_s(problem)
 
 
 def _confirmed(message: Any) -> Any:

@@ -25,7 +25,7 @@ from api_stub.gateway.forwarded import Forwarded, TrustedProxies
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import KeyRing, check_host
 from api_stub.gateway.metrics import Metrics
-from api_stub.gateway.middleware import CrossOrigin, Guard
+from api_stub.gateway.middleware import CrossOrigin, GatewayMiddleware
 from api_stub.gateway.openai import api_docs
 from api_stub.gateway.openai import routes as openai_routes
 from api_stub.gateway.openai.batches.runner import BatchRunner
@@ -78,7 +78,7 @@ def create_app(settings: GatewaySettings, keys: KeyRing) -> FastAPI:
     app.mount("/static", operations.PageFiles(directory=operations.FILES), name="static")
     describe(app)
     api_docs.describe(app)
-    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics)
+    app.add_middleware(GatewayMiddleware, settings=settings, keys=keys, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
             CrossOrigin,
@@ -108,7 +108,7 @@ class GatewayServer(uvicorn.Server):
         """Stop: no new connections, streams end, other requests get their time."""
         gateway: Gateway | None = getattr(self._app.state, "gateway", None)
         if gateway is not None:
-            gateway.hub.close_readers()
+            gateway.broadcaster.close_readers()
         await super().shutdown(sockets)
 
 

@@ -17,7 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from api_stub import connections
 from api_stub.contract.job import Job
 from api_stub.gateway.abandoned import Abandoned
-from api_stub.gateway.hub import EventHub
+from api_stub.gateway.broadcaster import EventBroadcaster
 from api_stub.gateway.keys import KeyRing, Limits
 from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.queues import Queues
@@ -50,7 +50,7 @@ class Gateway:
     metrics: Metrics
     commands: redis.asyncio.Redis
     ledger: AsyncLedger
-    hub: EventHub
+    broadcaster: EventBroadcaster
     readers: EventReaders
     abandoned: Abandoned
     queues: Queues
@@ -73,15 +73,15 @@ class Gateway:
         subscriptions = connections.async_readers(url)
         ledger = AsyncLedger(commands, settings.ledger)
         rules = WebhookRules.load(settings)
-        hub = EventHub(subscriptions)
+        broadcaster = EventBroadcaster(subscriptions)
         gateway = cls(
             settings=settings,
             keys=keys,
             metrics=metrics,
             commands=commands,
             ledger=ledger,
-            hub=hub,
-            readers=EventReaders(ledger, hub),
+            broadcaster=broadcaster,
+            readers=EventReaders(ledger, broadcaster),
             abandoned=Abandoned(commands, ledger, settings.api_keep_abandoned_s),
             queues=Queues(commands, ledger, settings.known_models),
             limits=Limits(commands),
@@ -93,7 +93,7 @@ class Gateway:
             _subscriptions=subscriptions,
             prober=connections.async_commands(url),
         )
-        hub.start()
+        broadcaster.start()
         gateway._reaper.start()
         if keys.can_sign:  # else they are left to a gateway that can
             gateway._webhooks.start()
@@ -101,7 +101,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Close everything. Readers that are still open end."""
-        await self.hub.close()
+        await self.broadcaster.close()
         await self.abandoned.close()
         await self._webhooks.close()
         await asyncio.to_thread(self._reaper.stop)

@@ -130,7 +130,7 @@ _CLOSE: Final = {"Connection": "close"}
 _FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
 
-class Guard:
+class GatewayMiddleware:
     """ASGI middleware, outermost but for CORS and `Forwarded`."""
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings, keys: KeyRing, metrics: Metrics) -> None:
@@ -147,7 +147,7 @@ class Guard:
         if is_stranger:
             scope, receive = _bodiless(scope, receive)
         body = self._body(scope, Headers(scope=scope), receive)
-        answer = _Answer(scope, body, may_send_on=lambda: is_long and (is_stranger or not body.is_whole))
+        answer = _Response(scope, body, may_send_on=lambda: is_long and (is_stranger or not body.is_whole))
         watched = answer.watched(send)
         try:
             await self._app(scope, body, watched)
@@ -178,7 +178,7 @@ class Guard:
             return self._settings.api_max_upload_bytes, None
         return self._settings.api_max_body_bytes, self._budget
 
-    def _tell(self, answer: _Answer) -> None:
+    def _tell(self, answer: _Response) -> None:
         seconds = time.monotonic() - answer.begun
         method, route = answer.scope["method"], _route(answer.scope)
         self._metrics.answered(method, route, answer.status, seconds, is_stream=answer.is_stream)
@@ -233,7 +233,7 @@ async def _disconnect(receive: Receive) -> Message:
     return message
 
 
-class _Answer:
+class _Response:
     """One answer on its way: its status, and what is added to its head."""
 
     def __init__(self, scope: Scope, body: BoundedBody, may_send_on: Callable[[], bool]) -> None:

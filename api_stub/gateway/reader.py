@@ -1,4 +1,4 @@
-"""One reader of one job's events: first what the job's stream holds, then what the hub brings, in order and once.
+"""One reader of one job's events: first what the job's stream holds, then what is published, in order and once.
 
 A reader that falls behind further than its mailbox is told by `stream.gap` and goes on from the stream, page by page,
 so the gateway keeps little for it however slow it is.
@@ -18,7 +18,7 @@ import redis
 from api_stub.contract.event import FinalEvent, StreamGap
 from api_stub.cursor import EventCursor
 from api_stub.errors import StoreUnavailable, UnknownJob
-from api_stub.gateway.hub import EventHub, Frame, Mailbox
+from api_stub.gateway.broadcaster import EventBroadcaster, Frame, Mailbox
 from api_stub.ledger.aio import AsyncLedger
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,12 @@ PAUSE_S: Final = 0.5
 class EventReader:
     """Reads one job; see `EventReaders.open`. Not shared between tasks, `leave` excepted."""
 
-    def __init__(self, job_id: str, after: int, hub: EventHub, mailbox: Mailbox, streams: _Streams) -> None:
+    def __init__(
+        self, job_id: str, after: int, broadcaster: EventBroadcaster, mailbox: Mailbox, streams: _Streams
+    ) -> None:
         self.job_id = job_id
         self._cursor = EventCursor(after)
-        self._hub = hub
+        self._broadcaster = broadcaster
         self._mailbox = mailbox
         self._streams = streams
         self._has_replayed = False
@@ -59,7 +61,7 @@ class EventReader:
 
     def close(self) -> None:
         """Free all that the reader holds. May be called twice."""
-        self._hub.leave(self._mailbox)
+        self._broadcaster.leave(self._mailbox)
 
     async def begin(self) -> list[Frame]:
         """Return the first events, none when there are none yet. Raises UnknownJob, StoreUnavailable."""
@@ -164,14 +166,14 @@ class _Streams:
 class EventReaders:
     """Opens readers."""
 
-    def __init__(self, ledger: AsyncLedger, hub: EventHub) -> None:
+    def __init__(self, ledger: AsyncLedger, broadcaster: EventBroadcaster) -> None:
         self._streams = _Streams(ledger)
-        self._hub = hub
+        self._broadcaster = broadcaster
 
     async def open(self, job_id: str, after: int = 0, only_final: bool = False) -> EventReader:
         """Begin to read a job after seq `after`. Close the reader."""
-        mailbox = await self._hub.join(job_id, only_final)
-        return EventReader(job_id, after, self._hub, mailbox, self._streams)
+        mailbox = await self._broadcaster.join(job_id, only_final)
+        return EventReader(job_id, after, self._broadcaster, mailbox, self._streams)
 
     async def ending(self, job_id: str, timeout_s: float) -> FinalEvent | None:
         """Wait at most `timeout_s` seconds for the job's final event; None when it did not come. Raises UnknownJob."""

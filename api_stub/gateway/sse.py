@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from api_stub.contract.event import StreamGap
 from api_stub.errors import VisionqError
-from api_stub.gateway.hub import Frame
+from api_stub.gateway.broadcaster import Frame
 from api_stub.gateway.problems import Problem, problem_of
 from api_stub.gateway.reader import EventReader
 

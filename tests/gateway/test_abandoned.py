@@ -52,9 +52,9 @@ def abandon(service: Service, body: Mapping[str, Any] = BODY, **headers: str) ->
     before = set(jobs(service, **headers))
     with asked(service, body, **headers):
         eventually(lambda: set(jobs(service, **headers)) - before, what="the job is in the queue")
-        eventually(lambda: service.gateway.hub.num_readers == 1, what="somebody waits for it")
+        eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="somebody waits for it")
         (job_id,) = set(jobs(service, **headers)) - before
-    eventually(lambda: service.gateway.hub.num_readers == 0, what="nobody waits for it")
+    eventually(lambda: service.gateway.broadcaster.num_readers == 0, what="nobody waits for it")
     return job_id
 
 
@@ -75,13 +75,13 @@ def test_the_same_question_again_gets_the_job_that_kept_its_place(patient: Servi
     for _ in range(3):
         job_id = only_job(patient) if jobs(patient) else abandon(patient)
         with asked(patient):
-            eventually(lambda: patient.gateway.hub.num_readers == 1, what="somebody waits again")
+            eventually(lambda: patient.gateway.broadcaster.num_readers == 1, what="somebody waits again")
             assert jobs(patient) == {job_id: "queued"}
-        eventually(lambda: patient.gateway.hub.num_readers == 0, what="nobody waits")
+        eventually(lambda: patient.gateway.broadcaster.num_readers == 0, what="nobody waits")
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(answer_to(patient)))
     thread.start()
-    eventually(lambda: patient.gateway.hub.num_readers == 1, what="somebody waits again")
+    eventually(lambda: patient.gateway.broadcaster.num_readers == 1, what="somebody waits again")
     worker.answer(job_id, "red")
     thread.join(30)
     assert (answers[0].status_code, answers[0].json()["id"]) == (200, f"chatcmpl-{job_id}")
@@ -93,7 +93,7 @@ def test_a_running_job_and_its_answer_are_kept_too(patient: Service, worker: Scr
     with asked(patient):
         job_id = only_job(patient)
         worker.take(job_id)
-    eventually(lambda: patient.gateway.hub.num_readers == 0, what="nobody waits for it")
+    eventually(lambda: patient.gateway.broadcaster.num_readers == 0, what="nobody waits for it")
     worker.say("red")
     worker.finish()
     assert answer_to(patient).json()["choices"][0]["message"]["content"] == "red"
@@ -103,14 +103,14 @@ def test_a_running_job_and_its_answer_are_kept_too(patient: Service, worker: Scr
 def test_another_gateway_hands_it_over_as_well(patient: Service, redis_url: str, worker: ScriptedWorker) -> None:
     job_id = abandon(patient)
     with serving(redis_url) as other, asked(other):
-        eventually(lambda: other.gateway.hub.num_readers == 1, what="somebody waits again")
+        eventually(lambda: other.gateway.broadcaster.num_readers == 1, what="somebody waits again")
         assert jobs(other) == {job_id: "queued"}
 
 
 def test_what_is_kept_is_handed_out_once(patient: Service) -> None:
     job_id = abandon(patient)
     with asked(patient), asked(patient):
-        eventually(lambda: patient.gateway.hub.num_readers == 2, what="two wait")
+        eventually(lambda: patient.gateway.broadcaster.num_readers == 2, what="two wait")
         assert len(jobs(patient)) == 2
         assert job_id in jobs(patient)
 
@@ -134,7 +134,7 @@ def test_another_caller_gets_a_job_of_its_own(redis_url: str, worker: ScriptedWo
             eventually(lambda: len(jobs(service, **bob)) == 1, what="a job of his own")
             assert job_id not in jobs(service, **bob)
         with asked(service, **alice):
-            eventually(lambda: service.gateway.hub.num_readers == 1, what="she waits again")
+            eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="she waits again")
             assert list(jobs(service, **alice)) == [job_id]
 
 
@@ -155,7 +155,7 @@ def test_a_job_that_was_handed_over_is_not_cancelled_under_its_new_reader(
     with serving(redis_url, api_keep_abandoned_s=1.0) as service:
         job_id = abandon(service)
         with asked(service):
-            eventually(lambda: service.gateway.hub.num_readers == 1, what="somebody waits again")
+            eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="somebody waits again")
             time.sleep(1.5)  # what must not happen has no event to wait for
             assert jobs(service) == {job_id: "queued"}
 
@@ -214,8 +214,8 @@ def test_with_an_idempotency_key_the_job_goes_on_and_the_key_brings_its_answer(
 
 def abandon_again(service: Service, **headers: str) -> str:
     with asked(service, **headers):
-        eventually(lambda: service.gateway.hub.num_readers == 1, what="somebody waits again")
-    eventually(lambda: service.gateway.hub.num_readers == 0, what="nobody waits")
+        eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="somebody waits again")
+    eventually(lambda: service.gateway.broadcaster.num_readers == 0, what="nobody waits")
     (job_id,) = jobs(service)
     assert jobs(service) == {job_id: "queued"}
     return job_id
@@ -227,7 +227,7 @@ def test_a_gateway_that_stops_leaves_the_job_to_the_next(patient: Service, redis
         thread = threading.Thread(target=lambda: results.append(answer_to(first)))
         thread.start()
         job_id = only_job(first)
-        eventually(lambda: first.gateway.hub.num_readers == 1, what="somebody waits")
+        eventually(lambda: first.gateway.broadcaster.num_readers == 1, what="somebody waits")
     thread.join(30)
     assert results[0].status_code == 503
     with eager_worker(redis_url):

@@ -312,18 +312,18 @@ def test_a_reader_that_leaves_frees_its_place(service: Service, worker: Scripted
         job = client.vqa(question="Why?")
         events = job.events()
         next(events)
-        assert service.gateway.hub.num_readers == 1
+        assert service.gateway.broadcaster.num_readers == 1
         events.close()
-        eventually(lambda: service.gateway.hub.num_readers == 0, what="the reader is gone")
+        eventually(lambda: service.gateway.broadcaster.num_readers == 0, what="the reader is gone")
 
     async def use() -> None:
         async with AsyncClient(service.url) as client:
             reader = asyncio.create_task(_text(client.job(job.id)))
-            await asyncio.to_thread(eventually, lambda: service.gateway.hub.num_readers == 1)
+            await asyncio.to_thread(eventually, lambda: service.gateway.broadcaster.num_readers == 1)
             reader.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reader
-            await asyncio.to_thread(eventually, lambda: service.gateway.hub.num_readers == 0)
+            await asyncio.to_thread(eventually, lambda: service.gateway.broadcaster.num_readers == 0)
 
     asyncio.run(use())
 

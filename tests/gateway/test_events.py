@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from api_stub.contract import names
-from api_stub.gateway import hub as hub_module
+from api_stub.gateway import broadcaster as broadcaster_module
 from tests.gateway.service import Sent, Service, sent_events, serving, text_of
 from tests.gateway.test_jobs import submit
 from tests.servers import eventually
@@ -30,7 +30,7 @@ def read(service: Service, job_id: str, query: str = "", **headers: str) -> list
 
 def nobody_reads(service: Service, client: redis.Redis) -> None:
     """Wait until the gateway has forgotten its readers, and Redis their channels."""
-    eventually(lambda: service.gateway.hub.num_channels == 0, what="no reader is left")
+    eventually(lambda: service.gateway.broadcaster.num_channels == 0, what="no reader is left")
     idle = [names.events_key("")]
     eventually(lambda: client.pubsub_channels(names.events_key("*")) == idle, what="no channel is left")
 
@@ -116,7 +116,7 @@ def test_a_reader_that_leaves_frees_everything(service: Service, redis_client: r
         with httpx.stream("GET", f"{service.url}/v1/jobs/{job_id}/events", timeout=30) as answer:
             events = sent_events(answer.iter_lines())
             assert next(events).type == "job.queued"
-            assert service.gateway.hub.num_readers == 1
+            assert service.gateway.broadcaster.num_readers == 1
         nobody_reads(service, redis_client)
 
 
@@ -124,7 +124,7 @@ def test_a_waiting_request_that_leaves_frees_everything(service: Service, redis_
     job_id = submit(service)
     with socket.create_connection(service.address) as connection:
         connection.sendall(f"GET /v1/jobs/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        eventually(lambda: service.gateway.hub.num_readers == 1, what="it waits")
+        eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="it waits")
     nobody_reads(service, redis_client)
 
 
@@ -146,7 +146,7 @@ def test_readers_survive_the_loss_of_their_subscription(
 def test_a_slow_reader_is_told_of_its_gap_and_still_gets_all(
     service: Service, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "MAX_MAILBOX", 4)
+    monkeypatch.setattr(broadcaster_module, "MAX_MAILBOX", 4)
     job_id = submit(service)
     worker.take(job_id)
     with socket.socket() as slow:
@@ -154,7 +154,7 @@ def test_a_slow_reader_is_told_of_its_gap_and_still_gets_all(
         slow.settimeout(30)
         slow.connect(service.address)
         slow.sendall(f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        eventually(lambda: service.gateway.hub.num_readers == 1, what="it reads")
+        eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="it reads")
         # More than both sockets hold; one by one, so that the gateway sends what it can before more comes.
         while not dropped(service):
             worker.say("x" * 100_000)
@@ -181,8 +181,10 @@ def mailbox_sizes(service: Service) -> list[int]:
     return [len(mailbox._frames) for mailbox in mailboxes(service)]
 
 
-def mailboxes(service: Service) -> list[hub_module.Mailbox]:
-    return [mailbox for topic in list(service.gateway.hub._topics.values()) for mailbox in list(topic.mailboxes)]
+def mailboxes(service: Service) -> list[broadcaster_module.Mailbox]:
+    return [
+        mailbox for topic in list(service.gateway.broadcaster._topics.values()) for mailbox in list(topic.mailboxes)
+    ]
 
 
 def test_readers_that_are_cut_again_and_again_read_the_whole_text(

@@ -204,7 +204,7 @@ def test_a_small_body_of_a_get_is_passed_over(service: Service, worker: Scripted
 
 def test_thousands_of_visits_leave_nothing(service: Service, redis_client: redis.Redis) -> None:
     job_id = submit(service)
-    loop = service.gateway.hub._task.get_loop()  # type: ignore[union-attr]
+    loop = service.gateway.broadcaster._task.get_loop()  # type: ignore[union-attr]
 
     def num_tasks() -> int:
         return len(asyncio.all_tasks(loop))

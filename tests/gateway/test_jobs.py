@@ -53,7 +53,7 @@ def test_a_request_may_wait_for_the_end(service: Service, worker: ScriptedWorker
 
     asking = threading.Thread(target=ask)
     asking.start()
-    eventually(lambda: service.gateway.hub.num_readers == 1, what="somebody waits")
+    eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="somebody waits")
     (known,) = service.http.get("/v1/jobs").json()["jobs"]
     worker.answer(known["job_id"], "red")
     asking.join(30)
@@ -61,7 +61,7 @@ def test_a_request_may_wait_for_the_end(service: Service, worker: ScriptedWorker
     assert answer.status_code == 200
     assert answer.json()["result"]["text"] == "red"
     assert answer.headers["Preference-Applied"] == "wait=20"
-    eventually(lambda: service.gateway.hub.num_channels == 0, what="nobody listens any more")
+    eventually(lambda: service.gateway.broadcaster.num_channels == 0, what="nobody listens any more")
 
 
 def test_a_wait_that_was_too_short_is_answered_as_a_submit(service: Service) -> None:

@@ -45,7 +45,7 @@ def outcome_of(read: Callable[[], object], service: Service, lose: Callable[[], 
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    eventually(lambda: service.gateway.hub.num_readers == 1, what="it reads")
+    eventually(lambda: service.gateway.broadcaster.num_readers == 1, what="it reads")
     lose()
     thread.join(SOON_S)
     assert ends, "it still waits"

@@ -298,7 +298,7 @@ def test_a_client_that_leaves_cancels_its_job(
         return bool(job.get("cancelling")) if is_running else job["status"] == "cancelled"
 
     eventually(is_cancelled, 30, "the job is cancelled")
-    eventually(lambda: service.gateway.hub.num_readers == 0, 30, "the reader is gone")
+    eventually(lambda: service.gateway.broadcaster.num_readers == 0, 30, "the reader is gone")
 
 
 def test_the_document_says_what_is_sent(service: Service, redis_url: str) -> None:

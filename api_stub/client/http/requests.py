@@ -1,4 +1,4 @@
-"""What a client asks of a gateway, as values: method, path, body, and how to read the answer. No I/O.
+"""What a client asks of a gateway, as values: method, path, body, and how to read the response. No I/O.
 
 Every request may be sent twice without a double effect. A gateway's problems (RFC 9457) become the errors that a client
 through Redis raises.
@@ -32,11 +32,11 @@ _ACCESS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
 class CutShort(StoreUnavailable):
-    """Raised when a proxy did not wait for the gateway's answer. A shorter `wait` may come through."""
+    """Raised when a proxy did not wait for the gateway's response. A shorter `wait` may come through."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ApiResponse:
     """What came back: status, headers by lower-case name, whole body."""
 
     status: int
@@ -49,21 +49,21 @@ class Answer:
         return 200 <= self.status < 300
 
 
-def refusal(answer: Answer) -> VisionqError:
-    """Return the error that a bad answer stands for."""
-    problem = _problem(answer.body)
-    code, detail = str(problem.get("code", "")), str(problem.get("detail") or f"the gateway answered {answer.status}")
-    if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-        return QueueFull(detail, _seconds(answer.headers.get("retry-after", "")))
+def error_of(response: ApiResponse) -> VisionqError:
+    """Return the error that a bad response stands for."""
+    problem = _problem(response.body)
+    code, detail = str(problem.get("code", "")), str(problem.get("detail") or f"the gateway answered {response.status}")
+    if response.status == HTTPStatus.TOO_MANY_REQUESTS:
+        return QueueFull(detail, _seconds(response.headers.get("retry-after", "")))
     if code == UnknownJob.code:
         return UnknownJob(detail)
     if code == StorageRefused.code:
         return StorageRefused(detail)
-    if answer.status == HTTPStatus.GATEWAY_TIMEOUT:
+    if response.status == HTTPStatus.GATEWAY_TIMEOUT:
         return CutShort(detail)
-    if answer.status in _ACCESS:
+    if response.status in _ACCESS:
         return AccessRefused(detail)
-    if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR or answer.status == HTTPStatus.REQUEST_TIMEOUT:
+    if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR or response.status == HTTPStatus.REQUEST_TIMEOUT:
         return StoreUnavailable(detail)
     return InvalidRequest(detail)
 
@@ -93,43 +93,43 @@ MANY_JOBS_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ask(Generic[T]):
+class ApiRequest(Generic[T]):
     """One request. `read` takes a good answer; `wait_s` is how much longer than usual it may take."""
 
     method: str
     path: str
-    read: Callable[[Answer], T]
+    read: Callable[[ApiResponse], T]
     body: str | None = None
     wait_s: float = 0.0
 
-    def answered(self, answer: Answer) -> T:
-        """Return what the answer says. Raises what it refuses with."""
-        if not answer.is_good:
-            raise refusal(answer)
+    def read_response(self, response: ApiResponse) -> T:
+        """Return what a response says. Raises the error that it stands for."""
+        if not response.is_good:
+            raise error_of(response)
         try:
-            return self.read(answer)
+            return self.read(response)
         except (ValueError, TypeError, KeyError) as error:
             raise StoreUnavailable(f"the gateway's answer cannot be read: {type(error).__name__}") from error
 
 
-def submit(job_id: str, job: Job) -> Ask[JobView]:
+def submit(job_id: str, job: Job) -> ApiRequest[JobView]:
     """Hand a job in."""
-    return Ask("PUT", job_path(job_id), _view, job.to_json())
+    return ApiRequest("PUT", job_path(job_id), _view, job.to_json())
 
 
-def retry(job_id: str) -> Ask[JobView]:
+def retry(job_id: str) -> ApiRequest[JobView]:
     """Queue a new job with the body of a finished one."""
-    return Ask("POST", f"{job_path(job_id)}/retry", _view)
+    return ApiRequest("POST", f"{job_path(job_id)}/retry", _view)
 
 
-def view(job_id: str) -> Ask[JobView]:
+def view(job_id: str) -> ApiRequest[JobView]:
     """Look at a job."""
-    return Ask("GET", job_path(job_id), _view)
+    return ApiRequest("GET", job_path(job_id), _view)
 
 
-def ending(job_id: str, wait_s: float) -> Ask[JobView]:
+def ending(job_id: str, wait_s: float) -> ApiRequest[JobView]:
     """Look at a job once it has ended, or after `wait_s` seconds."""
-    return Ask("GET", f"{job_path(job_id)}?wait={wait_s:.3f}", _view, wait_s=wait_s)
+    return ApiRequest("GET", f"{job_path(job_id)}?wait={wait_s:.3f}", _view, wait_s=wait_s)
 
 
 def shorter_s(longest_s: float, error: Exception) -> float:
@@ -137,75 +137,75 @@ def shorter_s(longest_s: float, error: Exception) -> float:
     return max(longest_s / 2, MIN_WAIT_S) if isinstance(error, CutShort) else longest_s
 
 
-def cancel(job_id: str) -> Ask[Cancelled]:
+def cancel(job_id: str) -> ApiRequest[Cancelled]:
     """Ask for the end of a job that was not final a moment ago."""
 
-    def read(answer: Answer) -> Cancelled:
-        if answer.status == HTTPStatus.ACCEPTED:
+    def read(response: ApiResponse) -> Cancelled:
+        if response.status == HTTPStatus.ACCEPTED:
             return Cancelled.CANCELLING
-        return Cancelled.CANCELLED if _view(answer).status is JobStatus.CANCELLED else Cancelled.FINAL
+        return Cancelled.CANCELLED if _view(response).status is JobStatus.CANCELLED else Cancelled.FINAL
 
-    return Ask("POST", f"{job_path(job_id)}/cancel", read)
+    return ApiRequest("POST", f"{job_path(job_id)}/cancel", read)
 
 
-def cancel_jobs(tenant: str, wanted: JobSelection) -> Ask[CancelledJobs]:
+def cancel_jobs(tenant: str, wanted: JobSelection) -> ApiRequest[CancelledJobs]:
     """Ask for the end of all jobs that are wanted."""
 
-    def read(answer: Answer) -> CancelledJobs:
-        said = json.loads(answer.body)
-        return CancelledJobs(int(said["cancelled"]), int(said["cancelling"]))
+    def read(response: ApiResponse) -> CancelledJobs:
+        reply = json.loads(response.body)
+        return CancelledJobs(int(reply["cancelled"]), int(reply["cancelling"]))
 
     fields = json.loads(wanted.to_json()) | ({"metadata": wanted.metadata} if wanted.metadata else {})
     body = fields | ({"tenant": tenant} if tenant else {})
-    return Ask("POST", "/v1/jobs/cancel", read, json.dumps(body), wait_s=MANY_JOBS_S)
+    return ApiRequest("POST", "/v1/jobs/cancel", read, json.dumps(body), wait_s=MANY_JOBS_S)
 
 
-def delete(job_id: str) -> Ask[None]:
+def delete(job_id: str) -> ApiRequest[None]:
     """Remove a final job."""
-    return Ask("DELETE", job_path(job_id), lambda answer: None)
+    return ApiRequest("DELETE", job_path(job_id), lambda response: None)
 
 
-def pause(model: str) -> Ask[QueueChange]:
+def pause(model: str) -> ApiRequest[QueueChange]:
     """Let nobody claim a model's jobs."""
     return _queue(model, "pause", _change)
 
 
-def resume(model: str) -> Ask[QueueChange]:
+def resume(model: str) -> ApiRequest[QueueChange]:
     """Let a model's jobs be claimed again."""
     return _queue(model, "resume", _change)
 
 
-def purge(model: str) -> Ask[int]:
+def purge(model: str) -> ApiRequest[int]:
     """End all queued jobs of a model."""
-    return _queue(model, "purge", lambda answer: int(json.loads(answer.body)["cancelled"]))
+    return _queue(model, "purge", lambda response: int(json.loads(response.body)["cancelled"]))
 
 
-def _queue(model: str, what: str, read: Callable[[Answer], T]) -> Ask[T]:
-    return Ask("POST", f"/v1/queues/{quote(model, safe='')}/{what}", read, wait_s=MANY_JOBS_S)
+def _queue(model: str, what: str, read: Callable[[ApiResponse], T]) -> ApiRequest[T]:
+    return ApiRequest("POST", f"/v1/queues/{quote(model, safe='')}/{what}", read, wait_s=MANY_JOBS_S)
 
 
-def _change(answer: Answer) -> QueueChange:
-    said = json.loads(answer.body)
-    return QueueChange(bool(said["changed"]), int(said["depth"]), int(said["num_workers"]))
+def _change(response: ApiResponse) -> QueueChange:
+    reply = json.loads(response.body)
+    return QueueChange(bool(reply["changed"]), int(reply["depth"]), int(reply["num_workers"]))
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """Leave to PUT a file's bytes straight into S3."""
+class PresignedPut:
+    """A presigned URL to PUT a file's bytes to, and the headers that were signed."""
 
     uri: str
     url: str
     headers: dict[str, str]
 
 
-def slot(content_type: str, num_bytes: int) -> Ask[Slot]:
-    """Ask for leave to upload."""
+def presign_put(content_type: str, num_bytes: int) -> ApiRequest[PresignedPut]:
+    """Ask for a presigned URL."""
 
-    def read(answer: Answer) -> Slot:
-        said = json.loads(answer.body)
-        return Slot(said["uri"], said["url"], dict(said["headers"]))
+    def read(response: ApiResponse) -> PresignedPut:
+        reply = json.loads(response.body)
+        return PresignedPut(reply["uri"], reply["url"], dict(reply["headers"]))
 
-    return Ask("POST", "/v1/uploads", read, json.dumps({"content_type": content_type, "num_bytes": num_bytes}))
+    return ApiRequest("POST", "/v1/uploads", read, json.dumps({"content_type": content_type, "num_bytes": num_bytes}))
 
 
 def job_path(job_id: str) -> str:
@@ -218,6 +218,8 @@ def redis_only(what: str) -> NoReturn:
     raise InvalidRequest(f"{what} is an operator's: it needs a client of Redis itself")
 
 
-def _view(answer: Answer) -> JobView:
-    said = json.loads(answer.body)
-    return JobView.model_validate_json(json.dumps({name: said[name] for name in JobView.model_fields if name in said}))
+def _view(response: ApiResponse) -> JobView:
+    reply = json.loads(response.body)
+    return JobView.model_validate_json(
+        json.dumps({name: reply[name] for name in JobView.model_fields if name in reply})
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from api_stub.client.http import requests
-from api_stub.client.http.requests import refusal
+from api_stub.client.http.requests import error_of
 from api_stub.client.http.wire import (
     LIMITS,
     LIVE_S,
@@ -28,7 +28,7 @@ from api_stub.contract.event import Event, StreamGap
 from api_stub.contract.job import Job
 from api_stub.contract.result import Result
 from api_stub.contract.view import JobSelection, JobView
-from api_stub.cursor import EventCursor, Patience, answered
+from api_stub.cursor import EventCursor, ReadTimeouts, answered
 from api_stub.errors import QueueFull, StoreUnavailable
 from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 
@@ -81,32 +81,32 @@ class HttpTransport:
 
         Comes back with the last seq whenever the stream breaks.
         """
-        cursor, patience = EventCursor(after), Patience(timeout)
+        cursor, timeouts = EventCursor(after), ReadTimeouts(timeout)
         while not cursor.is_finished:
             try:
-                with closing(self._arriving(job_id, cursor, patience)) as arriving:
+                with closing(self._arriving(job_id, cursor, timeouts)) as arriving:
                     for arrived in arriving:
                         for event in cursor.take(arrived):
                             yield event
-                            patience.heard()
+                            timeouts.heard()
                         if cursor.is_finished:
                             return
             except (StoreUnavailable, QueueFull) as error:
-                time.sleep(patience.pause_s(error))
+                time.sleep(timeouts.pause_s(error))
 
     def result(self, job_id: str, timeout: float | None) -> Result:
         """Wait at most `timeout` seconds for a job's answer."""
-        patience, wait_s, longest_s = Patience(timeout), 0.0, requests.WAIT_S
+        timeouts, wait_s, longest_s = ReadTimeouts(timeout), 0.0, requests.WAIT_S
         while True:
             try:
                 view = send(self._http, requests.ending(job_id, wait_s))
                 if view.status.is_final:
                     return answered(view.result, view.error)
-                patience.connected()
+                timeouts.connected()
             except (StoreUnavailable, QueueFull) as error:
                 longest_s = requests.shorter_s(longest_s, error)
-                time.sleep(patience.pause_s(error))
-            wait_s = patience.wait_s(longest_s)
+                time.sleep(timeouts.pause_s(error))
+            wait_s = timeouts.wait_s(longest_s)
 
     def dead(self, limit: int) -> tuple[JobView, ...]:
         """Not offered by gateways. Raises InvalidRequest."""
@@ -124,9 +124,9 @@ class HttpTransport:
         """Close all connections."""
         self._http.close()
 
-    def _arriving(self, job_id: str, cursor: EventCursor, patience: Patience) -> Generator[Event, None, None]:
+    def _arriving(self, job_id: str, cursor: EventCursor, timeouts: ReadTimeouts) -> Generator[Event, None, None]:
         """Yield the events of one response; end when it ends, is silent for long, or left something out."""
-        wait_s = patience.wait_s(LIVE_S)
+        wait_s = timeouts.wait_s(LIVE_S)
         timeout = httpx.Timeout(requests.ANSWER_S, connect=requests.CONNECT_S, read=wait_s)
         is_open = False
         try:
@@ -136,16 +136,16 @@ class HttpTransport:
                     if response.status_code == HTTPStatus.NO_CONTENT:
                         cursor.is_finished = True
                         return
-                    raise refusal(whole(response))
+                    raise error_of(whole(response))
                 is_open = True
-                patience.connected()
+                timeouts.connected()
                 parser = EventStreamParser()
                 for chunk in response.iter_raw():
                     for event in parser.feed(chunk):
                         if isinstance(event, StreamGap):
                             return
                         yield event
-                    if patience.wait_s(LIVE_S) < wait_s - SLACK_S:
+                    if timeouts.wait_s(LIVE_S) < wait_s - SLACK_S:
                         return  # the silence is over before this response would say so
         except httpx.ReadTimeout as error:
             if not is_open:

@@ -1,6 +1,6 @@
 """Sends requests with httpx, uploads files, reads text/event-stream, and says what httpx' errors mean.
 
-A file goes straight into S3 with the gateway's leave, or through the gateway where S3 cannot be reached. Streams are
+A file goes straight into S3 with the gateway's put, or through the gateway where S3 cannot be reached. Streams are
 cut at new lines only: an answer's text may hold the other characters that Python cuts lines at.
 """
 
@@ -18,7 +18,15 @@ import httpx
 from pydantic import ValidationError
 
 from api_stub import connections
-from api_stub.client.http.requests import ANSWER_S, CONNECT_S, Answer, Ask, Slot, job_path, slot
+from api_stub.client.http.requests import (
+    ANSWER_S,
+    CONNECT_S,
+    ApiRequest,
+    ApiResponse,
+    PresignedPut,
+    job_path,
+    presign_put,
+)
 from api_stub.contract.event import Event, parse_event
 from api_stub.errors import InvalidRequest, StorageRefused, StoreUnavailable
 
@@ -36,34 +44,34 @@ def headers(api_key: str | None) -> Mapping[str, str]:
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
-def send(http: httpx.Client, ask: Ask[T]) -> T:
-    """Send an ask and read its answer. Raises StoreUnavailable and what the answer refuses with."""
+def send(http: httpx.Client, request: ApiRequest[T]) -> T:
+    """Send a request and read its response. Raises StoreUnavailable and the error that the response stands for."""
     try:
         try:
-            response = http.send(_request(http, ask))
+            response = http.send(_request(http, request))
         except STALE:
-            response = http.send(_request(http, ask))
+            response = http.send(_request(http, request))
     except httpx.HTTPError as error:
         raise unreachable(error) from error
-    return ask.answered(whole(response))
+    return request.read_response(whole(response))
 
 
-async def send_async(http: httpx.AsyncClient, ask: Ask[T]) -> T:
+async def send_async(http: httpx.AsyncClient, request: ApiRequest[T]) -> T:
     """`send` for asyncio."""
     try:
         try:
-            response = await http.send(_request(http, ask))
+            response = await http.send(_request(http, request))
         except STALE:
-            response = await http.send(_request(http, ask))
+            response = await http.send(_request(http, request))
     except httpx.HTTPError as error:
         raise unreachable(error) from error
-    return ask.answered(whole(response))
+    return request.read_response(whole(response))
 
 
-def whole(response: httpx.Response) -> Answer:
+def whole(response: httpx.Response) -> ApiResponse:
     """Return an answer that was read to its end."""
-    said = {name.lower(): value for name, value in response.headers.items()}
-    return Answer(response.status_code, said, response.content)
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    return ApiResponse(response.status_code, headers, response.content)
 
 
 def unreachable(error: httpx.HTTPError) -> StoreUnavailable:
@@ -81,12 +89,12 @@ def _where(error: httpx.HTTPError) -> str:
     return f" ({connections.host_port(url.host, url.port or _PORTS.get(url.scheme, ''))})"
 
 
-def _request(http: httpx.Client | httpx.AsyncClient, ask: Ask[T]) -> httpx.Request:
-    timeout = httpx.Timeout(ANSWER_S + ask.wait_s, connect=CONNECT_S)
-    if ask.body is None:
-        return http.build_request(ask.method, ask.path, timeout=timeout)
+def _request(http: httpx.Client | httpx.AsyncClient, request: ApiRequest[T]) -> httpx.Request:
+    timeout = httpx.Timeout(ANSWER_S + request.wait_s, connect=CONNECT_S)
+    if request.body is None:
+        return http.build_request(request.method, request.path, timeout=timeout)
     content_type = {"Content-Type": "application/json"}
-    return http.build_request(ask.method, ask.path, content=ask.body, headers=content_type, timeout=timeout)
+    return http.build_request(request.method, request.path, content=request.body, headers=content_type, timeout=timeout)
 
 
 logger = logging.getLogger(__name__)
@@ -145,35 +153,35 @@ def upload(http: httpx.Client, path: str | Path) -> str:
     """
     source = Path(path)
     num_bytes, content_type = source.stat().st_size, _media_type(source)
-    leave = send(http, slot(content_type, num_bytes))
+    put = send(http, presign_put(content_type, num_bytes))
     try:
-        _put(source, leave)
+        _put(source, put)
     except httpx.ConnectError:
         return _through_gateway(http, source, content_type)
     except httpx.HTTPError as error:
         raise StoreUnavailable(f"S3 did not answer: {type(error).__name__}") from error
-    return leave.uri
+    return put.uri
 
 
-def _put(source: Path, leave: Slot) -> None:
+def _put(source: Path, put: PresignedPut) -> None:
     """Send the file without the gateway's client, whose key is no business of S3's."""
     with source.open("rb") as file:
         timeout = httpx.Timeout(PUT_S, connect=CONNECT_S)
-        answer = httpx.put(leave.url, content=file, headers=leave.headers, timeout=timeout)
-    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        raise StoreUnavailable(f"S3 is busy: status {answer.status_code}")
-    if not answer.is_success:
-        raise StorageRefused(f"S3 refused: status {answer.status_code}")
+        response = httpx.put(put.url, content=file, headers=put.headers, timeout=timeout)
+    if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise StoreUnavailable(f"S3 is busy: status {response.status_code}")
+    if not response.is_success:
+        raise StorageRefused(f"S3 refused: status {response.status_code}")
 
 
 def _through_gateway(http: httpx.Client, source: Path, content_type: str) -> str:
-    ask = Ask("POST", "/v1/uploads/inline", lambda answer: str(json.loads(answer.body)["uri"]))
+    request = ApiRequest("POST", "/v1/uploads/inline", lambda response: str(json.loads(response.body)["uri"]))
     try:
         with source.open("rb") as file:
-            answer = http.post(ask.path, files={"file": (source.name, file, content_type)}, timeout=PUT_S)
+            response = http.post(request.path, files={"file": (source.name, file, content_type)}, timeout=PUT_S)
     except httpx.HTTPError as error:
         raise unreachable(error) from error
-    return ask.answered(whole(answer))
+    return request.read_response(whole(response))
 
 
 def _media_type(source: Path) -> str:

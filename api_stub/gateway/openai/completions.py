@@ -23,8 +23,8 @@ from starlette.types import Receive, Scope, Send
 from api_stub.contract.event import FinalEvent, JobCompleted
 from api_stub.cursor import TextCursor
 from api_stub.errors import JobFailed, StoreUnavailable, UnknownJob, VisionqError
+from api_stub.gateway.broadcaster import Frame
 from api_stub.gateway.gateway import Gateway
-from api_stub.gateway.hub import Frame
 from api_stub.gateway.openai.models import NoWorker, ServedOrNot
 from api_stub.gateway.openai.shapes import (
     ChatChunk,

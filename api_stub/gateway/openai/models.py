@@ -34,7 +34,7 @@ class NoWorker(JobFailed):
 class ServedOrNot:
     """Looks now and then whether a waiting completion's job is queued for a model that no worker serves.
 
-    Twice in a row, half of the patience apart, and the job is cancelled; one that `goes_on` stays queued, because a
+    Twice in a row, half of the timeout apart, and the job is cancelled; one that `goes_on` stays queued, because a
     repetition finds it.
     """
 
@@ -67,10 +67,10 @@ class ServedOrNot:
         return self._goes_on or await self._gateway.ledger.cancel(self._job_id) is not Cancelled.FINAL
 
 
-def no_worker(model: str, patience_s: float) -> ErrorInfo:
+def no_worker(model: str, timeout_s: float) -> ErrorInfo:
     """Return the error of a completion that no worker has taken."""
     message = (
-        f"no worker has served the model {model!r} for {patience_s:g} s (VISIONQ_API_NO_WORKER_S); "
+        f"no worker has served the model {model!r} for {timeout_s:g} s (VISIONQ_API_NO_WORKER_S); "
         "ask again when one does, or hand it in at /v1/jobs, where it waits"
     )
     return ErrorInfo.of(ErrorCode.NO_WORKER, message)

@@ -85,7 +85,7 @@ async def metrics(gateway: GatewayHere, caller: MaybeCaller) -> Response:
     except redis.RedisError as error:
         logger.warning("no queue depths", extra={"action": "metrics", "error": type(error).__name__})
         depths = {}
-    gateway.metrics.readers.set(gateway.hub.num_readers)
+    gateway.metrics.readers.set(gateway.broadcaster.num_readers)
     return Response(
         gateway.metrics.exposition(depths, is_operator=caller is not None and caller.is_operator),
         media_type=CONTENT_TYPE_LATEST,

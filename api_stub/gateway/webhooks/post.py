@@ -26,7 +26,7 @@ class PostFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class PostAnswer:
+class PostResponse:
     """What a receiver said. `retry_after_s` is None when it did not say."""
 
     status: int
@@ -46,7 +46,7 @@ class WebhookPost:
         self._context = ssl.create_default_context()
         self._network = PinnedNetwork(policy, ask or SystemResolver())
 
-    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> PostResponse:
         """POST once; the caller bounds how many at a time. Raises TargetRefused (never try again), PostFailed."""
         self._policy.check_url(url)
         try:
@@ -59,7 +59,7 @@ class WebhookPost:
         except (ValueError, httpcore.UnsupportedProtocol) as error:
             raise PostFailed("the address cannot be used") from error
 
-    async def _exchanged(self, url: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
+    async def _exchanged(self, url: str, headers: Mapping[str, str], body: bytes) -> PostResponse:
         limits = {"connect": min(MAX_CONNECT_S, self._timeout_s), "read": self._timeout_s, "write": self._timeout_s}
         sent = [(name.encode(), value.encode()) for name, value in headers.items()]
         # A pool of its own: httpcore loses a pool's place when asyncio cancels whoever was just given one.
@@ -69,7 +69,7 @@ class WebhookPost:
         ):
             await _read_some(answer)
             said = {name.lower(): value for name, value in answer.headers}
-            return PostAnswer(answer.status, _seconds(said.get(b"retry-after", b"").decode("latin-1")))
+            return PostResponse(answer.status, _seconds(said.get(b"retry-after", b"").decode("latin-1")))
 
 
 async def _read_some(answer: httpcore.Response) -> None:

@@ -30,7 +30,7 @@ from api_stub.gateway.metrics import Metrics
 from api_stub.gateway.problems import invalid
 from api_stub.gateway.signature import Secret, signed_headers
 from api_stub.gateway.ssrf import TargetPolicy, TargetRefused, parse_networks, parse_ports
-from api_stub.gateway.webhooks.post import PostAnswer, PostFailed, WebhookPost
+from api_stub.gateway.webhooks.post import PostFailed, PostResponse, WebhookPost
 from api_stub.ledger.outbox import Delivery, DeliveryQueue, Settlement
 from api_stub.settings import GatewaySettings, parsed
 
@@ -141,7 +141,7 @@ class WebhookSender:
         else:
             await self._answered(delivery, answer)
 
-    async def _answered(self, delivery: Delivery, answer: PostAnswer) -> None:
+    async def _answered(self, delivery: Delivery, answer: PostResponse) -> None:
         if answer.is_good:
             await self._queue.settle(delivery, Settlement.DELIVERED)
             self._metrics.webhook(Settlement.DELIVERED)

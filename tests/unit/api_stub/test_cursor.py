@@ -10,7 +10,7 @@ from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import Event, JobCompleted, JobFailedEvent, JobStarted, OutputDelta
 from api_stub.contract.job import TaskName
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
-from api_stub.cursor import FIRST_CONNECT_S, RECONNECT_S, RESUBSCRIBE_S, EventCursor, Patience, TextCursor
+from api_stub.cursor import FIRST_CONNECT_S, RECONNECT_S, RESUBSCRIBE_S, EventCursor, ReadTimeouts, TextCursor
 from api_stub.errors import JobFailed, StoreUnavailable, StreamRestarted
 
 
@@ -121,36 +121,36 @@ class Clock:
 
 def test_silence_counts_from_the_last_thing_heard() -> None:
     clock = Clock()
-    patience = Patience(2.0, clock)
+    timeouts = ReadTimeouts(2.0, clock)
     clock.now += 1.5
-    assert patience.wait_s() == pytest.approx(0.5)
-    patience.heard()
-    assert patience.wait_s() == pytest.approx(2.0)
+    assert timeouts.wait_s() == pytest.approx(0.5)
+    timeouts.heard()
+    assert timeouts.wait_s() == pytest.approx(2.0)
     clock.now += 2.0
     with pytest.raises(TimeoutError, match=r"2\.0 s"):
-        patience.wait_s()
+        timeouts.wait_s()
 
 
 def test_patience_without_a_timeout_still_looks_anew_after_a_while() -> None:
     clock = Clock()
-    patience = Patience(None, clock)
+    timeouts = ReadTimeouts(None, clock)
     clock.now += 10_000
-    assert patience.wait_s() == RESUBSCRIBE_S
+    assert timeouts.wait_s() == RESUBSCRIBE_S
 
 
 @pytest.mark.parametrize("has_connected", [False, True])
 def test_a_dead_redis_is_retried_for_a_bounded_time_with_growing_pauses(has_connected: bool) -> None:
     clock = Clock()
-    patience = Patience(None, clock)
+    timeouts = ReadTimeouts(None, clock)
     if has_connected:
-        patience.connected()
+        timeouts.connected()
         clock.now += 1000.0
     begin = clock.now
     pauses: list[float] = []
 
     def retry_for_ever() -> None:
         while True:
-            pauses.append(patience.pause_s(ConnectionError()))
+            pauses.append(timeouts.pause_s(ConnectionError()))
             clock.now += pauses[-1]
 
     with pytest.raises(StoreUnavailable, match="ConnectionError"):
@@ -163,9 +163,9 @@ def test_a_dead_redis_is_retried_for_a_bounded_time_with_growing_pauses(has_conn
 
 def test_the_callers_timeout_bounds_the_retries_too() -> None:
     clock = Clock()
-    patience = Patience(1.0, clock)
-    patience.connected()
-    assert patience.pause_s(ConnectionError()) < 0.9
+    timeouts = ReadTimeouts(1.0, clock)
+    timeouts.connected()
+    assert timeouts.pause_s(ConnectionError()) < 0.9
     clock.now += 0.95
     with pytest.raises(StoreUnavailable):
-        patience.pause_s(ConnectionError())
+        timeouts.pause_s(ConnectionError())

@@ -1,4 +1,4 @@
-"""One line of a batch from its text to its answer: submit with patience, wait, write down."""
+"""One line of a batch from its text to its answer: submit, again when the queue is full, wait, write down."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Lineup:
                 await self._check_model(request.model)
                 await accept(self._gateway, self._caller, draft, job_id=job_id)
             except (VisionqError, redis.RedisError) as error:
-                await self._pause(_patience_s(error))
+                await self._pause(_retry_after_s(error))
             else:
                 self._waiting.add(job_id)
                 return True
@@ -180,7 +180,7 @@ class Lineup:
         return f"batch_req_{request_id(self._order.id, line.number)}"
 
 
-def _patience_s(error: VisionqError | redis.RedisError) -> float:
+def _retry_after_s(error: VisionqError | redis.RedisError) -> float:
     """Return how long to wait before the line is tried again. Raises the error when that makes no sense."""
     if isinstance(error, QueueFull):
         return min(error.retry_after_s, MAX_PAUSE_S)

@@ -111,7 +111,7 @@ class _Topic:
     is_live: bool = False
 
 
-class EventHub:
+class EventBroadcaster:
     """`start()` and `close()` on the loop whose readers it serves. `join` never waits for Redis longer than a write."""
 
     def __init__(self, readers: redis.asyncio.Redis) -> None:
@@ -136,7 +136,7 @@ class EventHub:
 
     def start(self) -> None:
         """Begin to listen."""
-        self._task = asyncio.create_task(self._listen(), name="event-hub")
+        self._task = asyncio.create_task(self._listen(), name="event-broadcaster")
 
     def close_readers(self) -> None:
         """End every reader, now and from now on."""
