@@ -179,8 +179,8 @@ class PagedRunner(VisionRunner):
             request.num_cached_tokens += chunk.num_tokens
             if request in self._keys:
                 self._tables.register_hash(request.row, self._keys[request], request.num_cached_tokens)
-            if request.num_cached_tokens >= request.num_prompt_cached:
-                self._forget(request)
+                if request.num_cached_tokens >= request.num_prompt_cached:
+                    self._forget(request)
         return [chunk.request for chunk in chunks if chunk.request.num_unread == 0]
 
     def _run_flat(self, decodes: Sequence[Request], prefills: Sequence[Chunk]) -> Tensor:
