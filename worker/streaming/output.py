@@ -76,12 +76,15 @@ class AttemptOutput:
         return self._finish if self._has_ended.wait(timeout_s) else None
 
     def add(self, output: RequestOutput) -> Outgoing | None:
-        """Add what one engine step generated; return its event, None when there is no new text."""
+        """Add what one engine step generated; return its event, None when there is no new text.
+
+        Raises ValueError, and adds no text, when no event can hold it.
+        """
         self.num_tokens += output.num_tokens
         if not output.text:
             return None
-        self._texts.append(output.text)
         body = DeltaBody(text=output.text, offset=output.offset, num_tokens=output.num_tokens)
+        self._texts.append(output.text)
         return Outgoing(self.stream, body)
 
     def end(self, finish: Finish) -> None:

@@ -8,7 +8,7 @@ In: the engine's outputs, step by step (`put_step`), and progress of jobs (`put`
 Progress waits a moment, so that a short answer goes out together with it; text never does. When Redis is slow or away,
 waiting deltas of one stream are joined, so memory stays bounded by the answers' own length and decoding never waits. A
 batch whose reply was lost is sent again unchanged; the ledger ignores what it already has. An event that Redis refuses
-for good is dropped, and no other with it.
+for good is dropped, and no other with it. An output that cannot be made an event ends its own generation with an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from api_stub.ledger.backoff import Backoff
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Publication
 from api_stub.ledger.verdicts import is_passing
-from worker.engine.request import Finish, RequestOutput
+from worker.engine.request import Ended, Finish, RequestOutput, error_info
 from worker.streaming.output import AttemptOutput, AttemptStream, Outgoing, merge
 from worker.streaming.token_meter import TokenMeter
 
@@ -178,17 +178,31 @@ class Publisher:
     def _add_step(self, batch: _Batch, step: _Step) -> None:
         try:
             self._meter.count(step.outputs, step.at)
-            for generated in step.outputs:
-                output = self._outputs.get(generated.request_id)
-                if output is None:
-                    continue
-                event = output.add(generated)
-                if event is not None:
-                    batch.events.append(event)
-                if generated.finish is not None:
-                    batch.ended.append((output, generated.finish))
         except Exception:
-            logger.exception("step lost", extra={"action": "translate"})
+            logger.exception("tokens not counted", extra={"action": "translate"})
+        for generated in step.outputs:
+            try:
+                self._add(batch, generated)
+            except Exception as error:
+                logger.exception("output lost", extra={"action": "translate"})
+                self._fail(batch, generated, error)
+
+    def _add(self, batch: _Batch, generated: RequestOutput) -> None:
+        output = self._outputs.get(generated.request_id)
+        if output is None:
+            return
+        event = output.add(generated)
+        if event is not None:
+            batch.events.append(event)
+        if generated.finish is not None:
+            batch.ended.append((output, generated.finish))
+
+    def _fail(self, batch: _Batch, generated: RequestOutput, error: Exception) -> None:
+        """End the generation whose output cannot be sent with an error: nobody may wait for the rest of its text."""
+        output = self._outputs.pop(getattr(generated, "request_id", ""), None)
+        if output is not None:
+            info = error_info(error, "an output of the engine")
+            batch.ended.append((output, Finish(Ended.FAILED, 0, output.num_tokens, 0.0, 0.0, info)))
 
     def _send(self, batch: Sequence[Numbered]) -> None:
         """Send everything at once; what Redis refuses for good is found by sending one after the other."""

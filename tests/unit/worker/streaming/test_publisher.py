@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from api_stub.contract import names
+from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import DeltaBody, ProgressBody, Stage
 from api_stub.contract.job import VqaJob
 from api_stub.contract.result import FinishReason
@@ -21,7 +22,7 @@ from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim
 from api_stub.ledger.settings import LedgerConfig
 from tests.servers import RedisServer, eventually
-from worker.engine.request import Finish, RequestOutput
+from worker.engine.request import Ended, Finish, RequestOutput
 from worker.observability.metrics import Metrics
 from worker.streaming.output import AttemptStream, Outgoing, merge
 from worker.streaming.publisher import Publisher
@@ -241,6 +242,47 @@ def test_a_step_that_cannot_be_read_does_not_end_the_publisher(publisher: Publis
     flush(publisher)
     assert publisher.is_alive
     assert [event["text"] for event in events(ledger.client, stream) if event["type"] == "output.delta"] == ["more"]
+
+
+def test_an_output_that_no_event_can_hold_costs_its_own_job_and_no_other(publisher: Publisher, ledger: Ledger) -> None:
+    streams = [claimed(ledger) for _ in range(3)]
+    before, broken, behind = (publisher.open(stream.job_id, stream) for stream in streams)
+    finish = Finish(FinishReason.STOP, 7, 2, first_token_s=0.1, generate_s=1.0)
+    publisher.put_step([generated(stream, "It is ", 0) for stream in streams])
+    texts = ("blue", cast("str", 7), "red")
+    publisher.put_step([generated(stream, said, 6, finish) for stream, said in zip(streams, texts, strict=True)])
+    failed = broken.wait(20)
+    assert failed is not None, "nobody waits for the rest of it until a deadline"
+    assert failed.reason is Ended.FAILED
+    assert failed.error is not None
+    assert (failed.error.code, failed.num_completion_tokens) == (ErrorCode.INTERNAL, 2)
+    for output, said in ((before, "It is blue"), (behind, "It is red")):
+        assert output.wait(20) == finish
+        assert output.text == said
+        written = [event for event in events(ledger.client, output.stream) if event["type"] == "output.delta"]
+        assert "".join(str(event["text"]) for event in written) == said
+    publisher.put_step([generated(streams[1], "more", 7)])
+    flush(publisher)
+    assert broken.text == "It is ", "what its readers have seen, and nothing after the end"
+    assert publisher.is_alive
+
+
+def test_an_error_in_counting_costs_no_text(ledger: Ledger) -> None:
+    class BrokenMeter(TokenMeter):
+        def count(self, outputs: Sequence[RequestOutput], at: float) -> None:
+            raise KeyError("a request that nobody knows")
+
+    publisher = Publisher(ledger, BrokenMeter(Metrics("default")))
+    publisher.start()
+    try:
+        stream = claimed(ledger)
+        output = publisher.open(stream.job_id, stream)
+        finish = Finish(FinishReason.STOP, 7, 1, first_token_s=0.1, generate_s=1.0)
+        publisher.put_step([generated(stream, "blue", 0, finish)])
+        assert output.wait(20) == finish
+        assert output.text == "blue"
+    finally:
+        publisher.stop(10)
 
 
 def test_a_generation_has_ended_only_when_its_last_text_is_in_redis(
