@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
+
+from cachetools import LRUCache
 
 from worker.errors import WorkerError
 from worker.media.sniff import MediaKind
@@ -82,9 +83,8 @@ class MediaCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[MediaKey, DecodedMedia] = OrderedDict()  # least recently used first
+        self._entries: LRUCache[MediaKey, DecodedMedia] = LRUCache(max_bytes, getsizeof=entry_bytes)
         self._flights: dict[MediaKey, _Flight] = {}
-        self._num_bytes = 0
         self._hits = self._misses = self._evictions = 0
 
     def stats(self) -> MediaCacheStats:
@@ -132,7 +132,6 @@ class MediaCache:
     def _lookup(self, keys: tuple[MediaKey, ...]) -> DecodedMedia | None:
         for key in keys:
             if key in self._entries:
-                self._entries.move_to_end(key)
                 return self._entries[key]
         return None
 
@@ -158,15 +157,11 @@ class MediaCache:
         flight.is_done.set()
 
     def _insert(self, made: Made) -> None:
-        num_bytes = entry_bytes(made.media)
-        if self._lookup((made.key,)) is not None or num_bytes > self._max_bytes:
+        if self._lookup((made.key,)) is not None or entry_bytes(made.media) > self._max_bytes:
             return
-        while self._num_bytes + num_bytes > self._max_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self._num_bytes -= entry_bytes(evicted)
-            self._evictions += 1
+        num_before = len(self._entries)
         self._entries[made.key] = made.media
-        self._num_bytes += num_bytes
+        self._evictions += num_before + 1 - len(self._entries)
 
     def _count(self, outcome: Literal["hit", "miss"]) -> None:
         with self._lock:
@@ -176,7 +171,9 @@ class MediaCache:
         logger.debug("media cache asked", extra={"action": "media_cache", "outcome": outcome, **asdict(stats)})
 
     def _snapshot(self) -> MediaCacheStats:
-        return MediaCacheStats(self._hits, self._misses, self._evictions, len(self._entries), self._num_bytes)
+        return MediaCacheStats(
+            self._hits, self._misses, self._evictions, len(self._entries), int(self._entries.currsize)
+        )
 
 
 def entry_bytes(media: DecodedMedia) -> int:

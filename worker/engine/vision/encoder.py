@@ -9,17 +9,23 @@ recently used out first. Engine thread only; the cache's counters may be read fr
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.engine.pictures import Picture, TowerHook, is_framed, joined
 from worker.engine.tensors import are_close
+
+logger = logging.getLogger(__name__)
+
+_FACTS: Final = {"action": "engine.vision"}
+#: Pixels of a call, padding included, over those of its pictures.
+MAX_PADDING: Final = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,43 +53,32 @@ class FeatureCache:
     """`max_bytes` of 0 keeps nothing, and what is larger than all of it is not kept either."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[bytes, Features] = OrderedDict()  # least recently used first
-        self.num_bytes = 0
+        self._entries: LRUCache[bytes, Features] = LRUCache(max_bytes, getsizeof=lambda features: features.num_bytes)
         self.num_evicted = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all features that are kept."""
+        return int(self._entries.currsize)
+
     def get(self, key: bytes) -> Features | None:
         """Return the features of that picture, if they are kept."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        return self._entries.get(key)
 
     def put(self, key: bytes, features: Features) -> None:
         """Keep features that are not kept yet; others make room."""
-        if key in self._entries or features.num_bytes > self._max_bytes:
+        if key in self._entries or features.num_bytes > self._entries.maxsize:
             return
-        while self.num_bytes + features.num_bytes > self._max_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self.num_bytes -= evicted.num_bytes
-            self.num_evicted += 1
+        num_before = len(self._entries)
         self._entries[key] = features
-        self.num_bytes += features.num_bytes
+        self.num_evicted += num_before + 1 - len(self._entries)
 
     def clear(self) -> None:
         """Give the memory back."""
         self._entries.clear()
-        self.num_bytes = 0
-
-
-logger = logging.getLogger(__name__)
-_FACTS: Final = {"action": "engine.vision"}
-
-#: Pixels of a call, padding included, over those of its pictures.
-MAX_PADDING: Final = 1.5
 
 
 class CannotSeparate(Exception):
