@@ -40,6 +40,11 @@ _PHRASES: Final = (
 _TIMEOUTS: Final = (TimeoutError, asyncio.TimeoutError)
 _SERVER: Final = "visionq_server"
 
+TIMEOUT_S: Final = 2.0
+MAX_COMMANDS: Final = 50
+#: redis-py's own default is 100, after which it refuses.
+MAX_READERS: Final = 1_000_000
+
 
 def plain_cause(error: BaseException) -> str:
     """Return the reason behind an error; empty when none is known that may be told."""
@@ -151,12 +156,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         behind = error.__cause__ or error.__context__
         error = behind or (error.exceptions[0] if isinstance(error, BaseExceptionGroup) else None)
-
-
-TIMEOUT_S: Final = 2.0
-MAX_COMMANDS: Final = 50
-#: redis-py's own default is 100, after which it refuses.
-MAX_READERS: Final = 1_000_000
 
 
 def commands(url: str) -> redis.Redis:

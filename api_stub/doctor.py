@@ -21,6 +21,20 @@ from api_stub.ledger.census import MAX_NAMED, Census, take_census
 from api_stub.ledger.settings import LedgerConfig
 from api_stub.ledger.verdicts import code_of, is_passing
 
+OLDEST: Final = (6, 2)
+#: Redis' clock alone decides about jobs; another one is only confusing in logs.
+MAX_SKEW_S: Final = 5.0
+#: Share of the memory limit from which on work is about to be refused.
+FULL: Final = 0.9
+#: After this kombu delivers an unacknowledged message once more. A result that is gone by then could run again.
+VISIBILITY_TIMEOUT_S: Final = 600
+#: A leaked message is older than any live worker lets it become.
+OLD_UNACKED_S: Final = VISIBILITY_TIMEOUT_S + 120
+#: A webhook that waits longer than this for its turn has no gateway that sends it.
+LATE_WEBHOOK_S: Final = 60
+_UNACKED: Final = "unacked"
+_UNACKED_INDEX: Final = "unacked_index"
+
 
 class Level(StrEnum):
     """How bad it is. A warning is worth reading; a problem makes the command fail."""
@@ -42,13 +56,6 @@ class Finding:
 def judged(check: str, is_fine: bool, message: str, otherwise: Level = Level.PROBLEM) -> Finding:
     """Return a finding that is fine or not."""
     return Finding(check, Level.OK if is_fine else otherwise, message)
-
-
-OLDEST: Final = (6, 2)
-#: Redis' clock alone decides about jobs; another one is only confusing in logs.
-MAX_SKEW_S: Final = 5.0
-#: Share of the memory limit from which on work is about to be refused.
-FULL: Final = 0.9
 
 
 def server_findings(client: redis.Redis) -> Iterator[Finding]:
@@ -97,16 +104,6 @@ def _clock(client: redis.Redis) -> Finding:
     return judged(
         "clock", abs(skew_s) < MAX_SKEW_S, f"Redis' clock is {skew_s:+.1f} s from this machine's", Level.WARNING
     )
-
-
-#: After this kombu delivers an unacknowledged message once more. A result that is gone by then could run again.
-VISIBILITY_TIMEOUT_S: Final = 600
-#: A leaked message is older than any live worker lets it become.
-OLD_UNACKED_S: Final = VISIBILITY_TIMEOUT_S + 120
-#: A webhook that waits longer than this for its turn has no gateway that sends it.
-LATE_WEBHOOK_S: Final = 60
-_UNACKED: Final = "unacked"
-_UNACKED_INDEX: Final = "unacked_index"
 
 
 def examine(client: redis.Redis, config: LedgerConfig, max_keys: int) -> Iterator[Finding]:

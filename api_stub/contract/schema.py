@@ -31,6 +31,19 @@ _TYPES: Final[Mapping[str, TypeAdapter[object]]] = {
 }
 NAMES: Final = tuple(_TYPES)
 
+SPECIFICATION: Final = "3.0.0"
+SCHEMA_FORMAT: Final = "application/schema+json;version=draft-2020-12"
+_JOBS: Final[Mapping[str, type[Job]]] = {"caption": CaptionJob, "vqa": VqaJob, "video_qa": VideoQaJob}
+_JOB_ID: Final = "Id of the job: the id of its Celery task."
+_MODEL: Final = f"Model name that routes the job: {names.MODEL_NAME_PATTERN}"
+_DESCRIPTION: Final = f"""\
+Jobs go in as Celery messages (protocol 2, JSON) through kombu's Redis transport: LPUSH of one JSON object `{{body,
+content-encoding, content-type, headers, properties}}`, `body` in base64, into the list `<queue>` for priority 0 and
+`<queue>\\u0006\\u0016<step>` for the steps {", ".join(map(str, names.PRIORITY_STEPS[1:]))}; a priority goes to the
+highest step not above it. Events are published on a channel and kept in a stream of the same name (field `event`, entry
+id `<seq>-0`); `job.queued` enters the stream with the event after it. A result is a key of Celery's result backend, and
+published on a channel of the same name."""
+
 
 def schemas() -> dict[str, dict[str, JsonValue]]:
     """Return one schema per name in NAMES.
@@ -65,21 +78,6 @@ def _require_tags(definition: dict[str, JsonValue]) -> None:
     missing = [name for name in tags if name not in required]
     if missing:
         definition["required"] = [*required, *missing]
-
-
-SPECIFICATION: Final = "3.0.0"
-SCHEMA_FORMAT: Final = "application/schema+json;version=draft-2020-12"
-_JOBS: Final[Mapping[str, type[Job]]] = {"caption": CaptionJob, "vqa": VqaJob, "video_qa": VideoQaJob}
-
-_JOB_ID: Final = "Id of the job: the id of its Celery task."
-_MODEL: Final = f"Model name that routes the job: {names.MODEL_NAME_PATTERN}"
-_DESCRIPTION: Final = f"""\
-Jobs go in as Celery messages (protocol 2, JSON) through kombu's Redis transport: LPUSH of one JSON object `{{body,
-content-encoding, content-type, headers, properties}}`, `body` in base64, into the list `<queue>` for priority 0 and
-`<queue>\\u0006\\u0016<step>` for the steps {", ".join(map(str, names.PRIORITY_STEPS[1:]))}; a priority goes to the
-highest step not above it. Events are published on a channel and kept in a stream of the same name (field `event`, entry
-id `<seq>-0`); `job.queued` enters the stream with the event after it. A result is a key of Celery's result backend, and
-published on a channel of the same name."""
 
 
 class CeleryFailure(BaseModel):

@@ -33,6 +33,9 @@ from api_stub.contract.result import Result
 from api_stub.demo.tasks import DemoTask
 from api_stub.errors import VisionqError
 
+MAX_WIDTH = 114
+REAL_MODEL = "llava-hf/llava-interleave-qwen-0.5b-hf"
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -122,10 +125,6 @@ class Follow:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
-
-
-MAX_WIDTH = 114
-REAL_MODEL = "llava-hf/llava-interleave-qwen-0.5b-hf"
 
 
 class Screen(Protocol):

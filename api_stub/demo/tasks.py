@@ -25,6 +25,9 @@ from api_stub.errors import VisionqError
 
 SUBMIT_S = 30.0
 
+SEED = 7
+LABELS = {TaskName.CAPTION: "caption", TaskName.VQA: "image question", TaskName.VIDEO_QA: "video question"}
+
 
 class GatewayFailed(VisionqError):
     """Raised when the gateway refused the demo's job or did not carry it to its end."""
@@ -79,10 +82,6 @@ def _events(answer: HTTPResponse) -> Generator[Event, None, None]:
 def _connection(url: str, timeout_s: float | None) -> HTTPConnection:
     address = urlsplit(url)
     return HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
-
-
-SEED = 7
-LABELS = {TaskName.CAPTION: "caption", TaskName.VQA: "image question", TaskName.VIDEO_QA: "video question"}
 
 
 class DemoTask(BaseModel):

@@ -49,6 +49,8 @@ appendfsync everysec
 maxmemory-policy noeviction
 """
 
+DISTRIBUTION = "visionq-worker"
+
 
 @dataclass(frozen=True, slots=True)
 class RedisServer:
@@ -184,9 +186,6 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-DISTRIBUTION = "visionq-worker"
 
 
 def worker_command(module: str, search_path: Sequence[str] | None = None) -> list[str]:

@@ -35,6 +35,9 @@ _ENTRY: Final = re.compile(rf"(?P<name>{_NAME}):(?P<digest>[0-9a-fA-F]{{64}})")
 _OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets", "role", "webhook_secret"})
 OPERATOR: Final = "operator"
 
+#: When a caller with too many unfinished jobs should ask again.
+IN_FLIGHT_RETRY_S: Final = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -222,8 +225,6 @@ def _number(variable: str, name: str, options: dict[str, str], option: str, defa
     return int(value)
 
 
-#: When a caller with too many unfinished jobs should ask again.
-IN_FLIGHT_RETRY_S: Final = 5.0
 _FINAL: Final = tuple(status.value for status in JobStatus if status.is_final)
 
 

@@ -29,6 +29,27 @@ from api_stub.settings import GatewaySettings
 #: When a request that found no room should come again.
 NO_ROOM_RETRY_S: Final = 2
 
+logger = logging.getLogger("api_stub.gateway.access_log")
+
+SECURITY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+#: Asked every few seconds by machines: counted, not logged.
+_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_OF_A_BODY: Final = frozenset({b"content-type", b"content-length", b"transfer-encoding"})
+#: Their bodies mean nothing.
+_READING: Final = frozenset({"GET", "HEAD"})
+#: That much of a body that nobody wants is passed over.
+_MAX_IGNORED_BYTES: Final = 64 * 1024
+#: Without it the server reads the rest of an unread body, however long, before it takes the next request.
+_CLOSE: Final = {"Connection": "close"}
+#: Where a form goes to disk; the other routes read every body into memory, whatever it calls itself.
+_FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
+
 
 class BodyBudget:
     """Bytes of bodies that are in memory now. One event loop."""
@@ -106,28 +127,6 @@ class BoundedBody:
         self._num_bytes += num_bytes
         self.is_whole = not message.get("more_body", False)
         return message
-
-
-logger = logging.getLogger("api_stub.gateway.access_log")
-
-SECURITY_HEADERS: Final = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-#: Asked every few seconds by machines: counted, not logged.
-_QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics"})
-_OF_A_BODY: Final = frozenset({b"content-type", b"content-length", b"transfer-encoding"})
-#: Their bodies mean nothing.
-_READING: Final = frozenset({"GET", "HEAD"})
-#: That much of a body that nobody wants is passed over.
-_MAX_IGNORED_BYTES: Final = 64 * 1024
-#: Without it the server reads the rest of an unread body, however long, before it takes the next request.
-_CLOSE: Final = {"Connection": "close"}
-#: Where a form goes to disk; the other routes read every body into memory, whatever it calls itself.
-_FORMS: Final = re.compile(r"/v1/(jobs|jobs/[^/]+|files|uploads/inline)")
 
 
 class GatewayMiddleware:

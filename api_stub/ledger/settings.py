@@ -24,6 +24,20 @@ ENV_PREFIX: Final = "VISIONQ_"
 _WAY: Final = "give one address that always leads to the master, a name that moves or a TCP proxy"
 _SET_IN_THE_URL: Final = ("password", "username", "db")
 
+#: What workers and gateways should agree on: each treats a job by its own values.
+SHARED_SETTINGS: Final = (
+    "max_attempts",
+    "tenant_max_running",
+    "grace_s",
+    "ageing_s",
+    "result_ttl_s",
+    "events_ttl_s",
+    "unserved_ttl_s",
+)
+#: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
+HEALTH_CHECK_S: Final = 10
+_STALE: Final = (redis.ConnectionError,)  # a pooled connection may have died unnoticed
+
 
 def check_redis_url(url: str) -> None:
     """Raise ValueError when `url` names no Redis, or says in its query what belongs before it."""
@@ -55,18 +69,6 @@ def redis_address(url: str) -> str:
     """Return `host:port` of a checked URL, for messages."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or 6379}"
-
-
-#: What workers and gateways should agree on: each treats a job by its own values.
-SHARED_SETTINGS: Final = (
-    "max_attempts",
-    "tenant_max_running",
-    "grace_s",
-    "ageing_s",
-    "result_ttl_s",
-    "events_ttl_s",
-    "unserved_ttl_s",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +206,6 @@ def check_http_url(value: str | None) -> str | None:
     if value is not None and urlsplit(value).scheme not in {"http", "https"}:
         raise ValueError("must be an http:// or https:// URL")
     return value
-
-
-#: A pooled connection that was idle this long is pinged before use, so that a silently cut one is replaced.
-HEALTH_CHECK_S: Final = 10
-_STALE: Final = (redis.ConnectionError,)  # a pooled connection may have died unnoticed
 
 
 class SocketOptions(TypedDict):

@@ -31,6 +31,10 @@ from worker.prompting.prepare import PromptBuilder
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _STATUS: Final = Path("/proc/self/status")
 
+WORDS: Final = ("what", "is", "the", "colour", "of", "this", "circle", "how", "many", "red", "squares", "are", "there")
+#: Width and height: one size, so that static batches can be made of any family's tensors.
+PICTURE_SIZE: Final = (640, 480)
+
 
 @dataclass(frozen=True, slots=True)
 class BenchJob:
@@ -140,11 +144,6 @@ def _resident_peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-WORDS: Final = ("what", "is", "the", "colour", "of", "this", "circle", "how", "many", "red", "squares", "are", "there")
-#: Width and height: one size, so that static batches can be made of any family's tensors.
-PICTURE_SIZE: Final = (640, 480)
 
 
 def make_jobs(

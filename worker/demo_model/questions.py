@@ -17,6 +17,10 @@ from worker.demo_model.scenes import COLOURS, SHAPES, Scene, Thing, relation, wi
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ORDINALS = ("first", "second", "third", "fourth")
 
+CAPTION_PROMPTS = ("describe the image.", "caption the image.", "what is in the image?", "describe this image.")
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+CLIP_CAPTION_PROMPTS = ("describe the video.", "what happens in the video?", "caption the video.")
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -30,10 +34,6 @@ class Question:
 def spelling(rng: Random) -> str:
     """`colour` or `color`: users write both."""
     return "colour" if rng.random() < 0.6 else "color"
-
-
-CAPTION_PROMPTS = ("describe the image.", "caption the image.", "what is in the image?", "describe this image.")
-OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def caption(scene: Scene) -> str:
@@ -202,9 +202,6 @@ IMAGES_QUESTIONS: dict[str, ImagesAsker] = {
     "num_images": ask_num_images,
     "count_nth": ask_count_nth,
 }
-
-
-CLIP_CAPTION_PROMPTS = ("describe the video.", "what happens in the video?", "caption the video.")
 
 
 def clip_caption(clip: Clip) -> str:

@@ -37,6 +37,9 @@ COLOUR_JITTER, BACKGROUND_JITTER = 12, 10
 CLEAR_MARGIN = 8.0
 MIN_DISTANCE, MIN_DENSE_DISTANCE = 23.0, 22.7
 
+# OpenCV takes sub-pixel positions as fixed-point integers with this many fractional bits.
+FRACTION_BITS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Thing:
@@ -164,9 +167,6 @@ def _is_unambiguous(things: Sequence[Thing]) -> bool:
 
 
 Pixels = NDArray[np.uint8]
-
-# OpenCV takes sub-pixel positions as fixed-point integers with this many fractional bits.
-FRACTION_BITS = 4
 
 
 def draw(scene: Scene, size: int = 200) -> Pixels:

@@ -17,6 +17,10 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+#: An unfinished UTF-8 character is at most three bytes long; more tokens than that are not one.
+MAX_HELD_TOKENS = 4
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 
 class StopStrings:
     """Cuts a text at the first of some strings. Text that may still become one is held back.
@@ -64,11 +68,6 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-#: An unfinished UTF-8 character is at most three bytes long; more tokens than that are not one.
-MAX_HELD_TOKENS = 4
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream(Protocol):

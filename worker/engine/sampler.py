@@ -27,6 +27,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -228,9 +230,6 @@ def _draw(scores: Tensor, ids: Tensor | None, uniforms: Tensor) -> Tensor:
     target = torch.minimum(uniforms[:, None].to(cdf.dtype) * total, below_total)
     chosen = torch.searchsorted(cdf, target, right=True).clamp_(max=scores.shape[-1] - 1)
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+#: How far outputs may lie apart, as a share of the largest.
+TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on the device. On CUDA through pinned memory: from pageable memory a copy would wait."""
@@ -40,10 +43,6 @@ class HostCopy:
             self._event.synchronize()
         numbers: list[int] = self._copy.tolist()
         return numbers
-
-
-#: How far outputs may lie apart, as a share of the largest.
-TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 def computing_dtype(model: PreTrainedModel) -> torch.dtype:

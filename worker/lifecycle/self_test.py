@@ -31,6 +31,11 @@ PICTURE_COLOUR: Final = (200, 120, 40)
 MAX_NEW_TOKENS: Final = 16
 TIMEOUT_S: Final = 600.0  # a large model tunes kernels on its first prompt
 
+#: An answer or a decoded picture that takes longer is no proof. Jobs before it may take their time.
+PROOF_S: Final = 60.0
+DISK_BYTES: Final = 1024 * 1024
+PICTURE_SIZE: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class TriedOut:
@@ -54,12 +59,6 @@ def try_out(engine: Engine, prompts: PromptBuilder, timeout_s: float = TIMEOUT_S
     if finish.error is not None:
         raise GenerationFailed(finish.error)
     return TriedOut("".join(output.text for output in outputs), finish, inputs.num_media_tokens)
-
-
-#: An answer or a decoded picture that takes longer is no proof. Jobs before it may take their time.
-PROOF_S: Final = 60.0
-DISK_BYTES: Final = 1024 * 1024
-PICTURE_SIZE: Final = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ from worker.prompting.processors import MARK, Processors, tensors_of
 #: Processors count time in frames; for a clip without a frame rate these are milliseconds.
 MILLISECONDS_PER_S: Final = 1000.0
 
+_SHAPES_REMEMBERED = 512
+
 
 def video_options(processor: ProcessorMixin, clips: Sequence[DecodedClip]) -> dict[str, Any]:
     """Return the processor's arguments for the clips of one conversation, in order; none without clips."""
@@ -80,9 +82,6 @@ def _metadata(clip: DecodedClip) -> VideoMetadata:
         duration=clip.duration_s,
         frames_indices=positions,
     )
-
-
-_SHAPES_REMEMBERED = 512
 
 
 class TemplatedPrompts:

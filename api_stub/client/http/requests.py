@@ -30,6 +30,15 @@ from api_stub.ledger.rows import Cancelled, CancelledJobs, QueueChange
 RETRY_AFTER_S: Final = 5.0
 _ACCESS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
+#: How long one answer may take, the asked-for waiting apart.
+ANSWER_S: Final = 30.0
+CONNECT_S: Final = 5.0
+#: How long a gateway is asked to wait for a job's end at a time.
+WAIT_S: Final = 30.0
+MIN_WAIT_S: Final = 1.0
+#: How much longer the end of all jobs of a queue may take.
+MANY_JOBS_S: Final = 120.0
+
 
 class CutShort(StoreUnavailable):
     """Raised when a proxy did not wait for the gateway's response. A shorter `wait` may come through."""
@@ -81,15 +90,6 @@ def _seconds(retry_after: str) -> float:
 
 
 T = TypeVar("T")
-
-#: How long one answer may take, the asked-for waiting apart.
-ANSWER_S: Final = 30.0
-CONNECT_S: Final = 5.0
-#: How long a gateway is asked to wait for a job's end at a time.
-WAIT_S: Final = 30.0
-MIN_WAIT_S: Final = 1.0
-#: How much longer the end of all jobs of a queue may take.
-MANY_JOBS_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)

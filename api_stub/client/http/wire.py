@@ -38,6 +38,14 @@ STALE: Final = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 _PORTS: Final = {"http": 80, "https": 443}
 LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
+logger = logging.getLogger(__name__)
+
+#: A gateway says every 15 s that it lives, unless it is told otherwise. One that is silent this long is asked anew.
+LIVE_S: Final = 45.0
+#: How much later than asked for a reader may notice a silence.
+SLACK_S: Final = 0.5
+PUT_S: Final = 60.0
+
 
 def headers(api_key: str | None) -> Mapping[str, str]:
     """Return what every request bears."""
@@ -97,14 +105,6 @@ def _request(http: httpx.Client | httpx.AsyncClient, request: ApiRequest[T]) -> 
     return http.build_request(request.method, request.path, content=request.body, headers=content_type, timeout=timeout)
 
 
-logger = logging.getLogger(__name__)
-
-#: A gateway says every 15 s that it lives, unless it is told otherwise. One that is silent this long is asked anew.
-LIVE_S: Final = 45.0
-#: How much later than asked for a reader may notice a silence.
-SLACK_S: Final = 0.5
-
-
 def stream_path(job_id: str, after: int) -> str:
     """Return the address of a job's events behind a seq."""
     return f"{job_path(job_id)}/events?after={after}"
@@ -141,9 +141,6 @@ def _parsed(raw: bytes) -> Event | None:
     except ValidationError:
         logger.warning("unknown event", extra={"action": "follow"})
         return None
-
-
-PUT_S: Final = 60.0
 
 
 def upload(http: httpx.Client, path: str | Path) -> str:

@@ -35,6 +35,20 @@ _OWN_ID: Final = re.compile(
     r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-46-9a-fA-F][0-9a-fA-F]{3}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 )
 
+_PROBLEM: Final = {"schema": {"$ref": "#/components/schemas/Problem"}}
+_BODY_PROBLEMS: Final = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.BAD_GATEWAY,
+)
+#: The request of a route is read by hand, so its body must be told to the document.
+_JOB_SCHEMA: Final = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
+_WAIT: Final = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?")
+#: Redis counts the entries of a stream in 64 bits.
+_SEQ_DIGITS: Final = 18
+
 
 def _checked_own(job_id: str) -> str:
     if not _OWN_ID.fullmatch(job_id):
@@ -53,16 +67,6 @@ OwnJobId = Annotated[
     ),
 ]
 WaitFor = Annotated[float, Query(ge=0, description="Seconds to wait for the job's end; more than 50 are 50.")]
-_PROBLEM: Final = {"schema": {"$ref": "#/components/schemas/Problem"}}
-_BODY_PROBLEMS: Final = (
-    HTTPStatus.BAD_REQUEST,
-    HTTPStatus.REQUEST_TIMEOUT,
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-    HTTPStatus.BAD_GATEWAY,
-)
-#: The request of a route is read by hand, so its body must be told to the document.
-_JOB_SCHEMA: Final = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
 SUBMITS_A_JOB: Final[dict[str, Any]] = {
     "responses": {
         int(status): {
@@ -73,7 +77,6 @@ SUBMITS_A_JOB: Final[dict[str, Any]] = {
     },
     "openapi_extra": {"requestBody": {"required": True, "content": _JOB_SCHEMA}},
 }
-_WAIT: Final = re.compile(r"wait\s*=\s*\"?(\d{1,6})\"?")
 
 
 @router.post("", status_code=HTTPStatus.ACCEPTED, response_model=JobReply)
@@ -230,9 +233,6 @@ def _preferred_wait_s(prefer: str | None, gateway: Gateway) -> float | None:
 
 
 events_router = APIRouter(prefix="/v1/jobs", tags=["events"])
-
-#: Redis counts the entries of a stream in 64 bits.
-_SEQ_DIGITS: Final = 18
 
 
 @events_router.get("/{job_id}/events", response_class=Response)

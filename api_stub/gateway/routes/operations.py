@@ -34,6 +34,12 @@ PROBE_S: Final = 3.0
 
 router = APIRouter(tags=["operations"])
 
+#: Previews are made in the browser: pictures from data, clips from files the user chose.
+POLICY: Final = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src blob:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'self'"
+)
+
 
 class Health(WireModel):
     """`ok`, or what is missing."""
@@ -127,11 +133,6 @@ def _reply(model: str, change: QueueChange, *, paused: bool) -> Response:
 
 
 FILES: Final = Path(__file__).parent.parent / "static"
-#: Previews are made in the browser: pictures from data, clips from files the user chose.
-POLICY: Final = (
-    "default-src 'self'; img-src 'self' data: blob:; media-src blob:; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'self'"
-)
 
 page_router = APIRouter(include_in_schema=False)
 

@@ -31,6 +31,13 @@ _NUM_ENTRIES: Final = 1024
 _CHUNKS: Final = ((96, 96), (160, 704))
 _WINDOW: Final = 80
 
+logger = logging.getLogger(__name__)
+
+#: flash-attn 2 takes paged keys in blocks of multiples of this (its README, "flash_attn_with_kvcache").
+FLASH_BLOCK_SIZE: Final = 256
+#: Runs that are timed.
+_NUM_RUNS: Final = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -114,14 +121,6 @@ def _filled(shape: LayerShape, num_blocks: int, block_size: int) -> tuple[PagedK
 def _last_slot_mapping(seq: PrefillSeq, block_size: int) -> Tensor:
     entries = torch.arange(seq.context_len - seq.num_tokens, seq.context_len, device=seq.blocks.device)
     return seq.blocks[entries // block_size] * block_size + entries % block_size
-
-
-logger = logging.getLogger(__name__)
-
-#: flash-attn 2 takes paged keys in blocks of multiples of this (its README, "flash_attn_with_kvcache").
-FLASH_BLOCK_SIZE: Final = 256
-#: Runs that are timed.
-_NUM_RUNS: Final = 20
 
 
 def choose_kernels(layout: Mapping[int, LayerShape], num_heads: int, block_size: int) -> Kernels:

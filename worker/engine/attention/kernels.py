@@ -14,6 +14,8 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 class DecodeAttention(Protocol):
     """Attention of one token per request to keys and values in blocks. Must not wait for the device."""
@@ -65,9 +67,6 @@ class Kernels:
 
 #: Runs everywhere.
 SDPA: Final = Kernels()
-
-
-logger = logging.getLogger(__name__)
 
 
 def flash_attn() -> Any | None:

@@ -29,6 +29,10 @@ from worker.errors import InvalidRequest
 #: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
 _ORDINARY: Final = frozenset({"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"})
 
+_VIEWS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+#: Tokens whose fingerprints are made at a time; bounds the memory for their wide integers.
+_STRIDE = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
@@ -165,11 +169,6 @@ def _looks_ahead(mask: object, hooks: ModelHooks) -> bool:
         return not hooks.is_causal
     may_look = mask if mask.dtype == torch.bool else mask == 0
     return bool(may_look.triu(diagonal=1).any())
-
-
-_VIEWS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-#: Tokens whose fingerprints are made at a time; bounds the memory for their wide integers.
-_STRIDE = 512
 
 
 class PrefixKeys:

@@ -28,6 +28,12 @@ MAX_LINES: Final = 50_000
 #: JSON above this size is parsed in a thread, so that it stops nobody else.
 _LARGE: Final = 64 * 1024
 
+_NAMESPACE: Final = uuid.UUID("1f0c9b5e-2f38-4d0e-9e15-7b8f4f2f6c44")
+#: A segment ends with the line that reaches one of these.
+SEGMENT_LINES: Final = 256
+SEGMENT_BYTES: Final = 4 * 1024 * 1024
+_WHOLE: Final = 1 << 32
+
 
 class BatchRefused(Exception):
     """Raised when a batch as a whole cannot be done."""
@@ -163,9 +169,6 @@ def request_id(batch_id: str, number: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"{batch_id}\0{number}"))
 
 
-_NAMESPACE: Final = uuid.UUID("1f0c9b5e-2f38-4d0e-9e15-7b8f4f2f6c44")
-
-
 async def _loaded(raw: bytes) -> Any:
     return _parsed(raw) if len(raw) <= _LARGE else await to_thread.run_sync(_parsed, raw)
 
@@ -179,12 +182,6 @@ def _parsed(raw: bytes) -> Any:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
-
-
-#: A segment ends with the line that reaches one of these.
-SEGMENT_LINES: Final = 256
-SEGMENT_BYTES: Final = 4 * 1024 * 1024
-_WHOLE: Final = 1 << 32
 
 
 class Joined(io.RawIOBase):
