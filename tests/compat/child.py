@@ -13,13 +13,13 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import api_stub
-from api_stub.client.client import Client
+from api_stub.client import Client
 from api_stub.contract import event, job, result
 from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.ledger.config import LedgerConfig
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.reaper import Reaper
 from api_stub.ledger.rows import Publication
-from api_stub.ledger.settings import LedgerConfig
 from api_stub.submit import Doorbells
 
 

@@ -140,7 +140,7 @@ def earlier_gateway(
         "VISIONQ_API_MODELS": UNSERVED,
         "VISIONQ_LEASE_S": "6", "VISIONQ_GRACE_S": "2", "AWS_ENDPOINT_URL_S3": s3_server.url,
     }  # fmt: skip
-    command = [sys.executable, "-c", "from api_stub.cli.main import main; main()", "api"]
+    command = [sys.executable, "-c", "from api_stub.cli import main; main()", "api"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment(**variables, **S3_ACCESS), cwd=folder, stdout=log, stderr=subprocess.STDOUT
