@@ -211,6 +211,7 @@ class Pipeline:
             attempt.check()
             if finish.error is None or not self._engine.is_alive:
                 raise EngineDead("the engine stopped before the answer was complete")
+            self._engine.cancel(attempt.request_id)  # it generates on when the fault was the publisher's
             raise GenerationFailed(finish.error)
         return finish
 
