@@ -19,7 +19,8 @@ from worker.jobs.circuit import Circuit
 from worker.jobs.claim import Claimer
 from worker.jobs.metering import JobMeter, StepMeter
 from worker.jobs.pipeline import Pipeline
-from worker.lifecycle.drain import Consumption, Drain
+from worker.lifecycle.consumption import Consumption
+from worker.lifecycle.drain import Drain
 from worker.lifecycle.health import Health
 from worker.lifecycle.heartbeat import Heartbeat
 from worker.lifecycle.process import WorkerProcess

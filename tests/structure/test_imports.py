@@ -64,3 +64,7 @@ def test_whoever_only_meets_a_failed_job_loads_no_clients(module: str) -> None:
 @pytest.mark.parametrize("module", modules_of("api_stub/contract"))
 def test_the_contract_needs_pydantic_alone(module: str) -> None:
     assert start([module], (*HEAVY, "boto3", "celery", "redis", "typer")) == ""
+
+
+def test_a_worker_reads_its_settings_and_answers_probes_before_it_loads_anything_heavy() -> None:
+    assert start(["worker.cli"], ("torch", "transformers", "cv2", "PIL", "numpy", "celery", "boto3")) == ""

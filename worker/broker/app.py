@@ -19,7 +19,8 @@ from kombu import Queue
 from api_stub.contract import names
 from api_stub.ledger.settings import HEALTH_CHECK_S, queue_options, tls_options
 from worker.jobs.entry import DropReason
-from worker.lifecycle.drain import Consumption, Drain
+from worker.lifecycle.consumption import Consumption
+from worker.lifecycle.drain import Drain
 from worker.lifecycle.process import WorkerProcess
 from worker.settings import WorkerSettings
 

@@ -27,7 +27,8 @@ from worker.jobs.circuit import Circuit
 from worker.jobs.claim import Claimer
 from worker.jobs.metering import StepMeter, engine_readings, media_readings
 from worker.jobs.pipeline import Pipeline
-from worker.lifecycle.drain import Consumption, Drain
+from worker.lifecycle.consumption import Consumption
+from worker.lifecycle.drain import Drain
 from worker.lifecycle.health import Health, Vitals
 from worker.lifecycle.heartbeat import Heartbeat
 from worker.lifecycle.self_test import TriedOut

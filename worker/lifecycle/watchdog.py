@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 import redis
 
-from worker.lifecycle.drain import Consumption
+from worker.lifecycle.consumption import Consumption
 
 logger = logging.getLogger(__name__)
 

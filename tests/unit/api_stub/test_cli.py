@@ -73,6 +73,7 @@ def serve(ledger: Ledger, job_id: str, *pieces: str) -> threading.Thread:
 
 
 def test_an_answer_in_a_pipe_is_the_text_alone(run: Run, ledger: Ledger) -> None:
+    ledger.beat("worker-1", "default", [])  # without a worker there would be a warning
     serving = serve(ledger, JOB, "It ", "is ", "réd")
     done = run("vqa", IMAGE, "-q", "What colour is it?", "--job-id", JOB)
     serving.join()

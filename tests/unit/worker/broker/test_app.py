@@ -26,7 +26,7 @@ def run(error: Exception) -> None:
     """Run a task that raises `error` as Celery's workers do."""
     app = Celery("test", broker="memory://", set_as_current=False)
 
-    @app.task(name="fails", ignore_result=True)
+    @app.task(name="fails", ignore_result=True, shared=False)
     def fails() -> None:
         raise error
 

@@ -33,7 +33,7 @@ from worker.jobs.claim import ClaimedJob, Claimer
 from worker.jobs.entry import Entry
 from worker.jobs.message import JobMessage
 from worker.jobs.pipeline import Pipeline
-from worker.lifecycle.drain import Consumption
+from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.process import WorkerProcess
 
 PICTURE: Final = "s3://media/a.png"

@@ -21,7 +21,7 @@ from tests.chaos.proxy import Network
 from tests.servers import RedisServer, free_port
 from worker.broker.app import make_app
 from worker.broker.transport import CLASSES, is_of_connection, judge
-from worker.lifecycle.drain import Consumption
+from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.watchdog import QueueWatch
 from worker.settings import WorkerSettings
 

@@ -13,7 +13,8 @@ import redis
 
 from api_stub.contract import names
 from worker.jobs.attempt import Attempts
-from worker.lifecycle.drain import LOOP_SILENCE_S, Consumption, Drain
+from worker.lifecycle.consumption import LOOP_SILENCE_S, Consumption
+from worker.lifecycle.drain import Drain
 from worker.lifecycle.process import num_consumable
 from worker.lifecycle.watchdog import (
     EngineWatch,
