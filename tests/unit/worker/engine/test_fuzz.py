@@ -125,7 +125,7 @@ def check_nothing_is_left(core: EngineCore, runner: PagedRunner | DenseRunner, n
         return
     assert runner.num_free_blocks == num_free
     assert not runner._tables.table.any()
-    assert not runner._tables.num_open
+    assert not runner._tables.num_sequences
     assert not runner._prompts
     assert not runner._keys
 
