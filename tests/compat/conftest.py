@@ -15,9 +15,9 @@ from tests.servers import RedisServer
 LIMITS = {"lease_s": 1.0, "grace_s": 0.3, "window": 2}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def process(redis_server: RedisServer) -> Iterator[Earlier]:
-    """One for the whole run; a child costs a second to start."""
+    """One for the tests of a module; a child costs a second to start, and its readers keep their channels."""
     child = Earlier(redis_server.url, **LIMITS)
     assert str(WHEEL) in child("where")
     yield child
