@@ -20,11 +20,15 @@ from random import Random
 from types import FrameType
 
 import pytest
+import redis
 from celery.exceptions import Ignore
 
 from api_stub.client.client import Client
 from api_stub.contract import names
 from api_stub.contract.job import TaskName
+from api_stub.ledger.lua import Transition, script
+from api_stub.ledger.settings import LedgerConfig
+from api_stub.settings import ClientSettings
 from tests.gateway.service import serving
 from tests.servers import S3Server
 from worker.bootstrap import build
@@ -114,6 +118,13 @@ def _task() -> object:
         return None
 
 
+def load_scripts(commands: redis.Redis, *configs: LedgerConfig) -> None:
+    """Load the ledger's scripts, whoever used this Redis before: the lists are a busy Redis'."""
+    for config in configs:
+        for transition in Transition:
+            commands.script_load(script(transition, config))
+
+
 def handle_one(process: WorkerProcess) -> None:
     """Take the next doorbell off the queue, as Celery would, and run its task on this thread."""
     found = process.ledger.client.brpop(
@@ -147,6 +158,9 @@ def traced(redis_url: str, s3_url: str) -> dict[str, list[str]]:
         process.start()
         process.on_ready()
         with serving(redis_url, s3_url) as service, Client(redis_url) as client:
+            load_scripts(
+                process.ledger.client, process.ledger.config, ClientSettings().ledger, service.gateway.ledger.config
+            )
             trace.names = frozenset(("submit", "job", "step", "publish"))
             sys.setprofile(trace)
             job = client.vqa("s3://media/how.png", question=QUESTION)
