@@ -128,7 +128,7 @@ $(RUN_STAMP): $(PINS) | $(BIN)/python
 
 $(DEV_STAMP): $(PINS) | $(BIN)/python
 	@echo "Installing everything that the tests need into $(VENV); this takes some minutes once."
-	$(PIP_INSTALL) -e ".[local,api,dev]" -e "./worker[quantization,bench]"
+	$(PIP_INSTALL) -e ".[local,api,dev]" -e "./worker[quantization,bench,train]"
 	@touch $@ $(RUN_STAMP)
 
 $(LONG_STAMP): $(DEV_STAMP)
