@@ -29,7 +29,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 
 class ZygoteEnded(AssertionError):
-    """Raised when the process that forks has ended before its time; what it forked may be alive."""
+    """Raised when the process that forks has ended before its time; what it forked has ended with it."""
 
 
 class Forks:

@@ -7,6 +7,7 @@ ends what it forked and itself. It only imports: no thread, no connection, no se
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -31,6 +32,8 @@ MODULES = (
     "kombu.asynchronous.hub", "kombu.transport.redis", "transformers.modeling_layers", "PIL.ImageFile",
 )  # fmt: skip
 READ_BYTES = 1 << 16
+#: Of prctl(2): the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class Zygote:
 
 def run(launch: Launch) -> NoReturn:
     """Become what `python -m module` is, in a session, a directory and an environment of its own; end as it does."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the zygote may be killed, too
     os.setsid()
     log = os.open(launch.log, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)

@@ -79,18 +79,17 @@ def test_a_forked_process_is_waited_for_and_killed(own_forks: Forks, tmp_path: P
     process.kill()  # its number may be another's by now: nothing is sent
 
 
-def test_a_zygote_that_has_ended_is_told(own_forks: Forks, tmp_path: Path) -> None:
+def test_a_zygote_that_is_killed_is_told_and_leaves_nothing(own_forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "log").touch()
     left = ForkedProcess("http.server", ("--bind", "127.0.0.1", "0"), environment(tmp_path), tmp_path / "log")
     assert left.poll() is None
-    try:
-        os.kill(own_forks.pid, signal.SIGKILL)
-        with pytest.raises(ZygoteEnded, match="the zygote has ended with -9"):
-            left.wait(20)
-        with pytest.raises(ZygoteEnded, match="the zygote has ended with -9"):
-            forked("return", tmp_path)
-    finally:
-        os.kill(left.pid, signal.SIGKILL)
+    eventually(lambda: "Serving HTTP" in (tmp_path / "log").read_text(), 60, "it serves")
+    os.kill(own_forks.pid, signal.SIGKILL)
+    with pytest.raises(ZygoteEnded, match="the zygote has ended with -9"):
+        left.wait(20)
+    with pytest.raises(ZygoteEnded, match="the zygote has ended with -9"):
+        forked("return", tmp_path)
+    eventually(lambda: not Path(f"/proc/{left.pid}/fd/0").exists(), 20, "it has ended")
 
 
 def test_a_zygote_ends_what_it_forked(own_forks: Forks, tmp_path: Path) -> None:
