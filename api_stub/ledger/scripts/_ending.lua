@@ -27,6 +27,24 @@ local function write_result(id, state, outcome, unless_known)
   end
 end
 
+-- So many messages of a list are searched for one doorbell.
+local MAX_SEARCHED = 1000
+
+-- Nobody takes the messages of a model that no worker serves: the ended job's doorbell would stay for ever, and the counter of a name
+-- that nobody has heard of.
+local function forget_doorbell(id, row)
+  local told = read(id, 'task', 'priority', 'bell')
+  told.model, told.list = row.model, row.list
+  local key, message = doorbell(id, told, told.bell or '0')
+  local length = redis.pcall('LLEN', key)
+  if type(length) == 'number' and length <= MAX_SEARCHED then
+    redis.call('LREM', key, -1, message)
+  end
+  if redis.call('GET', KEY.depth .. row.model) == '0' then
+    redis.call('DEL', KEY.depth .. row.model)
+  end
+end
+
 -- Ends a job for good. `fragment`: body of the final event. `outcome`: JSON of Celery's `result` member.
 -- ZREM comes first for the reason told at `go_on_when_full`. `row` needs: status model list tenant worker attempt.
 local function final(id, row, status, fragment, outcome)
@@ -42,6 +60,9 @@ local function final(id, row, status, fragment, outcome)
   redis.call('HSET', KEY.job .. id, 'status', status, 'finished', stamp, 'final', event)
   redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before', 'token', 'lease')
   one_less(row.model)
+  if row.status == 'queued' and not is_known(row.model) then
+    forget_doorbell(id, row)
+  end
   write_result(id, CELERY_STATE[status], outcome)
   redis.call('ZADD', KEY.linked, 'XX', stamp, id)
   redis.call('EXPIRE', KEY.job .. id, CONFIG.result_ttl_s)

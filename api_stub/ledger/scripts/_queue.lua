@@ -79,11 +79,14 @@ end
 -- The model has one queued or running job less. Nothing is kept of a model that has none.
 local function one_less(model)
   if redis.call('DECR', KEY.depth .. model) <= 0 then
+    local lists, watermarks = {}, {}
     for step in pairs(STEP) do
-      redis.call('DEL', KEY.watermark .. model .. ':' .. step)
-      redis.call('SREM', KEY.lists, model .. ':' .. step)
-      redis.call('ZREM', KEY.news, model .. ':' .. step)
+      lists[#lists + 1] = model .. ':' .. step
+      watermarks[#watermarks + 1] = KEY.watermark .. model .. ':' .. step
     end
+    redis.call('DEL', unpack(watermarks))
+    redis.call('SREM', KEY.lists, unpack(lists))
+    redis.call('ZREM', KEY.news, unpack(lists))
   end
 end
 

@@ -37,7 +37,7 @@ local function has_passed(time)
 end
 
 local function list_is_empty(list)
-  return redis.call('LLEN', (broker_list(list))) == 0
+  return redis.pcall('LLEN', (broker_list(list))) == 0 -- a key of another type is none, and stops no sweep
 end
 
 local function watermark(list)
@@ -97,17 +97,6 @@ for _, id in ipairs(due) do
   end
 end
 
--- Nobody takes the messages of such a model: its doorbell would stay for ever, and the counter of a name that nobody serves.
-local function forget_unserved(id, row)
-  local key, message = doorbell(id, row, row.bell or '0')
-  if redis.call('LLEN', key) <= 10 * BATCH then
-    redis.call('LREM', key, -1, message)
-  end
-  if redis.call('GET', KEY.depth .. row.model) == '0' then
-    redis.call('DEL', KEY.depth .. row.model)
-  end
-end
-
 -- When a queued job ends if no worker of its model has been there since. Nobody is missed while an operator pauses the queue.
 local function unserved_until(row)
   local served = (is_served(row.model) or is_paused(row.model)) and now or tonumber(redis.call('ZSCORE', KEY.known, row.model) or '0')
@@ -116,7 +105,7 @@ end
 
 -- Ends a queued job of a model that nobody has served for too long; of one that somebody serves, looks again when it may be too long.
 local function look_at_unserved(id)
-  local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created', 'bell')
+  local row = read(id, 'status', 'model', 'list', 'tenant', 'worker', 'attempt', 'started_seq', 'created')
   if row.status ~= 'queued' and row.status ~= 'in_progress' then
     return
   end
@@ -127,7 +116,7 @@ local function look_at_unserved(id)
       'no worker has served the model %s for %.6g s (VISIONQ_UNSERVED_TTL_S); '
         .. 'check the name, or start a worker for it and submit again',
       quote(row.model), CONFIG.unserved_ttl_s))
-    forget_unserved(id, row)
+    forget_doorbell(id, row)
   else
     local again_at = ends > now and ends or now + CONFIG.unserved_ttl_s / 10 -- the latter for one that runs now
     redis.call('ZADD', KEY.unserved, moment(again_at), id)

@@ -175,6 +175,40 @@ def test_held_jobs_of_an_unserved_model_expire_with_the_rest_and_leave_nothing(
     assert list(redis_client.scan_iter("*nobodys*")) == []
 
 
+@pytest.mark.parametrize("end", ["cancel", "purge", "deadline"])
+def test_queued_jobs_of_a_name_that_nobody_served_leave_nothing_however_they_end(
+    end: str, ledger: Ledger, redis_client: redis.Redis
+) -> None:
+    jobs = [f"job-{i}" for i in range(3 * LedgerConfig().window)]
+    for job_id in jobs:
+        ledger.submit(job_id, question(model="nobodys", tenant=f"tenant-{job_id[-1]}", deadline_s=1000))
+    redis_client.lpush(names.queue_list("nobodys", names.PRIORITY_STEPS[-1]), "somebody else's")
+    if end == "cancel":
+        for job_id in jobs:
+            ledger.cancel(job_id)
+    elif end == "purge":
+        ledger.purge("nobodys")
+    else:
+        for job_id in jobs:
+            redis_client.hset(names.job_key(job_id), "deadline", 1)
+            redis_client.zadd(names.DUE_KEY, {job_id: 1})
+        ledger.reap()
+    assert {status_of(ledger, job_id).is_final for job_id in jobs} == {True}
+    (left,) = redis_client.scan_iter("*nobodys*")
+    assert redis_client.lrange(left, 0, -1) == ["somebody else's"]
+
+
+def test_a_list_of_another_type_stops_no_sweep(ledger: Ledger, redis_client: redis.Redis) -> None:
+    for model in ("broken", "whole"):
+        ledger.submit(model, question(model=model))
+        ledger.beat("worker-1", model, ())
+    for model in ("broken", "whole"):
+        redis_client.delete(names.queue_list(model, names.priority_step(6)))
+    redis_client.set(names.queue_list("broken", names.priority_step(6)), "no list")
+    ledger.reap()
+    assert redis_client.hexists(names.job_key("whole"), "alarm")
+
+
 def test_a_row_that_somebody_broke_stops_one_sweep(ledger: Ledger, redis_client: redis.Redis) -> None:
     for job_id in ("broken", "a"):
         ledger.submit(job_id, question(model="nobodys"))
