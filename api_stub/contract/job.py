@@ -7,21 +7,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    HttpUrl,
-    TypeAdapter,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from api_stub.contract.conversation import (
     MediaPart,
@@ -34,67 +23,35 @@ from api_stub.contract.conversation import (
     has_part,
 )
 from api_stub.contract.error import InvalidJob, explain
+from api_stub.contract.job_fields import DEFAULT_PRIORITY as DEFAULT_PRIORITY
+from api_stub.contract.job_fields import MAX_DEADLINE_S as MAX_DEADLINE_S
+from api_stub.contract.job_fields import NO_JSON, DeadlineS, ServedName, Tenant, as_json, check_metadata
+from api_stub.contract.job_fields import ModelName as ModelName
+from api_stub.contract.job_fields import TaskName as TaskName
+from api_stub.contract.job_fields import Webhook as Webhook
 from api_stub.contract.media import MediaOptions, MediaUri
-from api_stub.contract.names import DEFAULT_MODEL_NAME, MODEL_NAME_PATTERN
+from api_stub.contract.names import DEFAULT_MODEL_NAME
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.wire import WholeNumber, WireModel, check_depth
 
 MAX_JOB_BYTES = 256 * 1024
-MAX_METADATA_BYTES = 4 * 1024
 MAX_MEDIA = 64
 DEFAULT_NUM_FRAMES = 8
-DEFAULT_PRIORITY = 6
-MAX_DEADLINE_S = 7 * 86_400.0
 
-ModelName = Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
 Text = Annotated[str, Field(min_length=1)]
-
-
-class TaskName(StrEnum):
-    """The Celery tasks that producers may send. `str(task)` is the Celery task name."""
-
-    CAPTION = "visionq.caption"
-    VQA = "visionq.vqa"
-    VIDEO_QA = "visionq.video_qa"
-
-
-class WebhookEvent(StrEnum):
-    """The events that a webhook may ask for: those of a job's life. Text and progress are for streams."""
-
-    QUEUED = "job.queued"
-    STARTED = "job.started"
-    RETRYING = "job.retrying"
-    COMPLETED = "job.completed"
-    FAILED = "job.failed"
-    CANCELLED = "job.cancelled"
-    EXPIRED = "job.expired"
-
-
-_FINAL_EVENTS = (WebhookEvent.COMPLETED, WebhookEvent.FAILED, WebhookEvent.CANCELLED, WebhookEvent.EXPIRED)
-
-
-class Webhook(WireModel):
-    """Where to announce the job's final event (and others that are asked for)."""
-
-    url: HttpUrl
-    events: tuple[WebhookEvent, ...] = Field(default=_FINAL_EVENTS, min_length=1, max_length=len(WebhookEvent))
-
-    @field_serializer("url")
-    def _plain(self, url: HttpUrl) -> str:
-        return str(url)
 
 
 class _JobFields(WireModel):
     """What every kind of job may carry. `deadline_s` counts from submit; priority 0 is served first."""
 
-    model: ModelName = DEFAULT_MODEL_NAME
+    model: ServedName = DEFAULT_MODEL_NAME
     media: tuple[MediaUri, ...] = Field(default=(), max_length=MAX_MEDIA)
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     media_options: MediaOptions | None = None
-    deadline_s: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_S)
+    deadline_s: DeadlineS | None = None
     priority: WholeNumber = Field(default=DEFAULT_PRIORITY, ge=0, le=9)
-    tenant: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9._-]*$")
+    tenant: Tenant = ""
     webhook: Webhook | None = None
     metadata: dict[str, Any] | None = None
 
@@ -105,14 +62,7 @@ class _JobFields(WireModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> _JobFields:
-        if self.metadata is not None:
-            try:
-                num_bytes = len(_json(self.metadata))
-            except _NO_JSON as error:
-                raise ValueError(f"metadata: cannot be written as JSON: {error}") from error
-            if num_bytes > MAX_METADATA_BYTES:
-                raise ValueError(f"metadata: {num_bytes} bytes of JSON, the limit is {MAX_METADATA_BYTES}")
-            check_depth("metadata", self.metadata)
+        check_metadata(self.metadata)
         if self.messages is not None:
             if self.media:
                 raise ValueError("media: not beside messages; put image and video parts into the messages")
@@ -210,8 +160,6 @@ class VideoQaJob(_JobFields):
 
 
 Job = CaptionJob | VqaJob | VideoQaJob
-#: What json raises for values that JSON has no form for: NaN, half a surrogate pair, a set, a cycle.
-_NO_JSON = (ValueError, TypeError, RecursionError)
 _TAGS = frozenset(task.value for task in TaskName)
 _JOB: TypeAdapter[Job] = TypeAdapter(
     Annotated[Job, Field(discriminator="task")], config=ConfigDict(hide_input_in_errors=True)
@@ -239,8 +187,8 @@ def _raw(fields: Mapping[str, object] | str | bytes, task: TaskName | None) -> b
         if isinstance(fields, str):
             return fields.encode()
         given = dict(fields) | ({"task": str(task)} if task is not None else {})
-        raw = _json(given)
-    except _NO_JSON as error:
+        raw = as_json(given)
+    except NO_JSON as error:
         place = "job" if isinstance(fields, str | bytes) else _unwritable(fields)
         raise InvalidJob(f"{place}: cannot be written as JSON: {error}") from error
     try:
@@ -255,10 +203,10 @@ def _unwritable(fields: Mapping[str, object]) -> str:
     """Return the path of the first field that JSON has no form for."""
     for name, value in fields.items():
         try:
-            _json(value)
+            as_json(value)
         except RecursionError:
             return str(name)
-        except _NO_JSON:
+        except NO_JSON:
             return f"{name}.{_unwritable(value)}" if isinstance(value, Mapping) and value is not fields else str(name)
     return "job"
 
@@ -281,18 +229,3 @@ def _check_question(question: str | None, messages: tuple[Message, ...] | None) 
         raise ValueError("question: required")
     if messages is not None and question is not None:
         raise ValueError("question: not beside messages")
-
-
-def _json(value: object) -> bytes:
-    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain)
-    return text.encode()
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, WireModel):
-        return value.model_dump(mode="json", exclude_none=True)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return list(value)
-    raise TypeError(f"no JSON form for a {type(value).__name__}")

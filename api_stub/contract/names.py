@@ -10,6 +10,8 @@ from typing import Final
 
 PREFIX: Final = "visionq:"
 DEFAULT_MODEL_NAME: Final = "default"
+#: Routes fine-tuning; no model is served under it.
+TRAINING_MODEL_NAME: Final = "training"
 MODEL_NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 #: Celery header that marks a message as a doorbell: the job itself is already in the ledger.

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from api_stub.contract.error import ErrorInfo
-from api_stub.contract.job import TaskName
+from api_stub.contract.job_fields import TaskName
 from api_stub.contract.wire import ReadModel
 
 

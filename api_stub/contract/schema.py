@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import VERSION, Event
-from api_stub.contract.job import CaptionJob, Job, TaskName, VideoQaJob, VqaJob
+from api_stub.contract.job import CaptionJob, Job, VideoQaJob, VqaJob
+from api_stub.contract.job_fields import TaskName
 from api_stub.contract.result import Result
 from api_stub.contract.view import JobView
 

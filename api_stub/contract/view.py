@@ -11,7 +11,7 @@ from typing import Final, Literal, Self
 from pydantic import ValidationError, model_validator
 
 from api_stub.contract.error import ErrorInfo, InvalidJob, explain
-from api_stub.contract.job import MAX_METADATA_BYTES, ModelName, TaskName
+from api_stub.contract.job_fields import MAX_METADATA_BYTES, ModelName, TaskName
 from api_stub.contract.result import Result, Usage
 from api_stub.contract.status import JobStatus
 from api_stub.contract.wire import ReadModel, WireModel
