@@ -39,13 +39,11 @@ from worker.models.context import max_context, max_positions
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.placement import Placement, attention_name, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
-from worker.models.remote import download
+from worker.models.source import find_checkpoint
 from worker.models.templates import ChatTemplate, settle_template
 from worker.settings import Dtype, Quantization, Switch, WorkerSettings, export
 
 logger = logging.getLogger(__name__)
-
-DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model" / "checkpoint"
 
 #: transformers would have a public service convert a hub checkpoint that has pickles only.
 _LIBRARY_ENVIRONMENT = {"DISABLE_SAFETENSORS_CONVERSION": "1"}
@@ -77,9 +75,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         torch.set_num_threads(settings.torch_threads)
     export(_LIBRARY_ENVIRONMENT)
     disable_progress_bar()
-    source = None if settings.model.startswith("s3://") else _source(settings.model)
-    revision = _revision(settings, is_of_hub=isinstance(source, str))
-    source = source if source is not None else download(settings)
+    source, revision = find_checkpoint(settings)
     config = _read_config(settings, source, revision)
     checkpoint.refuse_unknown_quantization(settings.model, config, settings.quantization)
     architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -107,30 +103,6 @@ def load(settings: WorkerSettings) -> LoadedModel:
         max_context=_max_context(settings, model),
         generation=_generation(settings, model, processor),
     )
-
-
-def _source(value: str) -> str | Path:
-    """Return the folder of a checkpoint, or the hub id unchanged."""
-    folder = DEMO_CHECKPOINT if value == "demo" else Path(value).expanduser()
-    is_folder_name = value == "demo" or value.startswith(("/", ".", "~"))
-    if not folder.is_dir():
-        if is_folder_name:
-            raise CannotStart(f"VISIONQ_MODEL={value}: there is no folder {folder}")
-        return value
-    checkpoint.refuse_adapters(value, folder)
-    if not (folder / "config.json").is_file():
-        raise CannotStart(f"VISIONQ_MODEL={value}: no config.json in {folder}, so it is not a checkpoint")
-    return folder
-
-
-def _revision(settings: WorkerSettings, *, is_of_hub: bool) -> str | None:
-    """Return the revision at which all files of a hub checkpoint are read; None: the hub's default."""
-    if settings.model_revision and not is_of_hub:
-        raise CannotStart(
-            f"VISIONQ_MODEL_REVISION={settings.model_revision}: only checkpoints of the model hub have revisions, "
-            f"VISIONQ_MODEL={settings.model} is none"
-        )
-    return settings.model_revision or None
 
 
 def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:

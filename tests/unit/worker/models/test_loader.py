@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, BertConfig
 from tests.tiny.families import FAMILIES
 from tests.tiny.kinds import each_kind
 from worker.errors import CannotStart
-from worker.models.loader import DEMO_CHECKPOINT, LoadedModel, load
+from worker.models.loader import LoadedModel, load
+from worker.models.source import DEMO_CHECKPOINT
 from worker.settings import Attention, Dtype, Switch, WorkerSettings
 
 Checkpoints = Callable[[str], Path]
