@@ -1,0 +1,1 @@
+"""Fine-tuning: data sets, labels, recipes, runs and their checkpoints, and scores."""
