@@ -1,0 +1,1 @@
+"""What is trained how: one recipe per kind of model."""
