@@ -29,11 +29,7 @@ from worker.lifecycle.watchdog import Finding, Trouble
 from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector, remove_leftovers
-from worker.media.decoder_process import DecodeLimits
-from worker.media.decoders import Decoders
-from worker.media.fetch import ObjectFetcher
-from worker.media.storage import s3_client
-from worker.media.types import PIXEL_BYTES, MediaPolicy
+from worker.media_access import media_access
 from worker.models.loader import LoadedModel, load
 from worker.observability.metrics import Metrics
 from worker.prompting.prepare import PromptBuilder, trial_prompts
@@ -67,19 +63,10 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         step_meter,
         trial_prompts(prompts, loaded.capabilities),
     )
-    policy = media_policy(settings)
+    media = media_access(settings)
     media_cache, memory_budget = MediaCache(settings.media_cache_bytes), MemoryBudget(settings.decoded_bytes)
-    decoders = Decoders(
-        settings.num_decode_processes,
-        DecodeLimits(settings.decode_memory_bytes, settings.decode_image_s, settings.decode_video_s),
-    )
-    fetcher = ObjectFetcher(
-        s3_client(settings.s3_endpoint_url, settings.s3_region, settings.storage_timeout_s),
-        policy,
-        retries=settings.storage_retries,
-    )
     circuit = Circuit(
-        Proofs(fetcher, decoders, policy, lambda timeout_s: try_out(engine, prompts, timeout_s)),
+        Proofs(media.fetcher, media.decoders, media.policy, lambda timeout_s: try_out(engine, prompts, timeout_s)),
         job_meter.fell_sick,
     )
     process = WorkerProcess(
@@ -92,7 +79,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
             model=settings.model_name,
             ledger=ledger,
             attempts=attempts,
-            media=MediaCollector(fetcher, policy, media_cache, decoders),
+            media=MediaCollector(media.fetcher, media.policy, media_cache, media.decoders),
             memory_budget=memory_budget,
             prompts=prompts,
             engine=engine,
@@ -104,7 +91,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         ),
         media_cache=media_cache,
         memory_budget=memory_budget,
-        decoders=decoders,
+        decoders=media.decoders,
         try_out=lambda: try_out(engine, prompts),
         attempts=attempts,
         consumption=Consumption(settings.concurrency),
@@ -181,19 +168,4 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
         runs_ahead=settings.run_ahead.choice,
         vision=VisionConfig(settings.vision_cache_bytes, settings.max_vision_batch or (2 if on_cpu else 8)),
         generation=loaded.generation,
-    )
-
-
-def media_policy(settings: WorkerSettings) -> MediaPolicy:
-    """Return the limits for media. Nothing may be larger than the memory budget of all jobs."""
-    most_pixels = min(settings.max_job_pixels, settings.decoded_bytes // PIXEL_BYTES)
-    return MediaPolicy(
-        buckets=settings.readable_buckets,
-        max_image_bytes=settings.max_image_bytes,
-        max_image_pixels=min(settings.max_image_pixels, most_pixels),
-        max_video_bytes=settings.max_video_bytes,
-        max_video_seconds=settings.max_video_seconds,
-        max_job_bytes=settings.max_job_media_bytes,
-        max_clip_pixels=most_pixels,
-        max_job_pixels=most_pixels,
     )

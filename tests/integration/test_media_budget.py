@@ -13,13 +13,13 @@ from api_stub.contract.conversation import MediaPart
 from api_stub.contract.job import TaskName
 from tests.decoding import shared_decoders
 from tests.servers import S3Server
-from worker.bootstrap import media_policy
 from worker.errors import MediaTooLarge
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector
 from worker.media.fetch import ObjectFetcher
 from worker.media.storage import s3_client
 from worker.media.types import MediaPolicy
+from worker.media_access import media_policy
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:

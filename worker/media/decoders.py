@@ -48,7 +48,8 @@ class Decoders:
     """Shared by all jobs of a worker; every method may be called from any thread."""
 
     def __init__(self, num_processes: int, limits: DecodeLimits) -> None:
-        self._limits = limits
+        self.limits = limits
+        self.num_processes = num_processes
         self._permits = threading.Semaphore(num_processes)
         self._lock = threading.Lock()
         self._idle: list[DecoderProcess] = []  # the one used last is taken first: its caches are warm
@@ -89,7 +90,7 @@ class Decoders:
             path=path,
             kind=kind,
             num_frames=num_frames,
-            limit_s=self._limits.time_s(kind),
+            limit_s=self.limits.time_s(kind),
             policy=replace(policy, buckets=frozenset()),
         )
         try:
@@ -166,7 +167,7 @@ class Decoders:
     def _new(self) -> DecoderProcess:
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ENVIRONMENT
         try:
-            decoder = self._starter.submit(DecoderProcess, self._limits, environment).result()
+            decoder = self._starter.submit(DecoderProcess, self.limits, environment).result()
         except OSError as error:
             raise DecoderOutOfMemory(f"no process to decode media can be started ({error.strerror})") from error
         with self._lock:

@@ -150,6 +150,21 @@ class ObjectFetcher:
 
         return self._retrying(one_try, should_stop)
 
+    def read_bytes(self, uri: str, max_bytes: int, *, should_stop: Callable[[], None]) -> bytes:
+        """Return the content of an object of any format. Stops and raises as `head`."""
+        media = self._allowed(uri)
+
+        def ask(abandoned: threading.Event) -> bytes:
+            answer = self._client.get_object(Bucket=media.bucket, Key=media.key, **version_of(media))
+            stored = StoredObject(media, answer["ContentLength"], answer["ETag"], answer.get("VersionId"))
+            _check_size(stored, stored.num_bytes, max_bytes)
+            with closing(answer["Body"]) as body:
+                content = b"".join(_chunks(body, abandoned))
+            _check_whole(stored, len(content))
+            return content
+
+        return self._retrying(lambda _: self._on_own_thread(media, max_bytes, ask, should_stop), should_stop)
+
     def is_served(self) -> bool:
         """Return whether storage serves this worker from all its buckets, as far as can be tested without a job."""
         return all(self._refusals.is_served(bucket) for bucket in self._policy.buckets)
@@ -232,25 +247,20 @@ class ObjectFetcher:
         self, body: StreamingBody, sink: IO[bytes], stored: StoredObject, abandoned: threading.Event
     ) -> MediaFormat:
         """Copy the body. The first chunk shows the format, and so the size limit, before the rest is read."""
-        chunks = _chunks(body, abandoned)
-        first = next(chunks, b"")
+        first = next(chunks := _chunks(body, abandoned), b"")
         try:
             found = sniff(first[:HEAD_BYTES])
         except MediaUnsupported as error:
             raise MediaUnsupported(f"{stored.media.uri}: {error}") from error
-        max_bytes = self._policy.max_image_bytes
-        if found.kind is MediaKind.VIDEO:
-            max_bytes = self._policy.max_video_bytes
+        is_video = found.kind is MediaKind.VIDEO
+        max_bytes = self._policy.max_video_bytes if is_video else self._policy.max_image_bytes
         _check_size(stored, stored.num_bytes, max_bytes)
         num_read = 0
         for chunk in chain((first,), chunks):
             num_read += len(chunk)
             _check_size(stored, num_read, max_bytes)
             sink.write(chunk)
-        if num_read != stored.num_bytes:
-            raise _TransientFault(
-                StorageUnavailable(f"{stored.media.uri}: {num_read} of {stored.num_bytes} bytes arrived")
-            )
+        _check_whole(stored, num_read)
         return found
 
 
@@ -268,6 +278,11 @@ def _chunks(body: StreamingBody, abandoned: threading.Event) -> Iterator[bytes]:
             num_bytes = max(MIN_READ_BYTES, num_bytes // 8)
         elif took_s < FAST_READ_S:
             num_bytes = min(MAX_READ_BYTES, num_bytes * 2)
+
+
+def _check_whole(stored: StoredObject, num_read: int) -> None:
+    if num_read != stored.num_bytes:
+        raise _TransientFault(StorageUnavailable(f"{stored.media.uri}: {num_read} of {stored.num_bytes} bytes arrived"))
 
 
 def _check_size(stored: StoredObject, num_bytes: int, max_bytes: int) -> None:

@@ -121,21 +121,27 @@ def _pictures(medium: DecodedMedia, *, keep_clips: bool) -> tuple[Image.Image, .
 
 
 def render(
-    processor: ProcessorMixin, conversation: Conversation, *, template: str | None = None, takes_parts: bool = True
+    processor: ProcessorMixin,
+    conversation: Conversation,
+    *,
+    template: str | None = None,
+    takes_parts: bool = True,
+    is_complete: bool = False,
 ) -> str:
     """Return the prompt; it ends with the generation prompt, or inside an assistant's last turn that is to be
     continued.
 
     template: to use instead of the processor's own. takes_parts: as in `Capabilities`; if False, media are a
-    ValueError. Raises InvalidRequest, with the template's own message when it raises one.
+    ValueError. is_complete: nothing is to be written any more, the text ends with the last turn's end. Raises
+    InvalidRequest, with the template's own message when it raises one.
     """
     try:
         return str(
             processor.apply_chat_template(
                 _messages(conversation) if takes_parts else _plain_messages(conversation),
                 chat_template=template,
-                add_generation_prompt=not conversation.is_continuation,
-                continue_final_message=conversation.is_continuation,
+                add_generation_prompt=not conversation.is_continuation and not is_complete,
+                continue_final_message=conversation.is_continuation and not is_complete,
             )
         )
     except TemplateError as error:

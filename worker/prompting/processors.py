@@ -12,24 +12,35 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from worker.models.loader import LoadedModel
+from worker.models.capabilities import Capabilities
 
 MARK = "\ufdd0"
 #: Training targets; a forward that sees them computes a loss.
 _NOT_FOR_INFERENCE = ("labels",)
 
 
+class HasProcessor(Protocol):
+    """A loaded model, or a processor without one."""
+
+    @property
+    def processor(self) -> ProcessorMixin: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+
 class Processors:
     """`plain` is the loaded processor, `marked` a copy whose tokenizer removes marks."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: HasProcessor) -> None:
         self.plain: ProcessorMixin = loaded.processor
         self.marked: ProcessorMixin = copy.copy(loaded.processor)
         self.marked.tokenizer = literal_tokenizer(loaded.tokenizer)
@@ -44,7 +55,7 @@ class Processors:
         return Counter(token for token in tensors["input_ids"][0].tolist() if token in self.control.ids)
 
 
-def _placeholders(loaded: LoadedModel) -> set[str]:
+def _placeholders(loaded: HasProcessor) -> set[str]:
     tokens = [getattr(loaded.processor, name, None) for name in ("image_token", "video_token")]
     return {str(token) for token in (*tokens, loaded.capabilities.video_token) if token}
 

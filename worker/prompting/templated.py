@@ -118,13 +118,13 @@ class TemplatedPrompts:
         options: limits of pixels; `limits` must have a rule for them.
         Raises InvalidRequest when the model does not support it, or the template or the processor refuses it.
         """
-        conversation, shown = spread(turns, media, keep_clips=self._keeps_clips(media))
+        conversation, shown = spread(turns, media, keep_clips=self.keeps_clips(media))
         num_images = conversation.count(Placeholder.IMAGE)
         if num_images and self._capabilities.image_token is None:
             raise InvalidRequest(f"media: this model's chat template shows no images, got {num_images}")
         processor, prompt = self._render(conversation)
         asked = self._asked(options, shown) if options is not None else {}
-        tensors = self._process(processor, prompt, shown, asked)
+        tensors = self.process(processor, prompt, shown, asked)
         if processor is self._marked:
             self._check_control_tokens(tensors, conversation, shown, asked)
         num_media_tokens = self._num_media_tokens(processor, prompt, tensors) if media else 0
@@ -144,7 +144,7 @@ class TemplatedPrompts:
         turns = (Turn(role=Role.USER, content=(part, TextPart(text="x"))),)
         conversation, shown = spread(turns, (medium,), keep_clips=is_clip)
         prompt = self._render_with(self._plain, conversation)
-        tensors = self._process(self._plain, prompt, shown, {"videos_kwargs" if is_clip else "images_kwargs": asked})
+        tensors = self.process(self._plain, prompt, shown, {"videos_kwargs" if is_clip else "images_kwargs": asked})
         return ModelInputs(tensors, num_media_tokens=self._num_media_tokens(self._plain, prompt, tensors))
 
     def _asked(self, options: MediaOptions, shown: SpreadMedia) -> Mapping[str, Arguments]:
@@ -181,8 +181,8 @@ class TemplatedPrompts:
             return limits.clips is not None and not isinstance(limits.clips, FixedSize)
         return num_media_tokens > len(shown.pictures) * limits.least_tokens
 
-    def _keeps_clips(self, media: Sequence[DecodedMedia]) -> bool:
-        """Whether clips are given as clips; else all clips of a prompt are given as their frames."""
+    def keeps_clips(self, media: Sequence[DecodedMedia]) -> bool:
+        """Return whether clips are given as clips; else all clips of a prompt are given as their frames."""
         clips = [medium for medium in media if isinstance(medium, DecodedClip)]
         has_images, num_lengths = len(clips) < len(media), len({len(clip.frames) for clip in clips})
         can = self._capabilities
@@ -210,7 +210,7 @@ class TemplatedPrompts:
 
         A control token may also arise where two texts meet; then every text is enclosed in marks.
         """
-        expected = self._expected(_shape(conversation))
+        expected = self._expected(shape_of(conversation))
         if not any(self._control.occur_in(text) for text in conversation.texts):
             prompt = self._render_with(self._plain, conversation)
             if self._control.count_in(prompt) == expected:
@@ -222,9 +222,19 @@ class TemplatedPrompts:
                 return self._marked, prompt
         raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
 
-    def _render_with(self, processor: ProcessorMixin, conversation: Conversation) -> str:
+    def _render_with(self, processor: ProcessorMixin, conversation: Conversation, *, is_complete: bool = False) -> str:
         can = self._capabilities
-        return render(processor, conversation, template=can.given_template, takes_parts=can.takes_parts)
+        return render(
+            processor,
+            conversation,
+            template=can.given_template,
+            takes_parts=can.takes_parts,
+            is_complete=is_complete,
+        )
+
+    def render_plain(self, conversation: Conversation, *, is_complete: bool = False) -> str:
+        """Return the prompt without looking for control tokens in its texts; `is_complete` as in `render`."""
+        return self._render_with(self._plain, conversation, is_complete=is_complete)
 
     def _enclose(self, text: str) -> str:
         return f"{MARK}{self._control.mark(text)}{MARK}"
@@ -239,7 +249,7 @@ class TemplatedPrompts:
                 raise InvalidRequest(f"messages: the model's chat template shows {shown}")
         return counts
 
-    def _process(
+    def process(
         self, processor: ProcessorMixin, prompt: str, shown: SpreadMedia, asked: Mapping[str, Arguments]
     ) -> dict[str, Tensor]:
         """Run the processor as transformers' own chat path does: no second BOS, media nested per conversation."""
@@ -263,11 +273,11 @@ class TemplatedPrompts:
         asked: Mapping[str, Arguments],
     ) -> None:
         """Check that the ids hold as many control tokens as those of the same conversation with harmless text."""
-        harmless = self._process(self._plain, self._render_with(self._plain, _shape(conversation)), shown, asked)
+        harmless = self.process(self._plain, self._render_with(self._plain, shape_of(conversation)), shown, asked)
         if self._processors.control_ids(tensors) != self._processors.control_ids(harmless):
             raise InvalidRequest("messages: the text cannot be told apart from the model's control tokens")
 
 
-def _shape(conversation: Conversation) -> Conversation:
+def shape_of(conversation: Conversation) -> Conversation:
     """Return the conversation with harmless text in place of its own."""
     return conversation.with_texts(lambda text: "x" if text.strip() else text)
