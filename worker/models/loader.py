@@ -105,6 +105,14 @@ def load(settings: WorkerSettings) -> LoadedModel:
     )
 
 
+def load_processor(settings: WorkerSettings) -> ProcessorMixin:
+    """Load the checkpoint's processor alone, with the chat template that serving uses. Raises CannotStart."""
+    source, revision = find_checkpoint(settings)
+    processor = _load_processor(settings, source, revision)
+    settle_template(settings, processor, source)
+    return processor
+
+
 def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
     """Return the dtype of the weights. On a CPU `auto` is float32: half-precision kernels are slower there."""
     if settings.dtype is Dtype.AUTO:

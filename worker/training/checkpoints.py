@@ -99,6 +99,11 @@ class Checkpoints:
         """Copy one checkpoint and verify every file of it; None, and a warning, unless it is whole."""
         return fetch_checkpoint(self._objects, f"{name_of(step)}/", directory / name_of(step))
 
+    def manifest(self, step: int) -> Manifest | None:
+        """Read the manifest of one checkpoint; None: there is none, or it is broken."""
+        stored = self._objects.read(f"{name_of(step)}/{MANIFEST}")
+        return None if stored is None else read_manifest(stored[0])
+
     def commit(self, folder: Path, manifest: Manifest, best_step: int | None) -> str:
         """Store a checkpoint's files, then its manifest, then `latest.json`; return the checkpoint's URI.
 

@@ -16,11 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import boto3
 from boto3.exceptions import Boto3Error
+from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from worker.errors import StorageUnavailable, WorkerError
 from worker.media.storage import STORAGE_ERRORS, is_absence, is_passing
+from worker.settings import WorkerSettings
 from worker.training.progress import TrainingRefused
 
 if TYPE_CHECKING:
@@ -52,6 +55,20 @@ class Objects(Protocol):
 
     def write_if(self, name: str, content: bytes, tag: str | None) -> bool:
         """Write a file if its state still is that of `tag` (None: it must not exist); return whether it was."""
+
+
+def training_client(settings: WorkerSettings) -> S3Client:
+    """Make the client of a run. boto3 retries by itself: no job waits for an answer."""
+    config = Config(
+        connect_timeout=settings.storage_timeout_s,
+        read_timeout=settings.storage_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": settings.storage_retries + 1},
+        s3={"addressing_style": "path"},
+    )
+    client: S3Client = boto3.client(
+        "s3", endpoint_url=settings.s3_endpoint_url, region_name=settings.s3_region, config=config
+    )
+    return client
 
 
 def open_objects(uri: str, client: S3Client | None = None) -> Objects:

@@ -34,12 +34,19 @@ class Entry(ReadModel):
     values: Mapping[str, float]
 
 
+class Best(ReadModel):
+    """The best evaluation: after which step, the value by which it is the best, and all its figures."""
+
+    step: int
+    value: float
+    metrics: Mapping[str, float]
+
+
 class RunState(ReadModel):
     """Where a run is. `needs_evaluation`: the evaluation that is due at this step has not been made."""
 
     step: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
+    best: Best | None = None
     needs_evaluation: bool = False
     metrics: Mapping[str, float] = Field(default_factory=dict)
     history: tuple[Entry, ...] = ()

@@ -12,9 +12,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from worker.training.progress import TrainingRefused
-from worker.training.state import Entry, RunState, load_run, load_state, save_state
+from worker.training.state import Best, Entry, RunState, load_run, load_state, save_state
 
-RUN = RunState(step=3, best_step=2, best_value=0.1, metrics={"wer": 0.3}, history=(Entry(step=1, values={"loss": 2}),))
+RUN = RunState(
+    step=3,
+    best=Best(step=2, value=0.1, metrics={"wer": 0.1}),
+    metrics={"wer": 0.3},
+    history=(Entry(step=1, values={"loss": 2}),),
+)
 
 
 class Training:

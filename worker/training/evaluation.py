@@ -1,0 +1,135 @@
+"""How good a model in training is: its loss, and the scores of what it writes, on examples that it does not learn.
+
+Answers are generated greedily by the model's own `generate`, from the prompts that serving would build. Prompts of
+equal shape are generated together, so that no padding can change an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from api_stub.contract.conversation import TextPart, Turn
+from api_stub.contract.job import CaptionJob
+from worker.media.types import DecodedMedia
+from worker.prompting.prepare import PromptBuilder
+from worker.prompting.processors import cast
+from worker.training.dataset import Dataset, Example
+from worker.training.labels import Encoder, encode
+from worker.training.manifest import Plan
+from worker.training.scores import Answered, score
+from worker.training.trainer import num_learnt
+from worker.training.tuning import TunedModel
+
+#: Examples of one forward of an evaluation.
+_BATCH_SIZE: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """One example's prompt and what would be right."""
+
+    prompt: Mapping[str, Tensor]
+    references: tuple[str, ...]
+    kind: str | None
+
+    @property
+    def shape(self) -> object:
+        """Equal for prompts that can be stacked."""
+        return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.prompt.items()))
+
+
+class Evaluation:
+    """Measures a model on up to `plan.eval_examples` examples of the validation split, always the same ones."""
+
+    def __init__(
+        self, tuned: TunedModel, dataset: Dataset, encoder: Encoder, prompts: PromptBuilder, plan: Plan
+    ) -> None:
+        self._tuned = tuned
+        self._dataset = dataset
+        self._encoder = encoder
+        self._prompts = prompts
+        self._max_new_tokens = plan.max_new_tokens
+        shuffled = list(dataset.validation)
+        Random(f"{plan.seed} validation").shuffle(shuffled)
+        self._examples = shuffled[: plan.eval_examples]
+
+    def measure(self, should_stop: Callable[[], None]) -> dict[str, float]:
+        """Return `loss` and the scores by name. `should_stop` is called between batches and raises to abort."""
+        loss, num_tokens = 0.0, 0
+        answers: list[Answered] = []
+        with self._tuned.evaluating():
+            for examples in _chunks(self._examples, _BATCH_SIZE):
+                should_stop()
+                media = [self._dataset.media(example) for example in examples]
+                batch_loss, learnt = self._loss(examples, media)
+                loss, num_tokens = loss + batch_loss * learnt, num_tokens + learnt
+                answers += self._answers([self._question(*pair) for pair in zip(examples, media, strict=True)])
+        report = score(answers)
+        by_kind = {
+            f"{kind}/{name}": value
+            for kind, scores in report.by_kind.items()
+            for name, value in scores.metrics().items()
+            if name == "exact_match"
+        }
+        return {"loss": loss / num_tokens, **report.overall.metrics(), **by_kind}
+
+    def _loss(self, examples: Sequence[Example], media: Sequence[tuple[DecodedMedia, ...]]) -> tuple[float, int]:
+        """Return the mean loss per learnt token, and the number of these tokens."""
+        texts = [example.texts[0] if example.texts else None for example in examples]
+        inputs = cast(encode(self._encoder, examples, texts, media).arguments(), self._tuned.loaded.dtype)
+        loss = self._tuned.model(**self._moved(inputs)).loss
+        return float(loss), num_learnt(inputs)
+
+    def _question(self, example: Example, media: tuple[DecodedMedia, ...]) -> _Question:
+        turns, references = self._turns(example)
+        return _Question(self._prompts.prepare(turns, media).tensors, references, example.kind)
+
+    def _turns(self, example: Example) -> tuple[Sequence[Turn], tuple[str, ...]]:
+        """Return the conversation up to the answer, and the answers that are right."""
+        if example.messages is None:
+            job = CaptionJob(media=tuple(f"s3://data/{number}" for number in range(len(example.files))))
+            return self._prompts.turns(job), example.texts
+        *before, last = example.messages
+        return before, ("".join(part.text for part in last.content if isinstance(part, TextPart)),)
+
+    def _answers(self, questions: Sequence[_Question]) -> list[Answered]:
+        groups: dict[object, list[_Question]] = {}
+        for question in questions:
+            groups.setdefault(question.shape, []).append(question)
+        return [answer for group in groups.values() for answer in self._generate(group)]
+
+    def _generate(self, questions: Sequence[_Question]) -> list[Answered]:
+        """Generate the answers to prompts of one shape."""
+        tokenizer = self._tuned.loaded.tokenizer
+        prompts = [question.prompt for question in questions]
+        stacked = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+        length = stacked["input_ids"].shape[1]
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        written = self._tuned.model.generate(
+            **self._moved(stacked),
+            max_new_tokens=max(1, min(self._max_new_tokens, self._tuned.loaded.max_context - length)),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad_id,
+        )
+        texts = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+        return [
+            Answered(text.lstrip(), question.references, question.kind)
+            for text, question in zip(texts, questions, strict=True)
+        ]
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: tensor.to(self._tuned.loaded.device) for name, tensor in tensors.items()}
+
+
+def _chunks(examples: Sequence[Example], size: int) -> Sequence[Sequence[Example]]:
+    rest = iter(examples)
+    return list(iter(lambda: tuple(islice(rest, size)), ()))

@@ -1,0 +1,148 @@
+"""The model that is trained: its base as serving loads it, and the weights of it, or beside it, that learn.
+
+In: a base or a checkpoint to resume, and the method. Out: a `TunedModel` in training mode. Safetensors only, no code of
+checkpoints. Knows no data and no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from api_stub.contract.finetune import FinetuneMethod
+from worker.errors import CannotStart
+from worker.models.checkpoint import stored_file
+from worker.models.loader import LoadedModel, load
+from worker.models.source import find_checkpoint
+from worker.settings import Dtype, Quantization, WorkerSettings
+from worker.training.manifest import Plan, folder_digest
+from worker.training.progress import TrainingRefused
+
+#: Of bitsandbytes' 4-bit layers: whether they pack their weights on this CPU.
+_PACKS: Final = "support_avx512bf16_for_cpu"
+#: A file of PEFT that serving does not read.
+_MODEL_CARD: Final = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class TunedModel:
+    """A model in training.
+
+    loaded: what serving knows of the base; its `model` is the one that is trained, without the adapter around it.
+    model: what the trainer calls and saves: the base itself, or PEFT's model around it.
+    """
+
+    loaded: LoadedModel
+    model: Any
+    method: FinetuneMethod
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint that serving loads: weights or adapter, config, processor and tokenizer."""
+        if self.method is FinetuneMethod.FULL:
+            self.model.save_pretrained(folder)
+        else:
+            # PEFT would look for the base on the hub to find out whether embeddings were resized.
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        self.loaded.processor.save_pretrained(folder)
+        (folder / _MODEL_CARD).unlink(missing_ok=True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch dropout off for a while, and no gradients."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+
+def base_digest(settings: WorkerSettings) -> str:
+    """Return the digest of the weights that `settings.model` names. Raises CannotStart."""
+    source, revision = find_checkpoint(settings)
+    config = stored_file(source, "config.json", revision)
+    if config is None:
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: no config.json, so it is not a checkpoint")
+    return folder_digest(config.parent)
+
+
+def training_settings(settings: WorkerSettings, base: str, method: FinetuneMethod) -> WorkerSettings:
+    """Return the settings with which the base is loaded.
+
+    Weights that learn are float32, whatever the device: an optimizer's step is smaller than what bfloat16 resolves.
+    An adapter's are float32 also beside a base that is not.
+    """
+    dtype = Dtype.FLOAT32 if method is FinetuneMethod.FULL else settings.dtype
+    quantization = Quantization.NF4 if method is FinetuneMethod.QLORA else Quantization.NONE
+    return settings.model_copy(update={"model": base, "dtype": dtype, "quantization": quantization})
+
+
+def tune(settings: WorkerSettings, plan: Plan, checkpoint: Path | None) -> TunedModel:
+    """Load the base and what learns. `settings` are those of `training_settings`; `checkpoint` is one to resume.
+
+    The adapter's first weights depend on the plan's seed. Raises CannotStart and TrainingRefused.
+    """
+    if plan.method is FinetuneMethod.FULL:
+        loaded = load(settings if checkpoint is None else settings.model_copy(update={"model": str(checkpoint)}))
+        loaded.model.requires_grad_(True)
+        return TunedModel(loaded, loaded.model.train(), plan.method)
+    if find_spec("peft") is None:
+        raise TrainingRefused(f"method {plan.method}: needs peft; install the `train` extra")
+    loaded = load(settings)
+    loaded.model.requires_grad_(False)
+    if plan.method is FinetuneMethod.QLORA:
+        keep_unpacked(loaded.model)
+    torch.manual_seed(plan.seed)
+    return TunedModel(loaded, _with_adapter(loaded, plan, checkpoint).train(), plan.method)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Never let bitsandbytes pack nf4 weights of a model that is trained.
+
+    On a CPU with AVX512-BF16 it packs them at the first forward in evaluation mode, and packed weights have no backward
+    (bitsandbytes 0.50, `Linear4bit.forward`).
+    """
+    for module in model.modules():
+        if hasattr(module, _PACKS):
+            setattr(module, _PACKS, False)
+
+
+def _with_adapter(loaded: LoadedModel, plan: Plan, checkpoint: Path | None) -> Any:
+    """Return PEFT's model around the base: a new adapter, or that of a checkpoint."""
+    peft = import_module("peft")  # of the `train` extra
+    if checkpoint is not None:
+        return peft.PeftModel.from_pretrained(loaded.model, str(checkpoint), is_trainable=True)
+    config = peft.LoraConfig(
+        r=plan.lora_rank,
+        lora_alpha=plan.lora_alpha,
+        lora_dropout=plan.lora_dropout,
+        target_modules=_linear_layers(loaded.model),
+        bias="none",
+    )
+    adapted = peft.get_peft_model(loaded.model, config)
+    adapted.peft_config["default"].base_model_name_or_path = plan.base
+    return adapted
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the full names of all linear layers but the output head, also of those quantised to nf4.
+
+    Other subclasses of nn.Linear have a forward of their own or, as in nn.MultiheadAttention, an owner that reads
+    their weight: an adapter there would learn nothing, or be ignored.
+    """
+    head = model.get_output_embeddings()
+    is_quantised = {name for name, module in model.named_modules() if hasattr(module, _PACKS)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not head and (type(module) is nn.Linear or name in is_quantised)
+    ]
