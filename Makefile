@@ -68,7 +68,7 @@ test-oldest: $(DEV_STAMP)
 	VISIONQ_TEST_REDIS=oldest $(BIN)/python -m pytest $(ON_REDIS) $(TWO)
 
 vision: $(VISION_STAMP) ## set up, then test the model families whose processors need torchvision
-	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(ARGS)
+	PYTHONPATH=$(abspath $(VISION)):$(abspath tests/vision/torchvision_on_cpu) $(BIN)/python -m pytest tests/vision $(TWO) $(ARGS)
 
 audit: $(DEV_STAMP) ## ask for known vulnerabilities of the pinned packages; says so when nobody can be asked
 	$(BIN)/python -m tests.structure.audit

@@ -14,12 +14,21 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
+from tests.check_only import is_check_only
 from tests.servers import TESTED, RedisServer, S3Server, redis_binary
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_REGION": "us-east-1"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test` leaves to `make check`, before `-m` chooses."""
+    for item in items:
+        if is_check_only(item.nodeid):
+            item.add_marker(pytest.mark.check)
 
 
 @pytest.fixture(autouse=True)

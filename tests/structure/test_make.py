@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.check_only import CHECK_ONLY
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -24,7 +27,7 @@ def would_run(target: str, venv: Path) -> str:
     ("target", "steps"),
     [
         ("demo", ["-m venv", '".[local,api]" -e ./worker', "visionq demo"]),
-        ("test", ["-m venv", '".[local,api,dev]" -e "./worker[quantization,bench]"', "-m pytest"]),
+        ("test", ["-m venv", '".[local,api,dev]" -e "./worker[quantization,bench,train]"', "-m pytest"]),
         (
             "check",
             [
@@ -101,7 +104,7 @@ ALL = [
 PARTS = [f"{part} -m not check" for part in ALL]
 CHECKS = ["ruff check", "ruff format", "mypy", "lint-imports", "python -m tests.structure.audit"]
 OLDEST = "python -m pytest tests/property/test_ledger_states.py"
-VISION = "python -m pytest tests/vision"
+VISION = f"python -m pytest tests/vision {TWO}"
 
 
 @pytest.mark.parametrize(
@@ -174,3 +177,11 @@ def test_ci_runs_the_check() -> None:
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[-1] == "exec make check"
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_what_make_check_runs_alone_exists() -> None:
+    """A test that is renamed would be back in `make test`."""
+    for named in CHECK_ONLY:
+        path, _, function = named.partition("::")
+        tree = ast.parse((ROOT / path).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, named

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,19 @@ def make(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Make:
     """Return a function from a family and fields of a generation config to such a checkpoint."""
 
     def checkpoint(name: str, fields: Mapping[str, Any]) -> TinyModel:
-        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(tiny_checkpoint(name), folder)
-        path = folder / "generation_config.json"
-        written = json.loads(path.read_text()) | dict(fields)
-        del written["_from_model_config"]  # which keeps fields that transformers does not know away
-        path.write_text(json.dumps(written))
-        return TinyModel(name, folder)
+        return with_fields(name, tiny_checkpoint(name), tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}", fields)
 
     return checkpoint
+
+
+def with_fields(name: str, source: Path, folder: Path, fields: Mapping[str, Any]) -> TinyModel:
+    """Copy a checkpoint into a new folder and give it fields of a generation config."""
+    shutil.copytree(source, folder)
+    path = folder / "generation_config.json"
+    written = json.loads(path.read_text()) | dict(fields)
+    del written["_from_model_config"]  # which keeps fields that transformers does not know away
+    path.write_text(json.dumps(written))
+    return TinyModel(name, folder)
 
 
 @dataclass
@@ -110,11 +115,24 @@ def in_company(
     return asked, mixed
 
 
+def generated(tiny: TinyModel, prompts: Sequence[ModelInputs], **sampling: Any) -> list[list[int]]:
+    """Return what `generate` answers to each prompt alone."""
+    return [tiny.generate(inputs, MAX_NEW_TOKENS, tokenizer=tiny.tokenizer, **sampling) for inputs in prompts]
+
+
 def check_equal(tiny: TinyModel, prompts: Sequence[ModelInputs], backend: str, **sampling: Any) -> list[list[int]]:
     """Compare every prompt's tokens and text with `generate`; return the tokens."""
+    expected = generated(tiny, prompts, **sampling)
+    check_answers(tiny, prompts, backend, expected, **sampling)
+    return expected
+
+
+def check_answers(
+    tiny: TinyModel, prompts: Sequence[ModelInputs], backend: str, expected: Sequence[list[int]], **sampling: Any
+) -> None:
+    """Compare every prompt's tokens and text with those of `generate`."""
     asked, mixed = in_company(prompts, **sampling)
     answers = run(tiny, mixed, backend)
-    expected = [tiny.generate(inputs, MAX_NEW_TOKENS, tokenizer=tiny.tokenizer, **sampling) for inputs in prompts]
     assert [answers.tokens[each.request_id] for each in asked] == expected
     is_short = any(len(tokens) < MAX_NEW_TOKENS for tokens in expected)
     assert backend != "paged-preempting" or is_short or answers.num_preempted > 0
@@ -126,7 +144,6 @@ def check_equal(tiny: TinyModel, prompts: Sequence[ModelInputs], backend: str, *
             assert whole.startswith(text)
         else:
             assert text == whole
-    return expected
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,7 @@ class Plain:
         return int(self.tiny.tokenizer.convert_tokens_to_ids("<image>"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain(tiny_model: Callable[[str], TinyModel]) -> Plain:
     tiny = tiny_model("idefics2")
     prompts = mixed_inputs(tiny, NUM_PROMPTS)
@@ -205,21 +222,42 @@ FIELDS: dict[str, Callable[[Plain], tuple[dict[str, Any], dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.fixture(scope="module")
+def of_field(
+    plain: Plain, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[TinyModel, list[list[int]]]]:
+    """Return a function from a field to the checkpoint that has it, and what that generates: other than without it."""
+
+    @cache
+    def checkpoint(field: str) -> tuple[TinyModel, list[list[int]]]:
+        fields, without = FIELDS[field](plain)
+        folder, source = tmp_path_factory.mktemp("field"), tiny_checkpoint("idefics2")
+        tiny = with_fields("idefics2", source, folder / "with", fields)
+        expected = generated(tiny, plain.prompts)
+        bare = generated(with_fields("idefics2", source, folder / "bare", without), plain.prompts) if without else None
+        assert expected != (plain.tokens if bare is None else bare)
+        return tiny, expected
+
+    return checkpoint
+
+
+#: One that looks at the prompt and the answer, one that looks at the length, one that looks at the text.
+FIELDS_OF_EACH_KIND = ("no_repeat_ngram_size", "min_new_tokens", "stop_strings")
+
+
+@pytest.mark.parametrize("field", each_kind(FIELDS, always=FIELDS_OF_EACH_KIND))
 @pytest.mark.parametrize("backend", each_kind(["slots", "paged-preempting"], always=["paged-preempting"]))
 def test_a_field_of_the_checkpoint_changes_answers_as_it_does_those_of_generate(
-    plain: Plain, make: Make, field: str, backend: str
+    plain: Plain, of_field: Callable[[str], tuple[TinyModel, list[list[int]]]], field: str, backend: str
 ) -> None:
-    fields, without = FIELDS[field](plain)
-    told = check_equal(make("idefics2", fields), plain.prompts, backend)
-    bare = make("idefics2", without) if without else plain.tiny
-    assert told != [bare.generate(inputs, MAX_NEW_TOKENS) for inputs in plain.prompts]
+    tiny, expected = of_field(field)
+    check_answers(tiny, plain.prompts, backend, expected)
 
 
 FAMILY_FIELDS = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "suppress_tokens": [40, 50, 60, 70, 80]}
 
 
-@pytest.mark.parametrize("name", each_kind(["llava", "idefics3", "gemma3", "paligemma", "git"]))
+@pytest.mark.parametrize("name", each_kind(["llava", "idefics3", "gemma3", "paligemma", "git"], always=["llava"]))
 def test_other_families_follow_their_checkpoints_too(
     tiny_model: Callable[[str], TinyModel], make: Make, name: str
 ) -> None:
@@ -309,7 +347,7 @@ def random_fields(plain: Plain, chance: random.Random) -> dict[str, Any]:
     return {"eos_token_id": ends, **{name: every[name] for name in names}}
 
 
-@pytest.mark.parametrize("seed", each_kind(range(16), always=range(3)))
+@pytest.mark.parametrize("seed", each_kind(range(16), always=[0]))
 def test_fields_together_equal_generate(plain: Plain, make: Make, seed: int) -> None:
     chance = random.Random(seed)
     backend = list(BACKENDS)[seed % 3]

@@ -1,0 +1,86 @@
+"""What `make test` leaves to `make check`: tests that take long (by `--durations=0`), whose kind a shorter one shows.
+
+Beside the mark `check`, which a test carries where it stands; here are the figures of all tests side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+ENGINE: Final = "tests/unit/worker/engine/"
+UNIT: Final = "tests/unit/"
+
+#: By test: of which parameters `make test` runs it all the same.
+CHECK_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
+    ENGINE + "test_parity.py::test_every_one_of_24_mixed_jobs_equals_sequential_generate": (
+        "idefics2-slots", "idefics2-paged", "idefics2-paged-whole", "idefics2-paged-ahead", "git-slots", "gemma3-paged",
+    ),
+    ENGINE + "test_parity.py::test_requests_that_are_sent_back_go_on_where_they_were": ("idefics2-window-True",),
+    ENGINE + "test_more_families.py::test_every_one_of_12_mixed_jobs_equals_sequential_generate": (
+        "llava-next-paged-ahead",
+    ),
+    ENGINE + "test_more_families.py::test_requests_that_are_sent_back_go_on_where_they_were": (),
+    ENGINE + "test_more_families.py::test_pictures_that_were_seen_before_are_answered_as_generate_does": (
+        "llava-next-slots",
+    ),
+    ENGINE + "test_more_families.py::test_the_engine_hands_a_model_what_generate_hands_it": ("llava-next-slots",),
+    ENGINE + "test_handed.py::test_the_engine_hands_a_model_what_generate_hands_it": ("idefics2-paged", "git-slots"),
+    ENGINE + "test_memory.py::test_nan_that_a_request_leaves_does_not_reach_the_next": ("idefics2-window-paged",),
+    ENGINE + "test_memory.py::test_rows_that_cannot_be_sampled_together_are_sampled_alone": ("False-True-paged",),
+    ENGINE + "test_memory.py::test_a_prompt_that_does_not_fit_fails_alone": ("None",),
+    ENGINE + "test_fuzz.py::test_whatever_happens_texts_hold_and_nothing_leaks": ("paged-few-blocks",),
+    ENGINE + "test_proof.py::test_decoders_of_other_kinds_that_are_accepted_answer_as_generate_does": (
+        "gpt_neox-slots", "gpt_neox-paged",
+    ),
+    ENGINE + "test_proof.py::test_decoders_whose_attention_blocks_cannot_do_are_served_by_rows": ("gemma2",),
+    ENGINE + "test_paged.py::test_a_prompt_of_6000_tokens_never_exceeds_the_budget_and_stalls_nobody": (),
+    ENGINE + "test_paged.py::test_two_engines_in_one_process_do_not_disturb_each_other": (),
+    ENGINE + "test_cuda_graphs.py::test_an_engine_that_replays_and_runs_ahead_answers_as_generate_does": ("idefics2",),
+    ENGINE + "test_cuda_graphs.py::test_recorded_steps_give_the_logits_of_plain_ones": ("idefics2-window",),
+    ENGINE + "test_generation_defaults.py::test_what_a_job_says_beats_the_checkpoint": (
+        "{'min_length': 70}-{'min_new_tokens': 0}",
+    ),
+    ENGINE + "test_generation_defaults.py::test_a_stop_string_may_begin_in_the_prompt_and_be_white_space": (),
+    ENGINE + "test_generation_defaults.py::test_the_end_tokens_of_the_model_that_generates_count": (),
+    ENGINE + "test_generation_defaults.py::test_a_first_token_is_forced_after_a_prompt_of_one_token_only": (),
+    ENGINE
+    + "test_generation_defaults.py::test_a_model_that_hands_over_to_another_generate_ignores_what_generate_ignores": (),
+    UNIT + "worker/models/test_quantization.py::"
+    "test_every_quantised_layer_of_every_family_computes_what_its_weights_stand_for": (
+        "idefics3-nf4-False-float32", "idefics3-int8-False-float32",
+    ),
+    UNIT + "worker/models/test_quantization.py::"
+    "test_a_layer_of_any_size_that_is_quantised_computes_what_its_weight_stands_for": (
+        "int8-False-dtype1", "nf4-False-dtype2",
+    ),
+    UNIT + "worker/models/test_quantization.py::test_int8_in_bfloat16_leaves_out_what_reads_past_its_weights": ("20",),
+    UNIT + "worker/models/test_templates.py::test_a_captioner_whose_tokenizer_brings_a_template_is_asked_as_before": (
+        "git",
+    ),
+    UNIT + "worker/prompting/test_captioners.py::"
+    "test_concurrent_captions_equal_sequential_generate_with_and_without_a_text": ("git",),
+    UNIT + "worker/prompting/test_prepare.py::test_32_threads_prepare_what_one_thread_prepares": ("idefics2",),
+    UNIT + "worker/media/test_metadata.py::test_a_jpeg_cut_anywhere_is_corrupt_or_every_pixel_is_right": ("coarse",),
+    UNIT + "worker/media/test_decoders.py::test_a_crash_that_may_be_an_earlier_files_is_tried_again": (),
+    UNIT + "worker/lifecycle/test_watchdog.py::"
+    "test_a_known_fault_that_the_watchdog_reports_later_leaves_the_last_resort_in_place": (),
+    UNIT + "worker/bench/test_engine_bench.py::test_the_command_writes_what_it_prints": (),
+    UNIT + "worker/bench/test_engine_bench.py::test_the_peer_answers_alike_and_leaves_the_model_as_it_was": (),
+    UNIT + "worker/bench/test_engine_bench.py::test_the_processors_of_true_sizes_fit_models_of_their_shape": (
+        "idefics2-512x8-random",
+    ),
+    UNIT + "worker/bench/test_api_bench.py::test_the_bench_of_the_gateway_measures_all_its_rows": (),
+    UNIT + "worker/demo_model/test_learning.py::test_continuing_from_the_shipped_checkpoint_keeps_what_it_knows": (),
+    UNIT + "worker/demo_model/test_learning.py::test_a_few_steps_of_either_phase_lower_its_loss": (),
+    UNIT + "worker/demo_model/test_learning.py::test_training_the_tokenizer_gives_the_shipped_one": (),
+    UNIT + "api_stub/test_follow.py::test_a_redis_that_never_answers_is_unavailable_within_five_seconds": ("Client",),
+    "tests/property/test_entries.py::test_twenty_thousand_odd_entries_have_one_end_each": (),
+}  # fmt: skip
+
+
+def is_check_only(node_id: str) -> bool:
+    """Whether `make test` leaves a collected test out."""
+    test, _, parameters = node_id.partition("[")
+    kept = CHECK_ONLY.get(test)
+    return kept is not None and parameters.removesuffix("]") not in kept
