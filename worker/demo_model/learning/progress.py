@@ -30,7 +30,7 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
     _reported: float = field(default_factory=time.monotonic)
     _sums: dict[str, float] = field(default_factory=dict)
-    _num_summed: int = 0
+    _counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def fraction(self) -> float:
@@ -42,13 +42,13 @@ class Progress:
     def add(self, **values: float) -> None:
         """Note one step's numbers."""
         self.step += 1
-        self._num_summed += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
         if time.monotonic() - self._reported > REPORT_EVERY_S or self.fraction >= 1:
             self._reported = time.monotonic()
-            self.say(**{name: round(total / self._num_summed, 4) for name, total in self._sums.items()})
-            self._sums, self._num_summed = {}, 0
+            self.say(**{name: round(total / self._counts[name], 4) for name, total in self._sums.items()})
+            self._sums, self._counts = {}, {}
 
     def say(self, **values: object) -> None:
         """Report these values with phase, step, and minutes of wall clock and of this process's CPU time."""

@@ -70,17 +70,17 @@ def vision_loss(heads: Heads, features: ImageFeatures, truth: Targets) -> Vision
     read = heads.latent(features.latents)
     colour, shape, offset = read.split((NUM_COLOURS, NUM_SHAPES, 2), dim=-1)
     occupied = truth.colour > 0
-    loss = _cell_loss(colour, shape, truth, EMPTY_LATENT_WEIGHT)
+    loss = cell_loss(colour, shape, truth, EMPTY_LATENT_WEIGHT)
     loss = loss + OFFSET_WEIGHT * F.smooth_l1_loss(offset[occupied], truth.offset[occupied], beta=0.1)
     background = heads.background(features.latents.mean(1))
     loss = loss + BACKGROUND_WEIGHT * F.cross_entropy(background, truth.background)
     patch_colour, patch_shape = heads.patch(features.patches).split((NUM_COLOURS, NUM_SHAPES), dim=-1)
-    loss = loss + PATCH_WEIGHT * _cell_loss(patch_colour, patch_shape, truth, EMPTY_PATCH_WEIGHT)
+    loss = loss + PATCH_WEIGHT * cell_loss(patch_colour, patch_shape, truth, EMPTY_PATCH_WEIGHT)
     is_right = (colour.argmax(-1) == truth.colour) & (shape.argmax(-1) == truth.shape)
     return VisionLoss(loss, is_right[occupied].float().mean().item())
 
 
-def _cell_loss(colour: Tensor, shape: Tensor, truth: Targets, empty_weight: float) -> Tensor:
+def cell_loss(colour: Tensor, shape: Tensor, truth: Targets, empty_weight: float) -> Tensor:
     """Cross entropies averaged over cells, empty ones counting less: most cells are empty."""
     weight = torch.where(truth.colour > 0, 1.0, empty_weight)
     per_cell = F.cross_entropy(colour.mT, truth.colour, reduction="none")
