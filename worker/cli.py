@@ -12,8 +12,10 @@ from typing import Annotated, NoReturn
 import typer
 from pydantic import ValidationError
 
+from api_stub.contract.error import explain
+from api_stub.contract.finetune import FinetuneMethod, FinetuneOptions, FinetuneRecipe, Finetuning
 from api_stub.ledger.settings import explain_settings
-from worker.errors import CannotStart
+from worker.errors import CannotStart, WorkerError
 from worker.lifecycle.health import Health
 from worker.lifecycle.probes import OperationsServer
 from worker.lifecycle.supervisor import EXIT_CANNOT_START, Supervisor, parse_devices
@@ -100,6 +102,59 @@ def check(
         typer.echo(check_model(settings))
     except CannotStart as error:
         refuse(str(error))
+
+
+@app.command()
+def finetune(
+    data: Annotated[str, typer.Argument(help="data set: a folder or s3://bucket/prefix/ with a metadata.jsonl")],
+    base: Annotated[str, typer.Option(help=f"what is fine-tuned, as {MODEL_HELP}")],
+    output: Annotated[str, typer.Option(help="where checkpoints go: a folder or s3://bucket/prefix/")],
+    method: Annotated[FinetuneMethod, typer.Option(help="all weights, an adapter, or one beside nf4 weights")] = (
+        FinetuneMethod.FULL
+    ),
+    recipe: Annotated[FinetuneRecipe, typer.Option(help="auto: chat for a model with a chat template")] = (
+        FinetuneRecipe.AUTO
+    ),
+    max_steps: Annotated[int | None, typer.Option(min=1, help="optimizer steps")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the training split, instead of steps")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="the highest one; it falls to 0")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="examples of one forward")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(min=1, help="forwards of one step")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="steps between evaluations with a checkpoint")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="rank of the adapter")] = None,
+    loader_workers: Annotated[int | None, typer.Option(min=0, help="threads that prepare batches ahead")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of everything that is random")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on, also with other numbers of steps or rates")] = False,
+) -> None:
+    """Train on a data set; leave checkpoints that can be served. The same command again continues the run."""
+    settings = read_settings({})
+    configure_logging(LogFormat.TEXT, settings.log_level)
+    if find_spec("jiwer") is None:
+        refuse("fine-tuning needs the `train` extra: pip install 'visionq-worker[train]'")
+    options = {
+        "max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation, "eval_every": eval_every, "lora_rank": lora_rank,
+        "loader_workers": loader_workers, "seed": seed, "resume": resume or None,
+    }  # fmt: skip
+    from worker.training.command import absolute, finetune_here
+    from worker.training.progress import Stopped
+
+    try:
+        job = Finetuning(
+            base=absolute(base),
+            dataset=absolute(data),
+            output=absolute(output),
+            method=method,
+            recipe=recipe,
+            options=FinetuneOptions(**options),
+        )
+        result = finetune_here(job, settings, lambda line: typer.echo(line, err=True))
+    except ValidationError as error:
+        refuse(explain(error))
+    except (WorkerError, Stopped) as error:
+        typer.echo(f"visionq-worker: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(result.to_json())
 
 
 @bench.command("queue")
