@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.servers import S3Server, eventually, free_port
 from worker.errors import CannotStart
@@ -81,6 +83,37 @@ def test_an_adapter_in_storage_is_refused_by_name(stored: S3Client, settings: Se
     assert refusal(settings()).startswith(f"VISIONQ_MODEL={URI}: a LoRA adapter of some/base; ")
     stored.delete_object(Bucket="models", Key="vlm/one/config.json")
     assert refusal(settings()).startswith(f"VISIONQ_MODEL={URI}: a LoRA adapter of some/base; ")
+
+
+def test_an_adapter_in_storage_is_merged_into_its_base_in_storage(stored: S3Client, settings: Settings) -> None:
+    layer = "model.language_model.layers.0.self_attn.q_proj"
+    out_features, in_features = load(settings()).model.get_submodule(layer).weight.shape
+    factors = {"A": torch.ones(1, in_features), "B": torch.ones(out_features, 1)}
+    config = {"peft_type": "LORA", "base_model_name_or_path": URI, "r": 1, "lora_alpha": 3}
+    prefix = "vlm/two/checkpoint-40/"
+    for name, body in {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": save(
+            {f"base_model.model.{layer}.lora_{name}.weight": factor for name, factor in factors.items()}
+        ),
+        "optimizer.pt": b"pickle",
+        "state/optimizer.safetensors": b"read by nobody",
+    }.items():
+        stored.put_object(Bucket="models", Key=prefix + name, Body=body)
+    chosen = settings(model=f"s3://models/{prefix}")
+    change = load(chosen).model.get_submodule(layer).weight - load(settings()).model.get_submodule(layer).weight
+    torch.testing.assert_close(change, torch.full_like(change, 3.0))
+    assert sorted(path.name for path in download(chosen).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    stored.delete_object(Bucket="models", Key=f"{prefix}adapter_model.safetensors")
+    assert "it needs adapter_config.json and adapter_model.safetensors" in refusal(chosen)
+
+
+def test_the_output_of_a_training_run_names_no_checkpoint(stored: S3Client, settings: Settings) -> None:
+    stored.put_object(Bucket="models", Key="run/latest.json", Body=b"{}")
+    assert refusal(settings(model="s3://models/run/")).endswith("name one of the folders checkpoint-N")
 
 
 def test_a_second_start_downloads_nothing(stored: S3Client, settings: Settings) -> None:

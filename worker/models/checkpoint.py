@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from os.path import lexists
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +25,14 @@ from worker.settings import Quantization
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 #: Files of an adapter, as PEFT names them.
-ADAPTER_FILES: Final = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES: Final = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
+CONFIG: Final = "config.json"
+#: In the output of a training run, which holds its checkpoints in folders.
+LATEST: Final = "latest.json"
+#: Files with weights of a whole model.
+_WEIGHTS: Final = re.compile(r"\.safetensors(\.index\.json)?$|^pytorch_model.*\.bin$")
 #: Buffers that older files hold and current models compute themselves; they may be left out.
 _COMPUTED_BUFFERS: Final = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|num_batches_tracked|masked_bias|relative_position_index)$"
@@ -47,10 +53,30 @@ def refuse_adapters(name: str, source: str | Path, revision: str | None = None) 
     for file in ADAPTER_FILES:
         path = stored_file(source, file, revision)
         if path is not None:
-            raise adapter_refused(name, _content(path) if file == ADAPTER_CONFIG else b"")
+            content = read_content(path) if file == ADAPTER_CONFIG else b""
+            raise adapter_refused(name, "a whole checkpoint is needed here; merge it into its base model", content)
 
 
-def adapter_refused(name: str, adapter_config: bytes = b"") -> CannotStart:
+def is_adapter(name: str, files: Collection[str], place: str, adapter_config: Callable[[], bytes]) -> bool:
+    """Return whether the files of a folder, by their names, are a LoRA adapter; else they are a whole checkpoint.
+
+    A config of the base may lie beside an adapter. Raises CannotStart for files that are neither or both, and for
+    adapters that are pickles. place: in words, for messages. adapter_config: reads adapter_config.json.
+    """
+    if not any(file in ADAPTER_FILES for file in files):
+        if CONFIG not in files:
+            run = f"; {LATEST} is a training run's: name one of the folders checkpoint-N" if LATEST in files else ""
+            raise CannotStart(f"VISIONQ_MODEL={name}: no {CONFIG} {place}, so it is not a checkpoint{run}")
+        return False
+    content = adapter_config() if ADAPTER_CONFIG in files else b""
+    if any(file not in ADAPTER_FILES and _WEIGHTS.search(file) for file in files):
+        raise adapter_refused(name, "weights of a whole model lie beside it; give each a folder of its own", content)
+    if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(files):
+        raise adapter_refused(name, f"it needs {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}; pickles are not loaded", content)
+    return True
+
+
+def adapter_refused(name: str, problem: str, adapter_config: bytes = b"") -> CannotStart:
     """Return the error for an adapter; `adapter_config` is the content of its adapter_config.json, which names the
     base.
     """
@@ -62,10 +88,7 @@ def adapter_refused(name: str, adapter_config: bytes = b"") -> CannotStart:
     if isinstance(fields, Mapping):
         base = str(fields.get("base_model_name_or_path") or base)
         kind = str(fields.get("peft_type") or "LORA").replace("LORA", "LoRA")
-    return CannotStart(
-        f"VISIONQ_MODEL={name}: a {kind} adapter of {base}; adapters are not served, merge it into its base model and "
-        "name the folder of the merged checkpoint"
-    )
+    return CannotStart(f"VISIONQ_MODEL={name}: a {kind} adapter of {base}; {problem}")
 
 
 def refuse_unknown_quantization(name: str, config: PreTrainedConfig, wanted: Quantization) -> None:
@@ -90,7 +113,7 @@ def refuse_integer_weights(name: str, source: str | Path, revision: str | None, 
 
     transformers would use the integers themselves as weights.
     """
-    beside = stored_file(source, "config.json", revision)
+    beside = stored_file(source, CONFIG, revision)
     if beside is None or any(getattr(part, "quantization_config", None) is not None for part in _configs(config)):
         return
     for path in sorted(beside.parent.glob("*.safetensors")):
@@ -161,7 +184,8 @@ def _quant_method(fields: Mapping[str, Any]) -> str:
     return str(getattr(method, "value", method) or "")
 
 
-def _content(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
+    """Return what is in a file; nothing if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:

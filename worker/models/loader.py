@@ -39,7 +39,7 @@ from worker.models.context import max_context, max_positions
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, eos_token_ids, read_generation_defaults
 from worker.models.placement import Placement, attention_name, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
-from worker.models.source import find_checkpoint
+from worker.models.source import Source, find_checkpoint, find_model
 from worker.models.templates import ChatTemplate, settle_template
 from worker.settings import Dtype, Quantization, Switch, WorkerSettings, export
 
@@ -75,23 +75,26 @@ def load(settings: WorkerSettings) -> LoadedModel:
         torch.set_num_threads(settings.torch_threads)
     export(_LIBRARY_ENVIRONMENT)
     disable_progress_bar()
-    source, revision = find_checkpoint(settings)
+    found = find_model(settings)
+    source, revision = found.place, found.revision
     config = _read_config(settings, source, revision)
     checkpoint.refuse_unknown_quantization(settings.model, config, settings.quantization)
     architecture: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     free_bytes = free_gpu_bytes()
-    dtype = _dtype(settings, is_on_gpu=bool(free_bytes))
+    dtype = _dtype(settings, found, is_on_gpu=bool(free_bytes))
     empty = cache(partial(_empty_model, architecture, config))
     placement = place(
         settings.device,
         free_bytes,
         lambda: expected_bytes(empty(), settings.quantization, dtype, torch.device("cuda")),
     )
-    processor = _load_processor(settings, source, revision)
-    template = settle_template(settings, processor, source)
+    processor = _load_processor(settings, found.processor, found.processor_revision)
+    template = settle_template(settings, processor, found.processor)
     _check_generation_config(settings, source, revision)
     model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
     checkpoint.refuse_integer_weights(settings.model, source, revision, config)
+    if found.adapter is not None:
+        found.adapter.merge_into(model)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -113,16 +116,28 @@ def load_processor(settings: WorkerSettings) -> ProcessorMixin:
     return processor
 
 
-def _dtype(settings: WorkerSettings, *, is_on_gpu: bool) -> torch.dtype:
-    """Return the dtype of the weights. On a CPU `auto` is float32: half-precision kernels are slower there."""
-    if settings.dtype is Dtype.AUTO:
+def _dtype(settings: WorkerSettings, found: Source, *, is_on_gpu: bool) -> torch.dtype:
+    """Return the dtype of the weights. On a CPU `auto` is float32: half-precision kernels are slower there.
+
+    A QLoRA adapter belongs to weights that were quantised from one dtype.
+    """
+    wanted = settings.dtype
+    if found.adapter is not None and found.adapter.quantized_base is not None:
+        needed = found.adapter.quantized_base.load_as
+        if wanted not in (Dtype.AUTO, needed):
+            raise CannotStart(
+                f"VISIONQ_DTYPE={wanted}: VISIONQ_MODEL={settings.model} was trained beside weights that were "
+                f"quantised from {needed}; use auto"
+            )
+        wanted = needed
+    if wanted is Dtype.AUTO:
         return torch.bfloat16 if is_on_gpu and settings.device != "cpu" else torch.float32
     named: dict[Dtype, torch.dtype] = {
         Dtype.FLOAT32: torch.float32,
         Dtype.FLOAT16: torch.float16,
         Dtype.BFLOAT16: torch.bfloat16,
     }
-    return named[settings.dtype]
+    return named[wanted]
 
 
 def _read_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> PreTrainedConfig:

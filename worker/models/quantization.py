@@ -81,7 +81,7 @@ def choose_layers(model: PreTrainedModel, kind: Quantization, dtype: torch.dtype
     owner that reads their weight. Nor is GPT-2's Conv1D, whose weight is transposed. Raises CannotStart when the
     library is not installed.
     """
-    _require_library(kind)
+    require_library(kind)
     packs_nf4 = kind is Quantization.NF4 and _packs_nf4()
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     quantised: list[str] = []
@@ -200,7 +200,9 @@ def _packs_nf4() -> bool:
     return has_avx512bf16 is not None and bool(has_avx512bf16())
 
 
-def _require_library(kind: Quantization) -> None:
+def require_library(kind: Quantization) -> None:
+    """Raise CannotStart when the library that quantises weights this way is not installed."""
+    """Raise CannotStart when what quantises weights this way is not installed."""
     module, distribution = _PACKAGES[kind]
     if not _can_import(module):
         raise CannotStart(f"VISIONQ_QUANTIZATION={kind}: needs {distribution}; install the `quantization` extra")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from urllib3.exceptions import HTTPError
 
 from worker.errors import CannotStart
-from worker.models.checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, adapter_refused
+from worker.models.checkpoint import ADAPTER_CONFIG, is_adapter
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _Checkpoint:
 
 
 def download(settings: WorkerSettings) -> Path:
-    """Return a local folder with the checkpoint. Raises CannotStart, naming the variable, for any fault.
+    """Return a local folder with the checkpoint or adapter. Raises CannotStart, naming the variable, for any fault.
 
     Workers of one machine that start together wait for one download. An interrupted download continues with the file
     that is missing.
@@ -126,7 +126,7 @@ def _client(settings: WorkerSettings) -> S3Client:
 def _list_checkpoint(client: S3Client, uri: str, bucket: str, prefix: str) -> _Checkpoint:
     """List the files directly under the prefix, and its additional chat templates.
 
-    Raises CannotStart when they are no checkpoint.
+    Raises CannotStart when they are neither a checkpoint nor an adapter.
     """
     found = list(_objects(client, bucket, prefix))
     has_pickles = any(Path(file.name).suffix in PICKLE_SUFFIXES for file in found)
@@ -134,12 +134,12 @@ def _list_checkpoint(client: S3Client, uri: str, bucket: str, prefix: str) -> _C
     templates = [file for file in _objects(client, bucket, prefix + TEMPLATES) if file.name.endswith(".jinja")]
     files += [replace(file, name=TEMPLATES + file.name) for file in templates if _NAME.fullmatch(file.name)]
     names = {file.name for file in files}
-    if ADAPTER_CONFIG in names:
-        raise adapter_refused(uri, client.get_object(Bucket=bucket, Key=prefix + ADAPTER_CONFIG)["Body"].read())
-    if names & set(ADAPTER_FILES):
-        raise adapter_refused(uri)
-    if "config.json" not in names:
-        raise CannotStart(f"VISIONQ_MODEL={uri}: no config.json under this prefix, so it is not a checkpoint")
+    is_adapter(
+        uri,
+        names,
+        "under this prefix",
+        lambda: client.get_object(Bucket=bucket, Key=prefix + ADAPTER_CONFIG)["Body"].read(),
+    )
     if not any(name.endswith(".safetensors") for name in names):
         lacking = "its weights are pickles, which are never loaded" if has_pickles else "it has no weights"
         raise CannotStart(f"VISIONQ_MODEL={uri}: {lacking}; store them as safetensors")

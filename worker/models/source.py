@@ -1,23 +1,81 @@
-"""Finds the checkpoint that the settings name: a folder, a hub id with its revision, or one to download from S3."""
+"""Finds the checkpoint that the settings name: a folder, a hub id with its revision, or one to download from S3.
+
+A folder or prefix may also hold a LoRA adapter, which names its base as VISIONQ_MODEL would.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from worker.errors import CannotStart
 from worker.models import checkpoint
+from worker.models.adapter import Adapter, read_adapter
 from worker.models.remote import download
-from worker.settings import WorkerSettings
+from worker.settings import Quantization, WorkerSettings
 
 DEMO_CHECKPOINT: Final = Path(__file__).parent.parent / "demo_model" / "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's files are.
+
+    place: of the weights and the config, a local folder or a hub id. revision: of a hub id; None: the default one.
+    adapter: to be merged into the weights.
+    """
+
+    place: str | Path
+    revision: str | None
+    adapter: Adapter | None = None
+
+    @property
+    def processor(self) -> str | Path:
+        """Where the processor's files are."""
+        return self.adapter.folder if self.adapter is not None and self.adapter.has_processor else self.place
+
+    @property
+    def processor_revision(self) -> str | None:
+        """The revision at which the processor's files are read."""
+        return self.revision if self.processor == self.place else None
+
+
+def find_model(settings: WorkerSettings) -> Source:
+    """Return where the files of a whole model or of an adapter and its base are.
+
+    What is in S3 is downloaded. Raises CannotStart, also for an adapter beside VISIONQ_QUANTIZATION: the quantised
+    weights would be other ones than those it was trained for.
+    """
+    place, revision = _find(settings)
+    if not isinstance(place, Path) or not _is_adapter(settings.model, place):
+        return Source(place, revision)
+    adapter = read_adapter(settings.model, place)
+    if settings.quantization is not Quantization.NONE:
+        raise CannotStart(
+            f"VISIONQ_QUANTIZATION={settings.quantization}: VISIONQ_MODEL={settings.model} is an adapter, which is "
+            "merged into whole weights; use none"
+        )
+    of_base = {"model": adapter.base, "model_revision": adapter.config.revision or ""}
+    try:
+        base, base_revision = find_checkpoint(settings.model_copy(update=of_base))
+    except CannotStart as error:
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: the base of the adapter is not served: {error}") from error
+    return Source(base, base_revision, adapter)
 
 
 def find_checkpoint(settings: WorkerSettings) -> tuple[str | Path, str | None]:
     """Return a local folder, or a hub id, and the revision at which its files are read (None: the default one).
 
-    A checkpoint in S3 is downloaded. Raises CannotStart.
+    A checkpoint in S3 is downloaded. Raises CannotStart, also for an adapter.
     """
+    place, revision = _find(settings)
+    if isinstance(place, Path):
+        checkpoint.refuse_adapters(settings.model, place)
+    return place, revision
+
+
+def _find(settings: WorkerSettings) -> tuple[str | Path, str | None]:
     source = None if settings.model.startswith("s3://") else _source(settings.model)
     revision = _revision(settings, is_of_hub=isinstance(source, str))
     return (source if source is not None else download(settings)), revision
@@ -31,10 +89,14 @@ def _source(value: str) -> str | Path:
         if is_folder_name:
             raise CannotStart(f"VISIONQ_MODEL={value}: there is no folder {folder}")
         return value
-    checkpoint.refuse_adapters(value, folder)
-    if not (folder / "config.json").is_file():
-        raise CannotStart(f"VISIONQ_MODEL={value}: no config.json in {folder}, so it is not a checkpoint")
+    _is_adapter(value, folder)
     return folder
+
+
+def _is_adapter(name: str, folder: Path) -> bool:
+    files = [path.name for path in folder.iterdir()]
+    config = folder / checkpoint.ADAPTER_CONFIG
+    return checkpoint.is_adapter(name, files, f"in {folder}", lambda: checkpoint.read_content(config))
 
 
 def _revision(settings: WorkerSettings, *, is_of_hub: bool) -> str | None:

@@ -22,6 +22,7 @@ from api_stub.contract.finetune import FinetuneMethod
 from worker.errors import CannotStart
 from worker.models.checkpoint import stored_file
 from worker.models.loader import LoadedModel, load
+from worker.models.quantized_base import QuantizedBase, describe_quantized_base, write_quantized_base
 from worker.models.source import find_checkpoint
 from worker.settings import Dtype, Quantization, WorkerSettings
 from worker.training.manifest import Plan, folder_digest
@@ -39,11 +40,13 @@ class TunedModel:
 
     loaded: what serving knows of the base; its `model` is the one that is trained, without the adapter around it.
     model: what the trainer calls and saves: the base itself, or PEFT's model around it.
+    quantized_base: what a QLoRA adapter learns beside; serving must have the same again.
     """
 
     loaded: LoadedModel
     model: Any
     method: FinetuneMethod
+    quantized_base: QuantizedBase | None = None
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint that serving loads: weights or adapter, config, processor and tokenizer."""
@@ -52,6 +55,8 @@ class TunedModel:
         else:
             # PEFT would look for the base on the hub to find out whether embeddings were resized.
             self.model.save_pretrained(folder, save_embedding_layers=False)
+        if self.quantized_base is not None:
+            write_quantized_base(folder, self.quantized_base)
         self.loaded.processor.save_pretrained(folder)
         (folder / _MODEL_CARD).unlink(missing_ok=True)
 
@@ -99,10 +104,13 @@ def tune(settings: WorkerSettings, plan: Plan, checkpoint: Path | None) -> Tuned
         raise TrainingRefused(f"method {plan.method}: needs peft; install the `train` extra")
     loaded = load(settings)
     loaded.model.requires_grad_(False)
+    quantized_base = None
     if plan.method is FinetuneMethod.QLORA:
         keep_unpacked(loaded.model)
+        layers = [(name, layer) for name, layer in loaded.model.named_modules() if hasattr(layer, _PACKS)]
+        quantized_base = describe_quantized_base(layers)
     torch.manual_seed(plan.seed)
-    return TunedModel(loaded, _with_adapter(loaded, plan, checkpoint).train(), plan.method)
+    return TunedModel(loaded, _with_adapter(loaded, plan, checkpoint).train(), plan.method, quantized_base)
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -203,12 +203,8 @@ def test_weights_that_are_stored_as_whole_numbers_without_a_scale_are_refused(ow
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "llava-hf/llava-interleave-qwen-0.5b-hf", "r": 8}
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_a_folder_that_is_or_also_holds_an_adapter_is_refused_by_name(
-    is_alone: bool, own_checkpoint: Checkpoints, tmp_path: Path
-) -> None:
-    folder = tmp_path / "adapter" if is_alone else own_checkpoint("llava")
-    folder.mkdir(exist_ok=True)
+def test_a_folder_that_also_holds_an_adapter_is_refused_by_name(own_checkpoint: Checkpoints) -> None:
+    folder = own_checkpoint("llava")
     (folder / "adapter_config.json").write_text(json.dumps(LORA))
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(8, 64)}, folder / "adapter_model.safetensors")
     wanted = f"VISIONQ_MODEL={folder}: a LoRA adapter of llava-hf/llava-interleave-qwen-0.5b-hf; "
