@@ -95,7 +95,7 @@ def answered(result: Result | None, error: ErrorInfo | None) -> Result:
     if result is not None:
         return result
     assert error is not None  # a final job has one of the two
-    raise JobFailed(error.code.value, error.message, error.retryable)
+    raise JobFailed(error.code.value, error.message, error.retryable, error.details or ())
 
 
 class ReadTimeouts:

@@ -18,6 +18,8 @@ Celery consumers find JobFailed here too: failed results are stored as this modu
 
 from __future__ import annotations
 
+from api_stub.contract.error import ErrorDetail
+
 
 class VisionqError(Exception):
     """Root of everything this package raises on purpose."""
@@ -89,14 +91,16 @@ class StreamRestarted(VisionqError):
 class JobFailed(VisionqError):
     """Raised when a job ended without a result: failed, expired or cancelled.
 
-    `code` is one of the contract's error codes; `retryable` tells whether the same job may succeed later.
+    `code` is one of the contract's error codes; `retryable` tells whether the same job may succeed later. `details`:
+    what is wrong with a data set; Celery consumers get none.
     """
 
-    def __init__(self, code: str, message: str, retryable: bool = False) -> None:
+    def __init__(self, code: str, message: str, retryable: bool = False, details: tuple[ErrorDetail, ...] = ()) -> None:
         super().__init__(code, message, retryable)
         self.code = code
         self.message = message
         self.retryable = retryable
+        self.details = details
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

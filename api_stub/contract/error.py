@@ -57,12 +57,32 @@ _SECRETIVE: Final = frozenset({"webhook", "media", "uri", "metadata"})
 _UNKNOWN: Final = frozenset({"extra_forbidden", "json_invalid"})
 
 
+#: Details of one error.
+MAX_DETAILS: Final = 100
+
+
+class ErrorDetail(ReadModel):
+    """One fault of a data set: its file, the line (from 1) if it is about one, and what is wrong."""
+
+    file: str
+    line: int | None = None
+    message: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.message}"
+
+
 class ErrorInfo(ReadModel):
-    """A coded error. `retryable`: the same job may succeed when it is submitted again."""
+    """A coded error. `retryable`: the same job may succeed when it is submitted again.
+
+    `details`: what is wrong with a data set, at most MAX_DETAILS; absent for other errors.
+    """
 
     code: ErrorCode
     message: str
     retryable: bool
+    details: tuple[ErrorDetail, ...] | None = None
 
     @classmethod
     def of(cls, code: ErrorCode, message: str) -> ErrorInfo:

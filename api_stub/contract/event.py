@@ -16,6 +16,8 @@ from api_stub.contract.result import Result, Usage
 from api_stub.contract.wire import ReadModel
 
 VERSION: Final = 1
+#: Of fine-tuning a job's stream keeps the newest `job.progress`, and every other event.
+MAX_TRAINING_EVENTS: Final = 2000
 
 
 class Stage(StrEnum):
@@ -54,12 +56,17 @@ class StartedBody(ReadModel):
 
 
 class ProgressBody(ReadModel):
-    """How far a stage is; `total` is 0 when it is not known."""
+    """How far a stage is; `total` is 0 when it is not known.
+
+    Of training, `done` and `total` are steps, and `metrics` are its newest figures by name: `loss`, `learning_rate`,
+    `examples_per_s`, `eta_s` (seconds left), and the scores of the last evaluation.
+    """
 
     type: Literal["job.progress"] = "job.progress"
     stage: Stage
     done: int
     total: int
+    metrics: dict[str, float] | None = None
 
 
 class DeltaBody(ReadModel):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from api_stub.contract.job_fields import DEFAULT_PRIORITY, DeadlineS, Tenant, Webhook, check_metadata
+from api_stub.contract.job_fields import DEFAULT_PRIORITY, DeadlineS, TaskName, Tenant, Webhook, check_metadata
 from api_stub.contract.media import S3Object
-from api_stub.contract.names import is_model_name
+from api_stub.contract.names import TRAINING_MODEL_NAME, is_model_name
 from api_stub.contract.wire import ReadModel, WholeNumber, WireModel
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,19}(?=://)")
@@ -115,9 +115,11 @@ class Finetuning(WireModel):
 class FinetuneJob(Finetuning):
     """Fine-tune a model. `base` is the name of a model that the trainer knows, or a checkpoint in S3.
 
-    Over HTTP, `output` lies under `VISIONQ_TRAINING_PREFIX/<tenant>/`.
+    Over HTTP, `output` lies under `VISIONQ_TRAINING_PREFIX/<tenant>/`. `model` names the queue and is always the same.
     """
 
+    task: Literal[TaskName.FINETUNE] = TaskName.FINETUNE
+    model: Literal["training"] = TRAINING_MODEL_NAME
     base: Annotated[str, AfterValidator(_name_or_prefix)] = Field(min_length=1, max_length=1100)
     dataset: S3Prefix
     output: S3Prefix
@@ -135,6 +137,10 @@ class FinetuneJob(Finetuning):
                 s3_prefix(self.options.resume)
             except ValueError as error:
                 raise ValueError(f"options.resume: {error}") from None
+        return self
+
+    def resolved(self, job_id: str) -> FinetuneJob:
+        """Return the job as the ledger keeps it: nothing is left to fill in."""
         return self
 
 

@@ -1,7 +1,7 @@
-"""A job as producers submit it: caption, VQA or video QA about media in S3.
+"""A job as producers submit it: caption, VQA or video QA about media in S3, or fine-tuning.
 
 `parse_job` is the one way in for JSON from outside; it raises InvalidJob with the field, the limit and the value.
-`Job.turns()` gives every kind of job one shape: a conversation of turns with text and media parts in order.
+`PromptJob.turns()` gives all but fine-tuning one shape: a conversation of turns with text and media parts in order.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from api_stub.contract.conversation import (
     has_part,
 )
 from api_stub.contract.error import InvalidJob, explain
+from api_stub.contract.finetune import FinetuneJob as FinetuneJob
 from api_stub.contract.job_fields import DEFAULT_PRIORITY as DEFAULT_PRIORITY
 from api_stub.contract.job_fields import MAX_DEADLINE_S as MAX_DEADLINE_S
 from api_stub.contract.job_fields import NO_JSON, DeadlineS, ServedName, Tenant, as_json, check_metadata
@@ -41,8 +42,8 @@ DEFAULT_NUM_FRAMES = 8
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _JobFields(WireModel):
-    """What every kind of job may carry. `deadline_s` counts from submit; priority 0 is served first."""
+class _PromptFields(WireModel):
+    """What every kind of job with a prompt may carry. `deadline_s` counts from submit; priority 0 is served first."""
 
     model: ServedName = DEFAULT_MODEL_NAME
     media: tuple[MediaUri, ...] = Field(default=(), max_length=MAX_MEDIA)
@@ -61,7 +62,7 @@ class _JobFields(WireModel):
         return None if options is None or options.are_empty else options
 
     @model_validator(mode="after")
-    def _bounded(self) -> _JobFields:
+    def _bounded(self) -> _PromptFields:
         check_metadata(self.metadata)
         if self.messages is not None:
             if self.media:
@@ -84,7 +85,7 @@ class _JobFields(WireModel):
     def _given_turns(self) -> tuple[Turn, ...]:
         return tuple(Turn(role=m.role, content=m.content) for m in self.messages or ())
 
-    def resolved(self, job_id: str) -> Job:
+    def resolved(self, job_id: str) -> PromptJob:
         """Return the job with `max_new_tokens` and `seed` filled in.
 
         The seed is drawn from the job id, so that submitting the same id and body twice is the same job.
@@ -99,7 +100,7 @@ class _JobFields(WireModel):
         return self.model_copy(update={"sampling": sampling})  # type: ignore[return-value]
 
 
-class CaptionJob(_JobFields):
+class CaptionJob(_PromptFields):
     """Describe one or more images. Without `prompt` the checkpoint's own caption prompt is used."""
 
     task: Literal[TaskName.CAPTION] = TaskName.CAPTION
@@ -122,7 +123,7 @@ class CaptionJob(_JobFields):
         return self._single_turn(self.prompt or default_prompt)
 
 
-class VqaJob(_JobFields):
+class VqaJob(_PromptFields):
     """Answer a question about any number of images (none: a text question)."""
 
     task: Literal[TaskName.VQA] = TaskName.VQA
@@ -138,7 +139,7 @@ class VqaJob(_JobFields):
         return self._given_turns() if self.messages else self._single_turn(self.question)
 
 
-class VideoQaJob(_JobFields):
+class VideoQaJob(_PromptFields):
     """Answer a question about one or more clips, images too."""
 
     task: Literal[TaskName.VIDEO_QA] = TaskName.VIDEO_QA
@@ -159,7 +160,9 @@ class VideoQaJob(_JobFields):
         return self._given_turns() if self.messages else self._single_turn(self.question)
 
 
-Job = CaptionJob | VqaJob | VideoQaJob
+#: A job that a model answers with text.
+PromptJob = CaptionJob | VqaJob | VideoQaJob
+Job = PromptJob | FinetuneJob
 _TAGS = frozenset(task.value for task in TaskName)
 _JOB: TypeAdapter[Job] = TypeAdapter(
     Annotated[Job, Field(discriminator="task")], config=ConfigDict(hide_input_in_errors=True)
@@ -216,11 +219,14 @@ def digest(job: Job) -> str:
 
     A field that is absent is hashed as `earlier_json` has it: a job handed in again after an upgrade is the same.
     """
-    return hashlib.sha256("".join((earlier_json(job), *job.sampling.named_neutral())).encode()).hexdigest()
+    named = () if isinstance(job, FinetuneJob) else job.sampling.named_neutral()
+    return hashlib.sha256("".join((earlier_json(job), *named)).encode()).hexdigest()
 
 
 def earlier_json(job: Job) -> str:
-    """Return the job's JSON as release 0.1.0 wrote it."""
+    """Return the job's JSON as release 0.1.0 wrote it, which knew no fine-tuning."""
+    if isinstance(job, FinetuneJob):
+        return job.to_json()
     return job.model_copy(update={"sampling": job.sampling.filled()}).to_json()
 
 

@@ -39,6 +39,7 @@ class TaskName(StrEnum):
     CAPTION = "visionq.caption"
     VQA = "visionq.vqa"
     VIDEO_QA = "visionq.video_qa"
+    FINETUNE = "visionq.finetune"
 
 
 class WebhookEvent(StrEnum):

@@ -1,5 +1,7 @@
 """What a finished job leaves: the answer, why it ended, what it used and how long each stage took.
 
+Fine-tuning leaves a checkpoint instead of an answer.
+
 The Celery result backend holds a Result, or `celery_failure`, as the `result` member of the JSON under
 `celery-task-meta-<job id>`; the layout around it is a public fact of Celery's Redis backend.
 """
@@ -47,7 +49,7 @@ class Timings(ReadModel):
 
 
 class Result(ReadModel):
-    """The answer of a completed job."""
+    """What a completed job leaves: an answer, or, of fine-tuning, the fields of `FinetuneResult` and an empty text."""
 
     job_id: str
     task: TaskName
@@ -58,6 +60,10 @@ class Result(ReadModel):
     timings: Timings
     attempt: int
     metadata: dict[str, Any] | None = None
+    output_uri: str | None = None
+    checkpoint: str | None = None
+    metrics: dict[str, float] | None = None
+    steps: int | None = None
 
 
 #: Where a Celery consumer finds the class of a stored failure.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from api_stub.contract import names
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import VERSION, Event
-from api_stub.contract.job import CaptionJob, Job, VideoQaJob, VqaJob
+from api_stub.contract.job import CaptionJob, FinetuneJob, Job, VideoQaJob, VqaJob
 from api_stub.contract.job_fields import TaskName
 from api_stub.contract.result import Result
 from api_stub.contract.view import JobView
@@ -34,9 +34,14 @@ NAMES: Final = tuple(_TYPES)
 
 SPECIFICATION: Final = "3.0.0"
 SCHEMA_FORMAT: Final = "application/schema+json;version=draft-2020-12"
-_JOBS: Final[Mapping[str, type[Job]]] = {"caption": CaptionJob, "vqa": VqaJob, "video_qa": VideoQaJob}
+_JOBS: Final[Mapping[str, type[Job]]] = {
+    "caption": CaptionJob,
+    "vqa": VqaJob,
+    "video_qa": VideoQaJob,
+    "finetune": FinetuneJob,
+}
 _JOB_ID: Final = "Id of the job: the id of its Celery task."
-_MODEL: Final = f"Model name that routes the job: {names.MODEL_NAME_PATTERN}"
+_MODEL: Final = f"Model name that routes the job: {names.MODEL_NAME_PATTERN}; fine-tuning: {names.TRAINING_MODEL_NAME}"
 _DESCRIPTION: Final = f"""\
 Jobs go in as Celery messages (protocol 2, JSON) through kombu's Redis transport: LPUSH of one JSON object `{{body,
 content-encoding, content-type, headers, properties}}`, `body` in base64, into the list `<queue>` for priority 0 and

@@ -121,7 +121,7 @@ class DemoTask(BaseModel):
 def draw(stack: Stack, seed: int = SEED) -> tuple[DemoTask, ...]:
     """Have a picture and a clip drawn and return a caption, a question about each. Raises StackFailed."""
     drawings = drawings_of(stack.run_child("draw", command_for(stack.directory / "pictures", seed), DRAW_S))
-    return tuple(_first(drawings, task) for task in TaskName)
+    return tuple(_first(drawings, task) for task in LABELS)
 
 
 def _first(drawings: tuple[Drawing, ...], task: TaskName) -> DemoTask:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Final, TypeVar, cast
 from anyio import to_thread
 from starlette.types import Receive
 
-from api_stub.contract.job import Job
+from api_stub.contract.job import FinetuneJob, Job
 from api_stub.contract.media import S3Object
 from api_stub.errors import StoreUnavailable
 from api_stub.gateway.drafts import Attached, Inline, Remote, Unstored
@@ -114,7 +114,7 @@ def _of_file(source: Attached, where: Destination) -> NewObject:
 
 def with_uris(job: Job, uris: Mapping[str, str]) -> Job:
     """Return a checked job with other URIs, of our own making, in its messages."""
-    if not uris or job.messages is None:
+    if isinstance(job, FinetuneJob) or not uris or job.messages is None:
         return job
     messages = tuple(
         message.model_copy(

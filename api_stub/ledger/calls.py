@@ -180,6 +180,11 @@ def give_back(job_id: str, fence: int, reason: RetryReason, delay_s: float, is_c
     return Call(Transition.GIVE_BACK, args, lambda reply: bool(reply == 1))
 
 
+def keep(job_id: str, fence: int, step: int) -> Call[bool]:
+    """Note that training can go on from a step."""
+    return Call(Transition.KEEP, (job_id, fence, step), lambda reply: bool(reply == 1))
+
+
 def cancel(job_id: str) -> Call[Cancelled]:
     """End a queued job, or ask a running one to stop."""
     return Call(Transition.CANCEL, (job_id,), Cancelled)

@@ -132,6 +132,14 @@ class Ledger:
         """
         return self._run(calls.give_back(job_id, fence, reason, delay_s, is_charged))
 
+    def keep(self, job_id: str, fence: int, step: int) -> bool:
+        """Note that a held job has a checkpoint from which training goes on at `step`.
+
+        Workers that were lost before count no more, and the loss of this one will not: `max_attempts` is the limit of
+        losses without a new checkpoint. False: not this fence's job any more.
+        """
+        return self._run(calls.keep(job_id, fence, step))
+
     def cancel(self, job_id: str) -> Cancelled:
         """End a queued job at once; flag a running one and tell its worker on the cancel channel."""
         return self._run(calls.cancel(job_id))

@@ -18,7 +18,7 @@ from typing import Final
 
 from api_stub.contract import names
 from api_stub.contract.error import RETRYABLE_CODES
-from api_stub.contract.event import VERSION
+from api_stub.contract.event import MAX_TRAINING_EVENTS, VERSION, Stage
 from api_stub.contract.job import TaskName
 from api_stub.contract.names import DOORBELL_HEADER
 from api_stub.contract.result import FAILURE_CLASS, FAILURE_MODULE
@@ -72,6 +72,7 @@ class Transition(StrEnum):
     PUBLISH = "publish"
     FINISH = "finish"
     GIVE_BACK = "give_back"
+    KEEP = "keep"
     CANCEL = "cancel"
     RING_AGAIN = "ring_again"
     REAP = "reap"
@@ -179,6 +180,10 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "DOORBELL": {"message": message_template(), "task": FALLBACK_TASK.value},
         "STEP": {str(step): place for place, step in enumerate(names.PRIORITY_STEPS)},
         "FAILURE": {"class": FAILURE_CLASS, "module": FAILURE_MODULE},
+        "TRAINING": {
+            "progress": f'"type":"job.progress","stage":"{Stage.TRAINING}"',
+            "kept_events": MAX_TRAINING_EVENTS,
+        },
     }
     used = {name: _used(name, members, text) for name, members in tables.items()}
     return "\n".join(f"local {name} = {_table(members)}" for name, members in used.items() if members)

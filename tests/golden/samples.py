@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from api_stub.contract.conversation import ImagePart, Message, Role, TextPart, VideoPart
-from api_stub.contract.error import ErrorCode, ErrorInfo
+from api_stub.contract.error import ErrorCode, ErrorDetail, ErrorInfo
 from api_stub.contract.event import (
     Event,
     JobCancelled,
@@ -24,7 +24,8 @@ from api_stub.contract.event import (
     Stage,
     StreamGap,
 )
-from api_stub.contract.job import CaptionJob, Job, TaskName, VideoQaJob, VqaJob, Webhook
+from api_stub.contract.finetune import FinetuneMethod, FinetuneOptions, FinetuneRecipe
+from api_stub.contract.job import CaptionJob, FinetuneJob, Job, TaskName, VideoQaJob, VqaJob, Webhook
 from api_stub.contract.result import FinishReason, Result, Timings, Usage
 from api_stub.contract.sampling import SamplingParams
 from api_stub.contract.status import JobStatus
@@ -47,6 +48,29 @@ RESULT = Result(
     metadata={"order": 7, "tags": ["a", None]},
 )
 FAILURE = ErrorInfo.of(ErrorCode.MEDIA_NOT_FOUND, "no such object: s3://media/gone.png")
+FINETUNED = Result(
+    job_id=JOB_ID,
+    task=TaskName.FINETUNE,
+    model="training",
+    text="",
+    finish_reason=FinishReason.STOP,
+    usage=Usage(),
+    timings=Timings(queued_s=0.25, generate_s=840.5, total_s=841.0),
+    attempt=2,
+    output_uri="s3://media/training/team-a/colours/",
+    checkpoint="5f" * 32,
+    metrics={"loss": 0.125, "wer": 0.0625},
+    steps=250,
+)
+BROKEN_DATA = ErrorInfo(
+    code=ErrorCode.INVALID_REQUEST,
+    message="dataset: 2 findings, the first: metadata.jsonl:7: text: empty",
+    retryable=False,
+    details=(
+        ErrorDetail(file="metadata.jsonl", line=7, message="text: empty"),
+        ErrorDetail(file="scene 9.png", message="no such object"),
+    ),
+)
 CANCELLATION = ErrorInfo.of(ErrorCode.CANCELLED, "cancelled by the producer")
 EXPIRY = ErrorInfo.of(ErrorCode.EXPIRED, "deadline of 30 s passed in the queue")
 
@@ -88,12 +112,33 @@ JOBS: dict[str, Job] = {
             Message(role=Role.ASSISTANT, content=(TextPart(text="The answer is"),)),
         ),
     ),
+    "job_finetune": FinetuneJob(
+        base="default",
+        dataset="s3://media/colours/",
+        output="s3://media/training/team-a/colours/",
+        method=FinetuneMethod.LORA,
+        recipe=FinetuneRecipe.CHAT,
+        options=FinetuneOptions(max_steps=250, learning_rate=1e-3, batch_size=24, seed=7, lora_rank=16),
+        deadline_s=3600.0,
+        tenant="team-a",
+    ),
 }
 
 EVENTS: dict[str, Event] = {
     "event_queued": JobQueued(job_id=JOB_ID, seq=1, attempt=0, ts=TS, model="default", priority=6),
     "event_started": JobStarted(job_id=JOB_ID, seq=2, attempt=1, ts=TS, worker="w1@host:17", model="default"),
     "event_progress": JobProgress(job_id=JOB_ID, seq=3, attempt=1, ts=TS, stage=Stage.FETCHING, done=1, total=2),
+    "event_training": JobProgress(
+        job_id=JOB_ID,
+        seq=3,
+        attempt=1,
+        ts=TS,
+        stage=Stage.TRAINING,
+        done=50,
+        total=250,
+        metrics={"loss": 1.5, "learning_rate": 0.001, "examples_per_s": 12.5, "eta_s": 400.0},
+    ),
+    "event_finetuned": JobCompleted(job_id=JOB_ID, seq=9, attempt=2, ts=TS, result=FINETUNED),
     "event_delta": OutputDelta(job_id=JOB_ID, seq=4, attempt=1, ts=TS, text=" röt 🟥", offset=3, num_tokens=2),
     "event_retrying": JobRetrying(job_id=JOB_ID, seq=5, attempt=1, ts=TS, reason=RetryReason.LOST),
     "event_completed": JobCompleted(job_id=JOB_ID, seq=6, attempt=1, ts=TS, result=RESULT),
@@ -109,7 +154,9 @@ EVENTS: dict[str, Event] = {
 
 OTHERS: dict[str, WireModel] = {
     "result": RESULT,
+    "result_finetune": FINETUNED,
     "error": FAILURE,
+    "error_details": BROKEN_DATA,
     "view_queued": JobView(
         job_id=JOB_ID, task=TaskName.VQA, model="default", status=JobStatus.QUEUED, priority=6, created_at=TS
     ),

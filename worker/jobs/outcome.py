@@ -11,7 +11,7 @@ from typing import Final
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.contract.event import CancelledBody, FailedBody, FinalBody, RetryReason
-from api_stub.contract.job import Job
+from api_stub.contract.job import PromptJob
 from api_stub.contract.result import Usage
 from api_stub.ledger.backoff import Backoff
 from api_stub.ledger.rows import Claim
@@ -35,7 +35,7 @@ MAX_RETRIES: Final = 5
 STORAGE_RETRIES: Final = Backoff(first_s=2.0, max_s=60.0, jitter=0.5)
 
 
-def used(job: Job, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
+def used(job: PromptJob, inputs: ModelInputs, num_completion_tokens: int) -> Usage:
     """Return the usage of a prompt and its answer.
 
     `media_tokens` is set only for jobs with `media_options`: readers of the last release do not know the field.

@@ -7,19 +7,14 @@ another worker owns the job). Events go out through the publisher on the way. Kn
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-import redis
-
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.event import CompletedBody, FinalBody, ProgressBody, RetryReason, Stage
-from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, VideoQaJob, parse_job
+from api_stub.contract.job import DEFAULT_NUM_FRAMES, FinetuneJob, PromptJob, VideoQaJob, parse_job
 from api_stub.contract.result import FinishReason, Result, Usage
 from api_stub.ledger.ledger import Ledger
-from api_stub.ledger.verdicts import is_passing
 from worker.engine.request import Finish, GenerationRequest
 from worker.errors import Component, EngineDead, GenerationFailed, InvalidRequest, ModelMismatch
 from worker.jobs.attempt import Attempt, Attempts, Stopped, StopReason, Stopwatch
@@ -35,22 +30,19 @@ from worker.jobs.outcome import (
     stopped_body,
     used,
 )
+from worker.jobs.settle import FLUSH_TIMEOUT_S, EventPublisher, Settler, facts_of
 from worker.media.budget import MemoryBudget
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
 from worker.models.inputs import ModelInputs
 from worker.observability.logging import job_context
 from worker.prompting.prepare import PromptBuilder
-from worker.streaming.output import AttemptOutput, AttemptStream, Outgoing
+from worker.streaming.output import AttemptOutput, Outgoing
 
 logger = logging.getLogger(__name__)
 
-#: Between two tries to write the end of a job into the ledger, while Redis is away.
-FINISH_PAUSE_S: Final = 0.2
 NO_MEDIA: Final = Collected([], 0.0, 0)
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
-#: How long an attempt that has to stop waits for the rest of its text to reach Redis.
-FLUSH_TIMEOUT_S: Final = 5.0
 
 
 class GenerationEngine(Protocol):
@@ -60,17 +52,6 @@ class GenerationEngine(Protocol):
     def is_alive(self) -> bool: ...
     def submit(self, request: GenerationRequest) -> None: ...
     def cancel(self, request_id: str) -> None: ...
-
-
-class EventPublisher(Protocol):
-    """What the pipeline needs of a publisher."""
-
-    @property
-    def is_alive(self) -> bool: ...
-    def open(self, request_id: str, stream: AttemptStream) -> AttemptOutput: ...
-    def close(self, output: AttemptOutput) -> None: ...
-    def put(self, outgoing: Outgoing) -> None: ...
-    def flush(self) -> threading.Event: ...
 
 
 class Pipeline:
@@ -93,7 +74,7 @@ class Pipeline:
         max_retries: int = MAX_RETRIES,
     ) -> None:
         self._model = model
-        self._ledger = ledger
+        self._settler = Settler(ledger, attempts, publisher)
         self._attempts = attempts
         self._media = media
         self._memory_budget = memory_budget
@@ -104,7 +85,6 @@ class Pipeline:
         self._circuit = circuit
         self._on_engine_dead = on_engine_dead
         self._max_retries = max_retries
-        self._pause = threading.Event()
 
     def run(self, claimed: ClaimedJob) -> None:
         """Bring one claimed job to its end. Raises only what no job may survive (KeyboardInterrupt and the like)."""
@@ -115,17 +95,17 @@ class Pipeline:
         attempt = Attempt(claimed.claim)
         output = self._publisher.open(attempt.request_id, attempt.stream)
         watch = Stopwatch(claimed.claim.queued_s, claimed.claim.age_s)
-        logger.info("job started", extra=_facts(attempt))
+        logger.info("job started", extra=facts_of(attempt))
         self._meter.begins(attempt)
         self._attempts.add(attempt)
         try:
             body = self._ending(attempt, claimed.problem, output, watch)
-            outcome = self._settle(attempt, body)
+            outcome = self._settler.settle(attempt, body)
         finally:
             self._attempts.remove(attempt)
             self._publisher.close(output)
         self._meter.ends(attempt, body, outcome, watch)
-        logger.info("job ended", extra=_facts(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
+        logger.info("job ended", extra=facts_of(attempt) | {"outcome": outcome, "total_s": round(watch.total_s, 4)})
 
     def _ending(
         self, attempt: Attempt, problem: str | None, output: AttemptOutput, watch: Stopwatch
@@ -143,7 +123,7 @@ class Pipeline:
         except Stopped as stopped:
             return stopped_body(stopped.reason, output, usage)
         except EngineDead as error:
-            logger.error("engine is dead", extra=_facts(attempt) | {"error": str(error)})
+            logger.error("engine is dead", extra=facts_of(attempt) | {"error": str(error)})
             self._on_engine_dead()
             return GiveBack(RetryReason.GIVEN_BACK)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job has an end
@@ -154,18 +134,18 @@ class Pipeline:
                 return outcome_while_circuit_is_open(attempt.claim, fault, output, usage)
         return retried_or_failed(attempt.claim, fault, output, usage, self._max_retries)
 
-    def _read(self, attempt: Attempt, problem: str | None) -> Job:
+    def _read(self, attempt: Attempt, problem: str | None) -> PromptJob:
         if problem is not None or not attempt.claim.body:
             raise InvalidRequest(problem or "job: the message was no valid job")
         try:
             job = parse_job(attempt.claim.body)
         except InvalidJob as error:
             raise InvalidRequest(str(error)) from error
-        if job.model != self._model:
+        if isinstance(job, FinetuneJob) or job.model != self._model:
             raise ModelMismatch(f"model: the job says {job.model!r}, its queue serves {self._model!r}")
         return job
 
-    def _prepare(self, attempt: Attempt, job: Job, watch: Stopwatch) -> ModelInputs:
+    def _prepare(self, attempt: Attempt, job: PromptJob, watch: Stopwatch) -> ModelInputs:
         turns = self._prompts.turns(job)
         parts = media_parts(turns)
         num_frames = job.num_frames if isinstance(job, VideoQaJob) else DEFAULT_NUM_FRAMES
@@ -181,7 +161,7 @@ class Pipeline:
         return inputs
 
     def _collect(
-        self, attempt: Attempt, job: Job, parts: Sequence[AnyMediaPart], num_frames: int, watch: Stopwatch
+        self, attempt: Attempt, job: PromptJob, parts: Sequence[AnyMediaPart], num_frames: int, watch: Stopwatch
     ) -> Collected:
         with watch.fetch:
             collected = self._media.collect(
@@ -199,7 +179,7 @@ class Pipeline:
         return collected
 
     def _generate(
-        self, attempt: Attempt, job: Job, inputs: ModelInputs, output: AttemptOutput, watch: Stopwatch
+        self, attempt: Attempt, job: PromptJob, inputs: ModelInputs, output: AttemptOutput, watch: Stopwatch
     ) -> Finish:
         """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""
         self._progress(attempt, Stage.PREFILL, 0, inputs.num_prompt_tokens)
@@ -227,7 +207,13 @@ class Pipeline:
         return finish
 
     def _result(
-        self, attempt: Attempt, job: Job, inputs: ModelInputs, finish: Finish, output: AttemptOutput, watch: Stopwatch
+        self,
+        attempt: Attempt,
+        job: PromptJob,
+        inputs: ModelInputs,
+        finish: Finish,
+        output: AttemptOutput,
+        watch: Stopwatch,
     ) -> Result:
         assert isinstance(finish.reason, FinishReason)
         return Result(
@@ -242,50 +228,5 @@ class Pipeline:
             metadata=job.metadata,
         )
 
-    def _settle(self, attempt: Attempt, body: FinalBody | GiveBack | None) -> str:
-        """Write the end into the ledger, however long Redis is away, until it answers or the lease is lost.
-
-        A process that ends waits no longer than its lease: a reaper finds the job, and it is done again.
-        """
-        if body is None:
-            return "lost"
-        if not isinstance(body, CompletedBody):
-            self._flush(attempt)  # a complete answer was handed over after its last delta was sent
-        job_id, fence = attempt.claim.job_id, attempt.claim.fence
-        while attempt.stop_reason is not StopReason.LOST:
-            try:
-                if isinstance(body, GiveBack):
-                    is_ours = self._ledger.give_back(job_id, fence, body.reason, body.pause_s, body.is_charged)
-                    return "given_back" if is_ours else "lost"
-                return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
-            except redis.RedisError as error:
-                logger.warning("finish failed", extra=_facts(attempt) | {"error": type(error).__name__})
-                if not is_passing(error) or self._is_too_late(attempt):
-                    # The lease runs out, and with it one of the job's attempts.
-                    facts = {"unconfirmed_s": round(attempt.unconfirmed_s, 3)}
-                    logger.error("job left unsettled", extra=_facts(attempt) | facts)
-                    return "unsettled"
-                self._pause.wait(FINISH_PAUSE_S)
-        return "lost"
-
-    def _is_too_late(self, attempt: Attempt) -> bool:
-        """Whether the drain is over and nobody has confirmed the lease for its whole length."""
-        return self._attempts.are_closed and attempt.unconfirmed_s > self._ledger.config.lease_s
-
-    def _flush(self, attempt: Attempt) -> None:
-        """Wait until all events of the attempt are in Redis: the final event is the last one.
-
-        Not for ever: a Redis that is full takes an ending and no events, and the ending carries the text anyway.
-        """
-        sent = self._publisher.flush()
-        give_up_at = time.monotonic() + FLUSH_TIMEOUT_S
-        while not sent.wait(WAIT_S) and attempt.stop_reason is not StopReason.LOST and time.monotonic() < give_up_at:
-            pass
-
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:
         self._publisher.put(Outgoing(attempt.stream, ProgressBody(stage=stage, done=done, total=total)))
-
-
-def _facts(attempt: Attempt) -> dict[str, object]:
-    claim = attempt.claim
-    return {"action": "job", "job_id": claim.job_id, "attempt": claim.attempt, "task": claim.task}

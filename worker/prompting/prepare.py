@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from api_stub.contract.conversation import Role, TextPart, Turn
-from api_stub.contract.job import CaptionJob, Job, TaskName, VideoQaJob, VqaJob
+from api_stub.contract.job import CaptionJob, PromptJob, TaskName, VideoQaJob, VqaJob
 from api_stub.contract.media import MediaOptions
 from worker.errors import CannotStart, InvalidRequest
 from worker.media.types import DecodedClip, DecodedImage, DecodedMedia
@@ -76,7 +76,7 @@ class PromptBuilder:
         """The limits of pixels that the processor supports; tested at the first access, which takes about a second."""
         return self._prompts.limits
 
-    def turns(self, job: Job) -> tuple[Turn, ...]:
+    def turns(self, job: PromptJob) -> tuple[Turn, ...]:
         """Return the job's conversation, with the checkpoint's default prompt for a caption without one.
 
         Raises InvalidRequest for a kind of job that the model does not support, before any media are fetched.
@@ -120,9 +120,9 @@ def trial_prompts(prompts: PromptBuilder, capabilities: Capabilities) -> list[Mo
     return prepared
 
 
-def _jobs(capabilities: Capabilities) -> Sequence[tuple[Job, Sequence[DecodedMedia]]]:
+def _jobs(capabilities: Capabilities) -> Sequence[tuple[PromptJob, Sequence[DecodedMedia]]]:
     small, wide = DecodedImage(_noise(1, 64, 64)), DecodedImage(_noise(2, 96, 48))
-    jobs: list[tuple[Job, Sequence[DecodedMedia]]] = [
+    jobs: list[tuple[PromptJob, Sequence[DecodedMedia]]] = [
         (CaptionJob(media=_uris(1)), [small]),
         (VqaJob(media=_uris(2), question=QUESTION), [wide, small]),
         (VqaJob(question=QUESTION), []),
@@ -159,7 +159,7 @@ class SingleTurnPrompts:
         """Empty: these families' processors resize every picture to one size."""
         return PixelLimits()
 
-    def check(self, job: Job) -> None:
+    def check(self, job: PromptJob) -> None:
         """Raise InvalidRequest for a kind of job that the family does not support, before any media are fetched."""
         family = self._captioner.family
         if job.messages is not None:

@@ -45,7 +45,8 @@ local function watermark(list)
 end
 
 local function take_from_lost_worker(id, row)
-  local losses = redis.call('HINCRBY', KEY.job .. id, 'losses', 1)
+  local has_kept = row.kept_by == row.attempt -- its work is not lost: it costs no life
+  local losses = has_kept and 0 or redis.call('HINCRBY', KEY.job .. id, 'losses', 1)
   count('lost')
   if row.cancel then
     unanswered(id, row, 'cancelled', 'cancelled', 'cancelled while it was running; its worker was lost')
@@ -55,8 +56,9 @@ local function take_from_lost_worker(id, row)
   elseif losses >= CONFIG.max_attempts then
     redis.call('LPUSH', KEY.dead, id)
     redis.call('LTRIM', KEY.dead, 0, MAX_DEAD - 1)
+    local where = row.kept and ' since its checkpoint at step ' .. row.kept or ''
     unanswered(id, row, 'failed', 'poison_job', string.format(
-      'given up after %d workers were lost while they held it, the limit is %d', losses, CONFIG.max_attempts))
+      'given up after %d workers were lost while they held it%s, the limit is %d', losses, where, CONFIG.max_attempts))
   else
     requeue(id, row, 'lost', 0)
     ring_again(id, row)
@@ -89,7 +91,7 @@ local due = redis.call('ZRANGEBYSCORE', KEY.due, '-inf', stamp, 'LIMIT', 0, BATC
 for _, id in ipairs(due) do
   redis.call('ZREM', KEY.due, id)
   local row = read(id, 'status', 'task', 'model', 'priority', 'list', 'created', 'deadline', 'attempt', 'started_seq', 'cancel',
-    'bell', 'alarm', 'lease', 'tenant', 'worker', 'place')
+    'bell', 'alarm', 'lease', 'tenant', 'worker', 'place', 'kept', 'kept_by')
   if row.status == 'in_progress' then
     look_at_running(id, row)
   elseif row.status == 'queued' then

@@ -55,8 +55,9 @@ def worker(redis_url: str, caplog: pytest.LogCaptureFixture) -> Iterator[Worker]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.jobs.pipeline.FINISH_PAUSE_S", 0.01)
+    monkeypatch.setattr("worker.jobs.settle.FINISH_PAUSE_S", 0.01)
     monkeypatch.setattr("worker.jobs.pipeline.WAIT_S", 0.05)
+    monkeypatch.setattr("worker.jobs.settle.LOOK_S", 0.05)
 
 
 def ended(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -226,6 +227,7 @@ def test_a_job_cancelled_while_its_media_are_read_never_reaches_the_engine(worke
 @pytest.mark.parametrize("is_deaf", [False, True], ids=["the engine obeys", "the engine does not answer"])
 def test_a_deadline_ends_a_generation(is_deaf: bool, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.jobs.pipeline.FLUSH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("worker.jobs.settle.FLUSH_TIMEOUT_S", 0.3)
     worker.engine.reason, worker.engine.is_deaf = None, is_deaf
     claim = worker.claim(deadline_s=60)
     with worker.running(claim):
@@ -385,6 +387,7 @@ def test_a_dead_engine_or_publisher_costs_the_job_nothing_and_ends_the_worker(
     die: Callable[[Worker], None], worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("worker.jobs.pipeline.FLUSH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("worker.jobs.settle.FLUSH_TIMEOUT_S", 0.3)
     die(worker)
     claim = worker.claim()
     worker.run(claim)

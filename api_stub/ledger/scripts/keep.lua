@@ -1,0 +1,13 @@
+-- The attempt has committed a checkpoint: the job goes on from `step`, whoever runs it. What was lost before counts no more, nor does
+-- the loss of this attempt. Asked again for the same step, or an earlier one, nothing changes.
+local id, fence, step = unpack(ARGV)
+local row = read(id, 'status', 'fence', 'worker', 'attempt', 'kept')
+if row.status ~= 'in_progress' or row.fence ~= fence then
+  return 0
+end
+go_on_when_full()
+if tonumber(step) > tonumber(row.kept or '0') then
+  redis.call('HSET', KEY.job .. id, 'kept', step, 'kept_by', row.attempt, 'losses', 0, 'retries', 0)
+  redis.call('SREM', KEY.suspects .. row.worker, id)
+end
+return 1
