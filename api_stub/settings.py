@@ -22,6 +22,7 @@ from api_stub.ledger.settings import (
     LedgerSettings,
     S3Settings,
     ServiceSettings,
+    TrainingSettings,
     check_http_url,
     explain_settings,
     variable_of,
@@ -65,7 +66,7 @@ class ClientSettings(S3Settings, LedgerSettings):
         return replace(super().ledger, max_queued=self.max_queued)
 
 
-class GatewaySettings(ServiceSettings, ClientSettings):
+class GatewaySettings(ServiceSettings, TrainingSettings, ClientSettings):
     """What the HTTP gateway can be told from outside. Durations are seconds, sizes bytes."""
 
     api_host: str = Field(default="127.0.0.1", description="Address the gateway listens on; without keys loopback only")

@@ -10,6 +10,7 @@ from typing import Final, TypedDict
 
 from api_stub.connections import store_errors
 from api_stub.contract.conversation import Message
+from api_stub.contract.finetune import FinetuneMethod, FinetuneOptions, FinetuneRecipe
 from api_stub.contract.job import Job, TaskName, Webhook, parse_job
 from api_stub.contract.media import MediaOptions
 from api_stub.contract.names import is_model_name
@@ -94,6 +95,45 @@ def compose(task: TaskName, media: Sequence[str], words: Mapping[str, object], o
         raise InvalidRequest(f"sampling: given as `sampling` and as {', '.join(sorted(flat))}")
     given = {name: value for name, value in words.items() if value is not None}
     return checked({"task": task.value, "sampling": flat, **({"media": media} if media else {}), **given, **fields})
+
+
+class FinetuneSettings(TypedDict, total=False):
+    """What fine-tuning takes besides base, data and output. Options go flat, as `FinetuneOptions` names them."""
+
+    method: FinetuneMethod | str | None
+    recipe: FinetuneRecipe | str | None
+    epochs: float | None
+    max_steps: int | None
+    learning_rate: float | None
+    batch_size: int | None
+    gradient_accumulation: int | None
+    gradient_checkpointing: bool | None
+    warmup_steps: int | None
+    weight_decay: float | None
+    max_grad_norm: float | None
+    eval_every: int | None
+    eval_examples: int | None
+    max_new_tokens: int | None
+    save_total_limit: int | None
+    seed: int | None
+    loader_workers: int | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float | None
+    resume: bool | str | None
+    deadline_s: float | None
+    priority: int | None
+    tenant: str | None
+    webhook: Webhook | Mapping[str, object] | None
+    metadata: Mapping[str, object] | None
+
+
+def compose_finetune(base: str, dataset: str, output: str, given: FinetuneSettings) -> Job:
+    """Make a fine-tuning job of a call's arguments; None counts as absent. Raises InvalidRequest."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    options = {name: fields.pop(name) for name in FinetuneOptions.model_fields if name in fields}
+    places = {"base": base, "dataset": dataset, "output": output}
+    return checked({"task": TaskName.FINETUNE.value, **places, "options": options, **fields})
 
 
 def checked(job: Job | Mapping[str, object]) -> Job:

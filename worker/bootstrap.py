@@ -101,17 +101,22 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         claimer=Claimer(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
         circuit=circuit,
         drain=Drain(attempts, settings.drain_s),
-        heartbeat=Heartbeat(
-            ledger,
-            ledger.client,
-            attempts,
-            worker=worker_name,
-            model=settings.model_name,
-            beat_s=settings.beat_s,
-            lease_s=settings.lease_s,
-        ),
+        heartbeat=heartbeat(settings, ledger, attempts, worker_name),
     )
     return process
+
+
+def heartbeat(settings: WorkerSettings, ledger: Ledger, attempts: Attempts, worker_name: str) -> Heartbeat:
+    """Return what renews the leases of a process's attempts, on a thread of its own."""
+    return Heartbeat(
+        ledger,
+        ledger.client,
+        attempts,
+        worker=worker_name,
+        model=settings.model_name,
+        beat_s=settings.beat_s,
+        lease_s=settings.lease_s,
+    )
 
 
 def connect(settings: WorkerSettings) -> Ledger:

@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -23,11 +23,17 @@ from worker.observability.logging import Redactor, configure_logging
 from worker.observability.metrics import Metrics
 from worker.settings import LogFormat, WorkerSettings
 
+if TYPE_CHECKING:
+    from worker.lifecycle.process import WorkerProcess
+    from worker.lifecycle.trainer import TrainerProcess
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 bench = typer.Typer(no_args_is_help=True, help="Measure engine, queue and gateway; every figure beside a baseline.")
 app.add_typer(bench, name="bench")
 
+#: What only fine-tuning needs.
+TRAINING_PACKAGES = ("peft", "jiwer")
 MODEL_HELP = "VISIONQ_MODEL: `demo`, a folder, a hub id or s3://bucket/prefix/"
 
 
@@ -38,31 +44,36 @@ def start(
     devices: Annotated[
         str | None, typer.Option(help="one supervised worker per entry: `0,1`, `0+1,2+3` (two GPUs each), `cpu,cpu`")
     ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="take fine-tuning jobs, one at a time, and serve no model")
+    ] = False,
 ) -> None:
-    """Load one model, then consume its queue until SIGTERM."""
+    """Load one model, then consume its queue until SIGTERM. Or, with --training, the queue of fine-tuning."""
     options = {"model": model, "model_name": model_name}
     given = {name: value for name, value in options.items() if value is not None}
     settings = read_settings(given)
-    metrics = Metrics(settings.model_name)
+    consumed = settings.of_trainer if training else settings
+    if training and (missing := [name for name in TRAINING_PACKAGES if find_spec(name) is None]):
+        refuse(f"--training needs {', '.join(missing)}: pip install 'visionq-worker[train]'")
+    metrics = Metrics(consumed.model_name)
     redact = Redactor(settings.secrets())
     configure_logging(settings.log_format, settings.log_level, redact=redact, count=metrics.count_log_event)
     if devices is not None:
-        sys.exit(supervise(devices, given, settings))
+        sys.exit(supervise(devices, given, settings, ["--training"] if training else []))
     health = answer_probes(settings, metrics)
     # torch and transformers are imported only now, so that a bad setting is reported within milliseconds.
-    from worker.bootstrap import build
     from worker.broker.app import make_app, serve
     from worker.broker.link_sender import LinkSender, make_sender
     from worker.broker.tasks import register
-    from worker.lifecycle.process import STOP_TIMEOUT_S
+    from worker.lifecycle.job_process import STOP_TIMEOUT_S
 
     try:
-        process = build(settings, metrics, health)
+        process = _build(training, settings, metrics, health)
         process.start()
     except CannotStart as error:
         refuse(redact(str(error)))
     celery_app = make_app(
-        settings,
+        consumed,
         process.consumption.received,
         process.metrics.count_dropped,
         process.leave_unanswered,
@@ -72,11 +83,23 @@ def start(
     register(celery_app, process, sender.wake)
     sender.start()
     _freeze_objects()
-    status = serve(celery_app, settings, process)
+    status = serve(celery_app, consumed, process)
     sender.stop(STOP_TIMEOUT_S)
     process.stop()
     _freeze_objects()
     sys.exit(status)
+
+
+def _build(
+    training: bool, settings: WorkerSettings, metrics: Metrics, health: Health
+) -> WorkerProcess | TrainerProcess:
+    if training:
+        from worker.bootstrap_training import build_trainer
+
+        return build_trainer(settings, metrics, health)
+    from worker.bootstrap import build
+
+    return build(settings, metrics, health)
 
 
 def _freeze_objects() -> None:
@@ -246,14 +269,16 @@ def answer_probes(settings: WorkerSettings, metrics: Metrics) -> Health:
     return health
 
 
-def supervise(devices: str, given: dict[str, str], settings: WorkerSettings) -> int:
+def supervise(devices: str, given: dict[str, str], settings: WorkerSettings, options: list[str]) -> int:
     """Run one worker process per device; return the exit status."""
     try:
         parsed = parse_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
     except CannotStart as error:
         refuse(str(error))
     environment = os.environ | {f"VISIONQ_{name.upper()}": value for name, value in given.items()}
-    return Supervisor([sys.executable, "-P", "-m", "worker.cli", "start"], parsed, environment, settings).run()
+    return Supervisor(
+        [sys.executable, "-P", "-m", "worker.cli", "start", *options], parsed, environment, settings
+    ).run()
 
 
 def read_settings(given: dict[str, str]) -> WorkerSettings:

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import NoDecode
 
-from api_stub.contract.job import ModelName
+from api_stub.contract.job_fields import ServedName
 from api_stub.contract.media import MAX_PIXELS, MediaOptions
-from api_stub.contract.names import DEFAULT_MODEL_NAME
-from api_stub.ledger.settings import LedgerSettings, S3Settings, ServiceSettings
+from api_stub.contract.names import DEFAULT_MODEL_NAME, TRAINING_MODEL_NAME, is_model_name
+from api_stub.ledger.settings import LedgerSettings, ServiceSettings, TrainingSettings
 
 MEBIBYTE = 1024 * 1024
 #: Read by libraries, not by these settings.
@@ -79,7 +79,7 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
-class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
+class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
     """Everything a worker can be told from outside. Durations are seconds, sizes bytes."""
 
     model: str = Field(
@@ -97,7 +97,7 @@ class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
     chat_template: Path | None = Field(
         default=None, description="File with a Jinja chat template to use instead of the checkpoint's"
     )
-    model_name: ModelName = Field(
+    model_name: ServedName = Field(
         default=DEFAULT_MODEL_NAME, description="Model name this worker serves: queue `visionq.<name>`"
     )
     allowed_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -222,12 +222,22 @@ class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
         le=100,
         description="Times a job is put back, with growing pauses, before faulty storage fails it",
     )
+    training_bases: str = Field(
+        default="",
+        description="Further names that fine-tuning jobs may give as their base, comma-separated: `name=checkpoint`",
+    )
     log_format: LogFormat = Field(default=LogFormat.JSON, description="`json` or `text`")
 
     @field_validator("allowed_buckets", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("training_bases")
+    @classmethod
+    def _are_bases(cls, value: str) -> str:
+        _bases(value)
+        return value
 
     @field_validator("beat_s")
     @classmethod
@@ -256,6 +266,16 @@ class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
         return frozenset(self.allowed_buckets or (self.media_bucket,))
 
     @property
+    def bases(self) -> Mapping[str, str]:
+        """Checkpoints by the further names that jobs may give as their base."""
+        return _bases(self.training_bases)
+
+    @property
+    def of_trainer(self) -> WorkerSettings:
+        """The settings of a process that trains: its queue, and one job at a time."""
+        return self.model_copy(update={"model_name": TRAINING_MODEL_NAME, "max_num_seqs": 1, "prepare_ahead": 0})
+
+    @property
     def media_options(self) -> MediaOptions:
         """The worker's own limits for pixels."""
         return MediaOptions(min_pixels=self.min_pixels or None, max_pixels=self.max_pixels or None)
@@ -269,6 +289,17 @@ class WorkerSettings(ServiceSettings, S3Settings, LedgerSettings):
     def num_decode_processes(self) -> int:
         """Media decoded at once."""
         return self.decode_processes or min(8, max(2, os.cpu_count() or 2))
+
+
+def _bases(text: str) -> Mapping[str, str]:
+    """Read `name=checkpoint,…`. Raises ValueError."""
+    bases = {}
+    for entry in filter(None, (entry.strip() for entry in text.split(","))):
+        name, equals, checkpoint = entry.partition("=")
+        if not is_model_name(name) or not equals or not checkpoint:
+            raise ValueError(f"name=checkpoint is required, got {entry[:80]!r}")
+        bases[name] = checkpoint
+    return bases
 
 
 def export(variables: Mapping[str, str]) -> None:

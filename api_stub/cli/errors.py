@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -11,6 +11,7 @@ from typing import Final
 
 import typer
 
+from api_stub.contract.error import ErrorDetail
 from api_stub.errors import JobFailed, QueueFull, StorageRefused, StoreUnavailable, StreamRestarted, VisionqError
 
 #: Control characters of a model's text become visible signs: a terminal must not obey them.
@@ -44,7 +45,7 @@ def reported(as_json: bool, job_id: str | None = None) -> Iterator[None]:
     try:
         yield
     except JobFailed as error:
-        _report(as_json, job_id, ErrorLine(error.code, error.message, error.retryable))
+        _report(as_json, job_id, ErrorLine(error.code, error.message, error.retryable), error.details)
         raise typer.Exit(ExitStatus.JOB_FAILED) from error
     except TimeoutError as error:
         _report(as_json, job_id, ErrorLine("timeout", f"{error}; job {job_id} goes on", True))
@@ -69,12 +70,15 @@ class ErrorLine:
     retryable: bool
 
 
-def _report(as_json: bool, job_id: str | None, error: ErrorLine) -> None:
+def _report(as_json: bool, job_id: str | None, error: ErrorLine, details: Sequence[ErrorDetail] = ()) -> None:
     if as_json:
         named = {} if job_id is None else {"job_id": job_id}
-        typer.echo(json.dumps(named | {"error": asdict(error)}, ensure_ascii=False))
-    else:
-        typer.echo(visible(f"{error.code}: {error.message}"), err=True)
+        found = {"details": [one.model_dump(exclude_none=True) for one in details]} if details else {}
+        typer.echo(json.dumps(named | {"error": asdict(error) | found}, ensure_ascii=False))
+        return
+    typer.echo(visible(f"{error.code}: {error.message}"), err=True)
+    for one in details:
+        typer.echo(visible(f"  {one}"), err=True)
 
 
 def visible(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`visionq`: submit jobs, follow them, ask about them, draw and upload files, export the schemas, serve HTTP.
+"""`visionq`: submit jobs, follow them, ask about them, fine-tune, draw and upload files, export schemas, serve HTTP.
 
 Exit status: 0 done, 1 the job failed, 2 wrong usage or job, 3 Redis or S3 away or the queue full, 4 --timeout passed,
 130 Ctrl-C. Ctrl-C and --timeout only stop watching: the job goes on, and its id is printed.
@@ -16,10 +16,11 @@ from typing import Annotated
 
 import typer
 
-from api_stub.cli.errors import ExitStatus, reported
+from api_stub.cli.errors import reported
 from api_stub.cli.flags import JobFlags, JsonFlag, TimeoutFlag, UrlFlag, takes_job_flags
 from api_stub.cli.operators import cancel_many, dead_app, doctor, queue_app
-from api_stub.cli.screen import describe, screen, show
+from api_stub.cli.screen import describe, follow
+from api_stub.cli.training import finetune
 from api_stub.client.client import Client
 from api_stub.client.handle import JobHandle
 from api_stub.contract.job import DEFAULT_NUM_FRAMES
@@ -44,6 +45,7 @@ Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 app.add_typer(dead_app, name="dead")
 app.add_typer(queue_app, name="queue")
+app.command()(finetune)
 app.command()(doctor)
 
 
@@ -100,7 +102,7 @@ def video_qa(
 def watch(job_id: JobId, url: UrlFlag = None, timeout: TimeoutFlag = None, as_json: JsonFlag = False) -> None:
     """Follow a job from its beginning, also one that has ended."""
     with reported(as_json, job_id), Client(url) as client:
-        _show(client.job(job_id), as_json, timeout)
+        follow(client.job(job_id), as_json, timeout)
 
 
 @app.command()
@@ -213,9 +215,10 @@ def up(
     workers: Annotated[int, typer.Option(min=0, help="Workers to start.")] = 1,
     model: Annotated[str | None, typer.Option(help="VISIONQ_MODEL: `demo`, a directory or a hub id.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Jobs that a worker generates at once.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="Also a worker that fine-tunes.")] = False,
 ) -> None:
     """Run Redis, S3 and workers on this machine until Ctrl-C. Needs no Docker."""
-    options = StackOptions(num_workers=workers, model=model, concurrency=concurrency)
+    options = StackOptions(num_workers=workers, model=model, concurrency=concurrency, training=training)
     raise typer.Exit(exit_status(lambda: run_up(options, env_file, lambda line: typer.echo(line, err=True))))
 
 
@@ -263,7 +266,7 @@ def _submit_and_show(
     with reported(flags.as_json, flags.job_id), Client(flags.url) as client:
         job = submit(client, _uploaded(client, media))
         with reported(flags.as_json, job.id):
-            _show(job, flags.as_json, flags.timeout)
+            follow(job, flags.as_json, flags.timeout)
 
 
 def _uploaded(client: Client, media: Sequence[str]) -> list[str]:
@@ -272,11 +275,3 @@ def _uploaded(client: Client, media: Sequence[str]) -> list[str]:
         if "://" not in path:
             Path(path).stat()
     return [uri if "://" in uri else client.upload(uri) for uri in media]
-
-
-def _show(job: JobHandle, as_json: bool, timeout_s: float | None) -> None:
-    try:
-        show(job, screen(as_json), timeout_s)
-    except KeyboardInterrupt:
-        print(f"\njob {job.id} goes on: `visionq watch {job.id}` or `visionq cancel {job.id}`", file=sys.stderr)
-        raise typer.Exit(ExitStatus.INTERRUPTED) from None

@@ -1,5 +1,7 @@
 """What a person or a program sees of a job: stages and text on a terminal, text alone in a pipe, or JSON.
 
+Of fine-tuning: a bar of its steps, then where its checkpoint is.
+
 Text goes to stdout as it arrives; everything about the job goes to stderr, so a pipe carries the answer only.
 """
 
@@ -9,11 +11,13 @@ import sys
 from contextlib import closing
 from typing import Protocol, TextIO
 
+import typer
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from api_stub.cli.errors import visible
+from api_stub.cli.errors import ExitStatus, visible
+from api_stub.cli.training_bar import TrainingBar, summary_of
 from api_stub.client.handle import JobHandle
 from api_stub.contract.event import Event, JobCompleted, JobProgress, JobQueued, JobRetrying, JobStarted, Stage
 from api_stub.contract.result import Result
@@ -68,6 +72,15 @@ def show(job: JobHandle, on: Screen, timeout_s: float | None) -> None:
         on.close()
 
 
+def follow(job: JobHandle, as_json: bool, timeout_s: float | None) -> None:
+    """Show a job on this process's screen. Ctrl-C says that it goes on, and leaves with its exit status."""
+    try:
+        show(job, screen(as_json), timeout_s)
+    except KeyboardInterrupt:
+        typer.echo(f"\njob {job.id} goes on: `visionq watch {job.id}` or `visionq cancel {job.id}`", err=True)
+        raise typer.Exit(ExitStatus.INTERRUPTED) from None
+
+
 class PipeScreen:
     """Text only; warnings go to stderr."""
 
@@ -85,7 +98,7 @@ class PipeScreen:
         raise error  # what is in the pipe cannot be taken back
 
     def completed(self, result: Result) -> None:
-        self.text("\n")
+        self.text("\n" if result.output_uri is None else f"{visible(result.output_uri)}\n")
 
     def close(self) -> None:
         pass
@@ -120,11 +133,17 @@ class TerminalScreen:
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._spinner = Status("submitted", console=self._console)
+        self._bar = TrainingBar(self._console)
         self._is_writing = False
 
     def stage(self, event: Event, job: JobHandle) -> None:
+        if isinstance(event, JobProgress) and event.stage is Stage.TRAINING:
+            self._spinner.stop()
+            self._bar.show(event)
+            return
         words = _stage(event, job)
         if words is not None and not self._is_writing:
+            self._bar.close()
             self._spinner.update(Text(words))
             self._spinner.start()
 
@@ -140,6 +159,11 @@ class TerminalScreen:
         self._console.print(Text(f"{error}; waiting for the whole answer", style="yellow"))
 
     def completed(self, result: Result) -> None:
+        if result.output_uri is not None:
+            self._bar.complete()
+            self.close()
+            sys.stdout.write(visible(summary_of(result)) + "\n")
+            return
         self.close()
         usage, timings = result.usage, result.timings
         words = (
@@ -150,6 +174,7 @@ class TerminalScreen:
 
     def close(self) -> None:
         self._spinner.stop()
+        self._bar.close()
         if self._is_writing:
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -164,9 +189,10 @@ def describe(view: JobView) -> str:
     if view.worker is not None:
         lines.append(f"attempt {view.attempt} by {view.worker}")
     if view.result is not None:
-        lines.append(view.result.text)
+        lines.append(view.result.text if view.result.output_uri is None else summary_of(view.result))
     if view.error is not None:
         lines.append(f"{view.error.code}: {view.error.message}")
+        lines += map(str, view.error.details or ())
     return visible("\n".join(lines))
 
 

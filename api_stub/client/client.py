@@ -6,25 +6,29 @@ Media are `s3://` URIs. A local file is uploaded first, by `upload`: the client 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Self, Unpack
 
-from pydantic import SecretStr
-
+from api_stub.client.choice import async_transport_of, settings_of, transport_of
 from api_stub.client.handle import AsyncJobHandle, JobHandle
-from api_stub.client.redis_transport import AsyncDirectTransport, DirectTransport
-from api_stub.client.transport import AsyncTransport, OneLoop, Transport
+from api_stub.client.transport import OneLoop
 from api_stub.contract.job import DEFAULT_NUM_FRAMES, Job, TaskName
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobView
-from api_stub.errors import InvalidSettings
 from api_stub.ledger.rows import CancelledJobs, QueueChange
 from api_stub.settings import ClientSettings
-from api_stub.submit import JobOptions, checked, checked_id, checked_model, checked_selection, compose
+from api_stub.submit import (
+    FinetuneSettings,
+    JobOptions,
+    checked,
+    checked_id,
+    checked_model,
+    checked_selection,
+    compose,
+    compose_finetune,
+)
 
 
 class Client:
@@ -37,8 +41,8 @@ class Client:
     def __init__(
         self, url: str | None = None, settings: ClientSettings | None = None, *, api_key: str | None = None
     ) -> None:
-        self.settings = _settings(url, settings, api_key)
-        self._transport = _transport(url, self.settings)
+        self.settings = settings_of(url, settings, api_key)
+        self._transport = transport_of(url, self.settings)
 
     def caption(
         self, *media: str, prompt: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]
@@ -63,6 +67,22 @@ class Client:
         """Ask a question about clips, of which `num_frames` each are sampled. Raises as `submit` does."""
         words = {"question": question, "num_frames": num_frames}
         return self._submit(compose(TaskName.VIDEO_QA, media, words, options), job_id)
+
+    def finetune(
+        self,
+        base: str,
+        *,
+        dataset: str,
+        output: str,
+        job_id: str | None = None,
+        **settings: Unpack[FinetuneSettings],
+    ) -> JobHandle:
+        """Fine-tune a model on a data set in S3; checkpoints go to `output`. Options of training go flat.
+
+        `base` is the name of a model that the trainer knows, or `s3://bucket/prefix/`. The result has `output_uri`,
+        `checkpoint`, `metrics` and `steps`. Raises as `submit` does.
+        """
+        return self._submit(compose_finetune(base, dataset, output, settings), job_id)
 
     def submit(self, job: Job | Mapping[str, object], job_id: str | None = None) -> JobHandle:
         """Hand in a job as a contract type or as its JSON fields with `task`.
@@ -154,8 +174,8 @@ class AsyncClient:
     def __init__(
         self, url: str | None = None, settings: ClientSettings | None = None, *, api_key: str | None = None
     ) -> None:
-        self.settings = _settings(url, settings, api_key)
-        self._transport = OneLoop(_async_transport(url, self.settings))
+        self.settings = settings_of(url, settings, api_key)
+        self._transport = OneLoop(async_transport_of(url, self.settings))
 
     async def caption(
         self, *media: str, prompt: str | None = None, job_id: str | None = None, **options: Unpack[JobOptions]
@@ -180,6 +200,18 @@ class AsyncClient:
         """Ask a question about clips, of which `num_frames` each are sampled. Raises as `submit` does."""
         words = {"question": question, "num_frames": num_frames}
         return await self._submit(compose(TaskName.VIDEO_QA, media, words, options), job_id)
+
+    async def finetune(
+        self,
+        base: str,
+        *,
+        dataset: str,
+        output: str,
+        job_id: str | None = None,
+        **settings: Unpack[FinetuneSettings],
+    ) -> AsyncJobHandle:
+        """Fine-tune a model. Raises as `Client.finetune` does."""
+        return await self._submit(compose_finetune(base, dataset, output, settings), job_id)
 
     async def submit(self, job: Job | Mapping[str, object], job_id: str | None = None) -> AsyncJobHandle:
         """Hand in a job as a contract type or as its JSON fields with `task`. Raises as `Client.submit` does."""
@@ -251,49 +283,3 @@ class AsyncClient:
         job_id = checked_id(job_id)
         await self._transport.submit(job_id, job)
         return self.job(job_id)
-
-
-def _settings(url: str | None, settings: ClientSettings | None, api_key: str | None) -> ClientSettings:
-    if settings is None:
-        settings = ClientSettings.load(None if _is_http(url) else url)
-    elif url is not None:
-        raise TypeError("give url or settings, not both")
-    return settings if api_key is None else settings.model_copy(update={"api_key": SecretStr(api_key)})
-
-
-def _transport(url: str | None, settings: ClientSettings) -> Transport:
-    gateway = _gateway_url(url, settings)
-    if gateway is None:
-        return DirectTransport(settings)
-    transport: Transport = _http("sync").HttpTransport(gateway, _key(settings))
-    return transport
-
-
-def _async_transport(url: str | None, settings: ClientSettings) -> AsyncTransport:
-    gateway = _gateway_url(url, settings)
-    if gateway is None:
-        return AsyncDirectTransport(settings)
-    transport: AsyncTransport = _http("aio").AsyncHttpTransport(gateway, _key(settings))
-    return transport
-
-
-def _gateway_url(url: str | None, settings: ClientSettings) -> str | None:
-    """Return the gateway to speak to; None: Redis. A Redis that is named wins over a gateway that is named, too."""
-    if url is not None:
-        return url if _is_http(url) else None
-    return None if "redis_url" in settings.model_fields_set else settings.api_url
-
-
-def _is_http(url: str | None) -> bool:
-    return url is not None and url.startswith(("http://", "https://"))
-
-
-def _key(settings: ClientSettings) -> str | None:
-    return settings.api_key.get_secret_value() or None
-
-
-def _http(module: str) -> ModuleType:
-    """Import by name: most producers speak to Redis and have no httpx."""
-    if importlib.util.find_spec("httpx") is None:
-        raise InvalidSettings("a gateway is spoken to with httpx, which is not installed: pip install 'visionq[http]'")
-    return importlib.import_module(f"api_stub.client.http.{module}")

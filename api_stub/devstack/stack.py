@@ -34,6 +34,7 @@ STOP_GRACE_S = 10.0
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 300.0
 LOOK_S = 0.5
+TRAINER = "trainer"
 
 
 _FOREIGN = frozenset(
@@ -62,11 +63,13 @@ class StackOptions:
     """What to start. None leaves a choice to the environment and the worker's defaults.
 
     `model` is a checkpoint (VISIONQ_MODEL), `concurrency` the jobs a worker generates at once (VISIONQ_MAX_NUM_SEQS).
+    `training`: also a worker that takes fine-tuning jobs.
     """
 
     num_workers: int = 1
     model: str | None = None
     concurrency: int | None = None
+    training: bool = False
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     @property
@@ -83,7 +86,7 @@ class Stack:
         self.endpoints: dict[str, str] = {}
         self._signals = signals
         self._servers: list[Child] = []
-        self._workers: list[Child] = []
+        self._workers: list[Child] = []  # the one that trains is the last
         self._restarts: list[float] = []
 
     def __enter__(self) -> Stack:
@@ -138,15 +141,19 @@ class Stack:
         """Start the workers; they load their models while the caller does something else."""
         for number in range(1, self.options.num_workers + 1):
             self._workers.append(self._start_worker(f"worker-{number}"))
+        if self.options.training:
+            self._workers.append(self._start_worker(TRAINER))
 
     def wait_for_workers(self) -> None:
         """Wait until every worker consumes: a worker enters the ledger's registry when it does."""
-        registry = names.workers_key(self.options.model_name)
+        registries = [(names.workers_key(self.options.model_name), self.options.num_workers)]
+        if self.options.training:
+            registries.append((names.workers_key(names.TRAINING_MODEL_NAME), 1))
         with pools.client(self.endpoints["VISIONQ_REDIS_URL"], timeout_s=5) as ledger:
 
             def all_consume() -> bool:
                 self._require_alive()
-                return int(ledger.zcard(registry)) >= self.options.num_workers
+                return all(int(ledger.zcard(registry)) >= number for registry, number in registries)
 
             self._wait_for(all_consume, WORKER_START_S, "the workers to consume")
 
@@ -200,7 +207,8 @@ class Stack:
         return child.exit_status() is None
 
     def _start_worker(self, name: str) -> Child:
-        return self._spawn(name, [*worker_command("worker.cli"), "start"])
+        options = ["--training"] if name == TRAINER else []
+        return self._spawn(name, [*worker_command("worker.cli"), "start", *options])
 
     def _replace(self, worker: Child) -> Child:
         now = time.monotonic()
@@ -223,7 +231,8 @@ class Stack:
         # Settings for another Redis, bucket or AWS account must not lead a worker away from this stack.
         kept = {name: value for name, value in options.environment.items() if not _points_elsewhere(name)}
         kept.setdefault("VISIONQ_DRAIN_S", str(DRAIN_S))
-        kept.setdefault("VISIONQ_API_MODELS", options.model_name)  # known before, and without, its workers
+        known = [options.model_name, *([names.TRAINING_MODEL_NAME] if options.training else [])]
+        kept.setdefault("VISIONQ_API_MODELS", ",".join(known))  # known before, and without, their workers
         if options.num_workers > 1:
             kept.setdefault("VISIONQ_TORCH_THREADS", str(max(1, (os.cpu_count() or 1) // options.num_workers)))
         if options.model is not None:

@@ -82,5 +82,6 @@ def _ready(stack: Stack, env_file: Path | None) -> str:
     workers = "1 worker" if stack.options.num_workers == 1 else f"{stack.options.num_workers} workers"
     how = exports(stack.endpoints) if env_file is None else f"  . {shlex.quote(str(env_file))}\n"
     url = stack.endpoints.get("VISIONQ_API_URL")
+    workers += ", one that trains" if stack.options.training else ""
     parts = f"Redis, S3 and {workers}" + (f", gateway at {url}" if url else "")
     return f"ready: {parts}; in another terminal:\n{how}Ctrl-C stops it; logs are in {stack.directory}"

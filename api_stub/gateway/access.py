@@ -13,8 +13,10 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from api_stub.contract.job import Job
+from api_stub.contract.finetune import s3_prefix
+from api_stub.contract.job import FinetuneJob, Job
 from api_stub.contract.media import S3Object
+from api_stub.contract.names import TRAINING_MODEL_NAME
 from api_stub.gateway.forwarded import DIRECT_HOST
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import ANYBODY, Caller, is_loopback
@@ -114,8 +116,14 @@ def _is_own(origin: str, request: Request) -> bool:
         return False
 
 
-def check_allowed(caller: Caller, job: Job) -> None:
-    """Raise Problem (403) when the caller may not use the job's model or one of its buckets."""
+def check_allowed(caller: Caller, job: Job, training_root: str) -> None:
+    """Raise Problem (403) when the caller may not use the job's model or one of its buckets.
+
+    `training_root`: the prefix below which each tenant's fine-tuned checkpoints are.
+    """
+    if isinstance(job, FinetuneJob):
+        _check_training(caller, job, training_root)
+        return
     if not caller.may_use(job.model):
         raise _forbidden("model", f"this key may not use the model {job.model!r}")
     if caller.buckets is None:
@@ -126,10 +134,28 @@ def check_allowed(caller: Caller, job: Job) -> None:
             raise _forbidden(f"media.{index}", f"this key may not read from the bucket {bucket!r}")
 
 
+def _check_training(caller: Caller, job: FinetuneJob, training_root: str) -> None:
+    if not caller.may_train:
+        raise _forbidden("task", "this key may not fine-tune; its entry in VISIONQ_API_KEYS needs `train=1`")
+    own = f"{training_root}{job.tenant}/" if job.tenant else training_root
+    places = {"output": job.output, "options.resume": job.options.resume}
+    if "://" in job.base:
+        places["base"] = job.base
+    elif not caller.may_use(job.base):
+        raise _forbidden("base", f"this key may not use the model {job.base!r}")
+    for field, place in places.items():
+        if isinstance(place, str) and not s3_prefix(place).startswith(own):
+            raise _forbidden(field, f"must lie below {own}")
+    bucket = S3Object.parse(job.dataset).bucket
+    if caller.buckets is not None and bucket not in caller.buckets:
+        raise _forbidden("dataset", f"this key may not read from the bucket {bucket!r}")
+
+
 async def check_known(gateway: Gateway, model: str) -> None:
     """Raise Problem (404) for a model name that is not known."""
     if not await gateway.queues.is_known(model):
-        reason = "no worker serves it or did in the last day, and VISIONQ_API_MODELS does not list it"
+        who = "trains (`visionq-worker start --training`)" if model == TRAINING_MODEL_NAME else "serves it"
+        reason = f"no worker {who} or did in the last day, and VISIONQ_API_MODELS does not list it"
         raise unknown_model(f"the model {model[:80]!r} is not known: {reason}")
 
 
@@ -140,7 +166,9 @@ def unknown_model(message: str) -> Problem:
 
 
 def media_of(job: Job) -> list[str]:
-    """Return all media URIs of a job, in order."""
+    """Return all media URIs of a job, in order; a data set's files are not named in its job."""
+    if isinstance(job, FinetuneJob):
+        return []
     parts = (part for message in job.messages or () for part in message.content)
     return [*job.media, *(part.uri for part in parts if part.type != "text")]
 

@@ -78,7 +78,7 @@ async def accept(
     remote = [source for source in sources if isinstance(source, Remote)]
     placeholders: dict[Unstored, str] = {source: where.placeholder(number) for number, source in enumerate(remote)}
     job = draft.job({source: new.uri for source, new in local.items()} | placeholders, tenant)
-    check_allowed(caller, job)
+    check_allowed(caller, job, gateway.settings.training_root)
     await check_known(gateway, job.model)
     gateway.webhook_rules.check(job, gateway.keys)
     await check_uploads(gateway, caller, media_of(job))
@@ -144,7 +144,7 @@ async def _check_again(gateway: Gateway, caller: Caller, job_id: str) -> None:
         job = parse_job(body)
     except InvalidJob:
         return  # it came from elsewhere, and the worker says what is wrong with it
-    check_allowed(caller, job)
+    check_allowed(caller, job, gateway.settings.training_root)
     await check_known(gateway, job.model)
 
 

@@ -1,8 +1,9 @@
 """API keys: who may call, as whom, and how much. Only hashes are kept; a key's name is its tenant.
 
 An entry is `NAME:SHA256`, then options: `rate=` (requests per minute), `in_flight=` (unfinished jobs), `models=` and
-`buckets=` (comma-separated; what the key may use), `role=operator` (may run the queues and sees those of all tenants),
-`webhook_secret=` (`whsec_…`, two while one is changed). Keys are long random strings, so a plain hash is enough.
+`buckets=` (comma-separated; what the key may use), `train=1` (may hand in fine-tuning), `role=operator` (may run the
+queues and sees those of all tenants), `webhook_secret=` (`whsec_…`, two while one is changed). Keys are long random
+strings, so a plain hash is enough.
 `Limits` counts requests per minute and unfinished jobs in Redis, for all replicas.
 """
 
@@ -32,7 +33,7 @@ from api_stub.settings import GatewaySettings
 PREFIX: Final = "vq_"
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _ENTRY: Final = re.compile(rf"(?P<name>{_NAME}):(?P<digest>[0-9a-fA-F]{{64}})")
-_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets", "role", "webhook_secret"})
+_OPTIONS: Final = frozenset({"rate", "in_flight", "models", "buckets", "role", "train", "webhook_secret"})
 OPERATOR: Final = "operator"
 
 #: When a caller with too many unfinished jobs should ask again.
@@ -44,7 +45,7 @@ class Caller:
     """Who asks. Without keys there is one caller, without a name, who may do everything on this machine.
 
     `rate_per_minute` and `max_in_flight`: 0 means no limit. `models`, `buckets`: None means all. `role`: empty or
-    OPERATOR.
+    OPERATOR. `has_training`: the key's entry says `train=1`.
     """
 
     tenant: str = ""
@@ -54,6 +55,12 @@ class Caller:
     models: frozenset[str] | None = None
     buckets: frozenset[str] | None = None
     role: str = ""
+    has_training: bool = False
+
+    @property
+    def may_train(self) -> bool:
+        """True for a key with `train=1`, and for everybody where there are no keys."""
+        return self.is_anonymous or self.has_training
 
     @property
     def is_operator(self) -> bool:
@@ -191,6 +198,7 @@ def _entry(variable: str, number: int, line: str, settings: GatewaySettings) -> 
         models=models,
         buckets=buckets,
         role=_role(variable, name, options.get("role", "")),
+        has_training=_is_one(variable, name, options.get("train")),
     )
     try:
         webhook_secrets = parse_secrets(options.get("webhook_secret", ""))
@@ -210,6 +218,12 @@ def _role(variable: str, name: str, role: str) -> str:
     if role not in ("", OPERATOR):
         raise InvalidSettings(f"{variable}: key {name!r}: role={role} is unknown, the only role is {OPERATOR}")
     return role
+
+
+def _is_one(variable: str, name: str, value: str | None) -> bool:
+    if value not in (None, "1"):
+        raise InvalidSettings(f"{variable}: key {name!r}: train={value} is unknown, the only value is 1")
+    return value == "1"
 
 
 def _names(value: str | None) -> frozenset[str] | None:

@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from api_stub.contract import names
+from api_stub.contract.finetune import s3_prefix
 
 ENV_PREFIX: Final = "VISIONQ_"
 _WAY: Final = "give one address that always leads to the master, a name that moves or a TCP proxy"
@@ -79,7 +80,7 @@ class LedgerConfig:
         nobody reached Redis does not count: after such a gap a dead worker's job may be taken one lease later. A worker
         that starts when all others are dead sees such a gap, too.
     grace_s: time after which a queued job is checked for a lost doorbell.
-    max_attempts: lost leases after which a job is given up (`poison_job`).
+    max_attempts: lost leases after which a job is given up (`poison_job`); of training, since its last checkpoint.
     tenant_max_running: jobs of one tenant and model that run or are about to; 0 means no limit. The workers' own
         setting decides.
     ageing_s: time in the queue after which a job of a lower priority is served among those of priority 0.
@@ -171,6 +172,26 @@ class S3Settings(_Environment):
     @classmethod
     def _is_endpoint(cls, value: str | None) -> str | None:
         return check_http_url(value)
+
+
+class TrainingSettings(S3Settings):
+    """Where fine-tuning keeps checkpoints, for those who let jobs in and for those who run them."""
+
+    training_prefix: str = Field(
+        default="",
+        description="`s3://bucket/prefix/` for checkpoints of fine-tuning: over HTTP a key writes below its own name"
+        " there, and bases are read from there; empty: `training/` in the media bucket",
+    )
+
+    @field_validator("training_prefix")
+    @classmethod
+    def _is_prefix(cls, value: str) -> str:
+        return s3_prefix(value) if value else value
+
+    @property
+    def training_root(self) -> str:
+        """The prefix, which ends with a slash."""
+        return self.training_prefix or f"s3://{self.media_bucket}/training/"
 
 
 class ServiceSettings(_Environment):

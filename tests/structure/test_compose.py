@@ -51,7 +51,8 @@ def test_docker_compose_accepts_the_files() -> None:
 
 
 def test_the_services_are_broker_storage_worker_and_gateway(services: dict[str, Any]) -> None:
-    assert services.keys() == {"valkey", "seaweedfs", "worker", "api"} | MONITORING
+    assert services.keys() == {"valkey", "seaweedfs", "worker", "api", "trainer"} | MONITORING
+    assert services["trainer"]["profiles"] == ["training"]
     assert {name for name, service in services.items() if service.get("profiles") == ["monitoring"]} == MONITORING
 
 
@@ -94,6 +95,7 @@ def test_everything_that_must_last_is_on_a_named_volume(services: dict[str, Any]
         "valkey": {"valkey-data": "/data"},
         "seaweedfs": {"seaweedfs-data": "/data"},
         "worker": {"models": services["worker"]["environment"]["HF_HOME"]},
+        "trainer": {"models": services["trainer"]["environment"]["HF_HOME"]},
         "prometheus": {"prometheus-data": "/prometheus"},
         "grafana": {"grafana-data": "/var/lib/grafana"},
     }
@@ -118,7 +120,9 @@ def test_the_worker_is_given_time_to_drain(services: dict[str, Any]) -> None:
     assert int(number) * UNIT_S[unit] >= drain_s + 15
 
 
-@pytest.mark.parametrize(("service", "settings"), [("worker", WorkerSettings), ("api", GatewaySettings)])
+@pytest.mark.parametrize(
+    ("service", "settings"), [("worker", WorkerSettings), ("trainer", WorkerSettings), ("api", GatewaySettings)]
+)
 def test_a_service_is_told_only_settings_that_it_has(
     services: dict[str, Any], service: str, settings: type[BaseSettings]
 ) -> None:
@@ -222,7 +226,7 @@ def test_the_workers_image_has_the_torchvision_of_its_torch() -> None:
     installs = re.findall(r"pip install .*", (ROOT / "worker/Dockerfile").read_text())
     assert [set(line.split()) & {"torch", "torchvision"} for line in installs] == [{"torch", "torchvision"}, set()]
     assert "--index-url" in installs[0]
-    assert '. "./worker[vision]"' in installs[1]
+    assert '. "./worker[vision,train]"' in installs[1]
 
 
 def test_the_gateways_image_carries_no_worker() -> None:

@@ -103,7 +103,9 @@ def test_mounted_files_exist() -> None:
     assert (DEPLOY / "grafana" / "dashboards" / home.name).exists()
 
 
-@pytest.mark.parametrize(("name", "drain_s"), [("visionq-worker", 60.0), ("visionq-api", 10.0)])
+@pytest.mark.parametrize(
+    ("name", "drain_s"), [("visionq-worker", 60.0), ("visionq-trainer", 60.0), ("visionq-api", 10.0)]
+)
 def test_pods_get_time_to_drain_and_no_rights(name: str, drain_s: float) -> None:
     pod = deployment(name)["spec"]["template"]["spec"]
     environment = {variable["name"]: variable["value"] for variable in container(name)["env"]}
@@ -115,7 +117,10 @@ def test_pods_get_time_to_drain_and_no_rights(name: str, drain_s: float) -> None
     assert {"app": name} == deployment(name)["spec"]["selector"]["matchLabels"]
 
 
-@pytest.mark.parametrize(("name", "settings"), [("visionq-worker", WorkerSettings), ("visionq-api", GatewaySettings)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("visionq-worker", WorkerSettings), ("visionq-trainer", WorkerSettings), ("visionq-api", GatewaySettings)],
+)
 def test_pods_are_told_settings_that_exist_and_probed_where_they_listen(name: str, settings: Any) -> None:
     environment = {variable["name"]: variable["value"] for variable in container(name)["env"]}
     told = {variable.removeprefix("VISIONQ_").lower() for variable in environment if variable.startswith("VISIONQ_")}

@@ -21,7 +21,7 @@ from api_stub.ledger.settings import HEALTH_CHECK_S, queue_options, tls_options
 from worker.jobs.entry import DropReason
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
-from worker.lifecycle.process import WorkerProcess
+from worker.lifecycle.job_process import JobProcess
 from worker.settings import WorkerSettings
 
 SOCKET_TIMEOUT_S: Final = 5.0
@@ -149,7 +149,7 @@ def consumption_step(consumption: Consumption, drain: Drain) -> type[bootsteps.S
     return Consuming
 
 
-def serve(app: Celery, settings: WorkerSettings, process: WorkerProcess) -> int:
+def serve(app: Celery, settings: WorkerSettings, process: JobProcess) -> int:
     """Consume until SIGTERM; return the process's exit status. Blocks the main thread."""
 
     def on_ready(**_: object) -> None:

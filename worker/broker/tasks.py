@@ -19,13 +19,13 @@ from celery.exceptions import Ignore, Reject
 from api_stub.contract.job import TaskName
 from worker.jobs.entry import Entry, Unreadable
 from worker.jobs.message import read_message
-from worker.lifecycle.process import WorkerProcess
+from worker.lifecycle.job_process import JobProcess
 
 logger = logging.getLogger(__name__)
 
 
-def register(app: Celery, process: WorkerProcess, on_linked: Callable[[], None]) -> None:
-    """Give the app the three tasks of the contract, served by `process`.
+def register(app: Celery, process: JobProcess, on_linked: Callable[[], None]) -> None:
+    """Give the app the tasks of the contract, served by `process`.
 
     `on_linked` is called after a message with links, whose job may be over.
     """
@@ -39,7 +39,7 @@ class _JobTask(Task[Any, Any]):
     ignore_result = True
     acks_late = True
 
-    def __init__(self, task: TaskName, process: WorkerProcess, on_linked: Callable[[], None]) -> None:
+    def __init__(self, task: TaskName, process: JobProcess, on_linked: Callable[[], None]) -> None:
         self.name = task.value
         self._task = task
         self._process = process

@@ -46,15 +46,16 @@ class Settler:
         self._ledger, self._attempts, self._publisher = ledger, attempts, publisher
         self._pause = threading.Event()
 
-    def settle(self, attempt: Attempt, body: FinalBody | GiveBack | None) -> str:
+    def settle(self, attempt: Attempt, body: FinalBody | GiveBack | None, *, has_unsent: bool = False) -> str:
         """Write the end into the ledger, however long Redis is away, until it answers or the lease is lost.
 
+        has_unsent: events of a completed attempt may not have been sent yet; those of others are always waited for.
         A process that ends waits no longer than its lease: a reaper finds the job, and it is done again.
         """
         if body is None:
             return "lost"
-        if not isinstance(body, CompletedBody):
-            self._flush(attempt)  # a complete answer was handed over after its last delta was sent
+        if has_unsent or not isinstance(body, CompletedBody):
+            self._flush(attempt)  # a complete answer is handed over after its last delta was sent
         job_id, fence = attempt.claim.job_id, attempt.claim.fence
         while attempt.stop_reason is not StopReason.LOST:
             try:

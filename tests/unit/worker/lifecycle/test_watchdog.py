@@ -15,7 +15,7 @@ from api_stub.contract import names
 from worker.jobs.attempt import Attempts
 from worker.lifecycle.consumption import LOOP_SILENCE_S, Consumption
 from worker.lifecycle.drain import Drain
-from worker.lifecycle.process import num_consumable
+from worker.lifecycle.job_process import num_consumable
 from worker.lifecycle.watchdog import (
     EngineWatch,
     Finding,
@@ -208,12 +208,13 @@ def test_after_a_finding_the_end_is_left_to_who_was_told() -> None:
 
 KNOWN_FAULT = """
 import signal, threading, time
+import worker.lifecycle.job_process
 import worker.lifecycle.process
 from worker.jobs.attempt import Attempts
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.health import Health
 from worker.lifecycle.watchdog import Finding, ThreadWatch, Trouble, Watchdog
-worker.lifecycle.process.LAST_RESORT_S = 1
+worker.lifecycle.job_process.LAST_RESORT_S = 1
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a shutdown that hangs
 process = worker.lifecycle.process.WorkerProcess.__new__(worker.lifecycle.process.WorkerProcess)
 process.health, process.drain, process.exit_status = Health(redis_timeout_s=5), Drain(Attempts(), drain_s=60), 0
