@@ -57,7 +57,7 @@ def build(source: Path, place: Path) -> Path:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a clone has, with what running it leaves behind."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in tracked("api_stub", "worker", "pyproject.toml", "LICENSE"):
+    for name in tracked("api_stub", "worker", "pyproject.toml", "LICENSE", ".gitignore"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     for package in ("api_stub", "worker"):
@@ -93,6 +93,19 @@ def test_every_file_is_in_its_wheel_but_what_trained_the_demo_model(wheels: tupl
         held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
         assert held == tracked(package, f":!{LEARNING}"), package
     assert tracked(LEARNING)
+
+
+@pytest.mark.check
+def test_a_wheel_that_is_built_from_a_source_archive_holds_the_same_files(
+    checkout: Path, wheels: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for wheel, source in zip(wheels, (checkout, checkout / "worker"), strict=True):
+        place = tmp_path / wheel.stem
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", place]
+        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+        (archive,) = place.iterdir()
+        rebuilt = build(archive, tmp_path / f"{wheel.stem}-rebuilt")
+        assert set(zipfile.ZipFile(rebuilt).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_producers_wheel_is_light(wheels: tuple[Path, Path]) -> None:
