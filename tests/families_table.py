@@ -161,7 +161,7 @@ def _served_from(runner: PagedRunner | DenseRunner, family: Family) -> str:
                 in_pieces[kind] = each.is_chunkable
                 runner.free(each)
     if all(in_pieces.values()):
-        return "blocks, prompts in pieces"
+        return "blocks, prompts in chunks"
     return "blocks, prompts with pictures whole" if in_pieces.get(0) else "blocks, prompts whole"
 
 
