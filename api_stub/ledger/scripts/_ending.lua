@@ -71,7 +71,8 @@ local function final(id, row, status, fragment, outcome)
   make_room(row)
 end
 
--- What the last attempt wrote before it ended without a result: its text as JSON, and its numbers of tokens said and read.
+-- What the last attempt wrote before it ended without a result: its text as JSON, and how many tokens were generated and
+-- how many the prompt has.
 local function partial(id, started_seq)
   local text, num_tokens, num_read = {}, 0, 0
   if started_seq then

@@ -170,7 +170,8 @@ local function forget(id, model)
   count('forgotten')
 end
 
--- More doorbells than workers can take before the next claim makes room would only lengthen everybody's way.
+-- How many more doorbells may be in a list. More than workers can take before the next claim would only delay urgent jobs and other
+-- tenants' jobs.
 local function room(list)
   local model = string.match(list, '^(.*):%d+$')
   return math.max(CONFIG.window, 2 * redis.call('ZCARD', KEY.workers .. model)) - redis.call('ZCARD', KEY.waiting .. list)
@@ -226,9 +227,9 @@ local function make_room(row)
   end
 end
 
--- A job on its last life runs on a worker beside no other job that has lost one: a killer meets nobody twice in vain, and when
--- it kills again it is known.
-local LAST_LIFE = math.max(1, CONFIG.max_attempts - 1)
+-- A job with one attempt left runs on no worker beside another job that has lost a worker: when that worker dies, too, it is
+-- certain which of them is the poison job.
+local MANY_LOSSES = math.max(1, CONFIG.max_attempts - 1)
 
 local function must_run_elsewhere(id, row, worker)
   if row.losses == '0' then
@@ -236,7 +237,7 @@ local function must_run_elsewhere(id, row, worker)
   end
   for _, other in ipairs(redis.call('SMEMBERS', KEY.suspects .. worker)) do
     local losses = tonumber(redis.call('HGET', KEY.job .. other, 'losses') or '0')
-    if math.max(losses, tonumber(row.losses)) >= LAST_LIFE then
+    if math.max(losses, tonumber(row.losses)) >= MANY_LOSSES then
       return true
     end
   end
