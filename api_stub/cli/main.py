@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from api_stub.cli.dataset import dataset_app
 from api_stub.cli.errors import reported
 from api_stub.cli.flags import JobFlags, JsonFlag, TimeoutFlag, UrlFlag, takes_job_flags
 from api_stub.cli.operators import cancel_many, dead_app, doctor, queue_app
@@ -45,6 +46,7 @@ Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 app.add_typer(dead_app, name="dead")
 app.add_typer(queue_app, name="queue")
+app.add_typer(dataset_app, name="dataset")
 app.command()(finetune)
 app.command()(doctor)
 

@@ -77,7 +77,10 @@ class ChatEncoder:
         eos_token_ids: Collection[int],
         caption_prompt: str | None = None,
     ) -> None:
-        can = probe(processor, config)
+        try:
+            can = probe(processor, config)
+        except ValueError as error:
+            raise UnsafeTemplate(str(error)) from error
         tokenizer = processor.tokenizer
         if not can.has_chat_template:
             raise UnsafeTemplate(f"{type(processor).__name__} has no chat template")

@@ -162,7 +162,7 @@ def _messages(value: Any, files: Sequence[str]) -> tuple[Turn, ...]:
         shown = tuple(MediaPart(uri=_uri(name)) for name in files)
         turns[first] = Turn(role=Role.USER, content=(*shown, *turns[first].content))
     elif num_shown < len(files):
-        raise _Wrong(f"messages: {num_shown} parts for {len(files)} files")
+        raise _Wrong(f"messages: parts for {num_shown} of {len(files)} files")
     _check_order(turns)
     return tuple(turns)
 
