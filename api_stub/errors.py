@@ -18,7 +18,10 @@ Celery consumers find JobFailed here too: failed results are stored as this modu
 
 from __future__ import annotations
 
-from api_stub.contract.error import ErrorDetail
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # whoever only meets a failed job needs no pydantic
+    from api_stub.contract.error import ErrorDetail
 
 
 class VisionqError(Exception):

@@ -236,8 +236,7 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
     @field_validator("training_bases")
     @classmethod
     def _are_bases(cls, value: str) -> str:
-        _bases(value)
-        return value
+        return value if _bases(value) else ""
 
     @field_validator("beat_s")
     @classmethod
@@ -293,13 +292,10 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
 
 def _bases(text: str) -> Mapping[str, str]:
     """Read `name=checkpoint,…`. Raises ValueError."""
-    bases = {}
-    for entry in filter(None, (entry.strip() for entry in text.split(","))):
-        name, equals, checkpoint = entry.partition("=")
-        if not is_model_name(name) or not equals or not checkpoint:
-            raise ValueError(f"name=checkpoint is required, got {entry[:80]!r}")
-        bases[name] = checkpoint
-    return bases
+    entries = [entry.strip().partition("=") for entry in text.split(",") if entry.strip()]
+    if wrong := [name for name, _, checkpoint in entries if not (is_model_name(name) and checkpoint)]:
+        raise ValueError(f"name=checkpoint is required, got {wrong[0][:80]!r}")
+    return {name: checkpoint for name, _, checkpoint in entries}
 
 
 def export(variables: Mapping[str, str]) -> None:
