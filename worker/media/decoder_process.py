@@ -129,7 +129,8 @@ class DecoderProcess:
         try:
             self._is_ready = isinstance(self._reply(limits), Ready)
         except (DecoderCrashed, TimeoutError) as error:
-            raise DecoderBroken(f"a decoder process did not start ({error or 'too slow'})") from error
+            reason = "too slow" if isinstance(error, TimeoutError) else str(error) or "it ended"
+            raise DecoderBroken(f"a decoder process did not start ({reason})") from error
         if not self._is_ready:
             raise DecoderBroken("a decoder process did not start (unexpected first message)")
         self.is_usable = True
