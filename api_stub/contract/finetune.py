@@ -63,7 +63,7 @@ class FinetuneOptions(WireModel):
 
     `eval_every`: steps between two evaluations, each with a checkpoint. `eval_examples`: the most validation examples
     that one looks at. `resume`: true continues the newest checkpoint of the output, a URI the checkpoint there.
-    `loader_workers`: processes that load and encode examples; the order of examples does not depend on them.
+    `loader_workers`: threads that load and encode examples ahead; the order of examples does not depend on them.
     """
 
     epochs: float | None = Field(default=None, gt=0, le=10_000)

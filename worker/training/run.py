@@ -109,8 +109,12 @@ def finetune(
         )
         digest = base_digest(settings)
         plan = make_plan(job, recipe, base_digest=digest, data=dataset.digest, num_examples=len(dataset.train))
+        resumed = _made(places.directory / "resumed")
+        found = _resumable(job, plan, checkpoints, client, resumed)
+        # Only now: a job that is refused takes the output from nobody.
         checkpoints.claim()
-        found = _resumable(job, plan, checkpoints, client, _made(places.directory / "resumed"))
+        if checkpoints.steps()[-1:] > ([] if found is None else [found.manifest.step]):
+            found = _resumable(job, plan, checkpoints, client, resumed)  # the last attempt has added one meanwhile
         run = RunState() if found is None else load_run(found.folder / STATE_FOLDER)
         if run.step < plan.max_steps or run.needs_evaluation:
             tuned = tune(settings, plan, None if found is None else found.folder)

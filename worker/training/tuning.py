@@ -6,6 +6,7 @@ checkpoints. Knows no data and no trainer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from worker.training.progress import TrainingRefused
 
 #: Of bitsandbytes' 4-bit layers: whether they pack their weights on this CPU.
 _PACKS: Final = "support_avx512bf16_for_cpu"
-#: A file of PEFT that serving does not read.
+#: Files of PEFT; serving does not read the second.
+_ADAPTER_CONFIG: Final = "adapter_config.json"
 _MODEL_CARD: Final = "README.md"
 
 
@@ -55,6 +57,7 @@ class TunedModel:
         else:
             # PEFT would look for the base on the hub to find out whether embeddings were resized.
             self.model.save_pretrained(folder, save_embedding_layers=False)
+            _sort_modules(folder / _ADAPTER_CONFIG)
         if self.quantized_base is not None:
             write_quantized_base(folder, self.quantized_base)
         self.loaded.processor.save_pretrained(folder)
@@ -98,15 +101,17 @@ def tune(settings: WorkerSettings, plan: Plan, checkpoint: Path | None) -> Tuned
     """
     if plan.method is FinetuneMethod.FULL:
         loaded = load(settings if checkpoint is None else settings.model_copy(update={"model": str(checkpoint)}))
+        if getattr(loaded.model, "is_quantized", False):
+            raise TrainingRefused(f"method full: the weights of {plan.base} are quantised and cannot learn; use lora")
         loaded.model.requires_grad_(True)
         return TunedModel(loaded, loaded.model.train(), plan.method)
     if find_spec("peft") is None:
         raise TrainingRefused(f"method {plan.method}: needs peft; install the `train` extra")
     loaded = load(settings)
     loaded.model.requires_grad_(False)
+    keep_unpacked(loaded.model)
     quantized_base = None
     if plan.method is FinetuneMethod.QLORA:
-        keep_unpacked(loaded.model)
         layers = [(name, layer) for name, layer in loaded.model.named_modules() if hasattr(layer, _PACKS)]
         quantized_base = describe_quantized_base(layers)
     torch.manual_seed(plan.seed)
@@ -139,6 +144,13 @@ def _with_adapter(loaded: LoadedModel, plan: Plan, checkpoint: Path | None) -> A
     adapted = peft.get_peft_model(loaded.model, config)
     adapted.peft_config["default"].base_model_name_or_path = plan.base
     return adapted
+
+
+def _sort_modules(config: Path) -> None:
+    """Sort the names of modules: PEFT writes a set, whose order is another one in every process."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields["target_modules"] = sorted(fields["target_modules"])
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
