@@ -1,4 +1,4 @@
-"""`visionq-worker`: start a worker, check a model, run the benches."""
+"""`visionq-worker`: start a worker, check, fine-tune or evaluate a model, run the benches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -178,6 +178,43 @@ def finetune(
         typer.echo(f"visionq-worker: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(result.to_json())
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="data set: a folder or s3://bucket/prefix/")],
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="examples to answer")] = "validation",
+    seed: Annotated[int, typer.Option(help="of the 90/10 split, where no row names a split")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 128,
+    max_examples: Annotated[int, typer.Option(min=0, help="the first so many; 0: all")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print the whole record as JSON")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the curves of the training run that left the checkpoint, as PNG")
+    ] = None,
+) -> None:
+    """Answer a data set's examples through the serving engine and score the answers. No Redis.
+
+    Scores: word error rate, ROUGE-L, exact match and, with 4 or more references each, VQA accuracy; per kind of
+    question too. Needs the `train` extra.
+    """
+    for module in ("jiwer", *(["matplotlib"] if plot is not None else [])):
+        if find_spec(module) is None:
+            refuse(f"evaluating needs {module}: pip install 'visionq-worker[train]'")
+    settings = read_settings({} if model is None else {"model": model})
+    configure_logging(LogFormat.TEXT, settings.log_level)
+    from worker.evaluate import EvaluationOptions, draw_history
+    from worker.evaluate import evaluate as measure
+
+    options = EvaluationOptions(split, seed, max_new_tokens, max_examples)
+    try:
+        if plot is not None:
+            draw_history(settings, plot)
+        record = measure(settings, data, options, lambda done, total: typer.echo(f"{done} of {total}", err=True))
+    except WorkerError as error:
+        typer.echo(f"visionq-worker: {Redactor(settings.secrets())(str(error))}", err=True)
+        raise typer.Exit(EXIT_CANNOT_START if isinstance(error, CannotStart) else 1) from error
+    typer.echo(record.to_json() if as_json else record.lines())
 
 
 @bench.command("queue")

@@ -15,14 +15,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from api_stub.contract.conversation import TextPart, Turn
-from api_stub.contract.job import CaptionJob
 from worker.media.types import DecodedMedia
 from worker.prompting.prepare import PromptBuilder
 from worker.prompting.processors import cast
 from worker.training.dataset import Dataset, Example
 from worker.training.labels import Encoder, encode
 from worker.training.manifest import Plan
+from worker.training.question import question_of
 from worker.training.scores import Answered, score
 from worker.training.trainer import num_learnt
 from worker.training.tuning import TunedModel
@@ -88,16 +87,8 @@ class Evaluation:
         return float(loss), num_learnt(inputs)
 
     def _question(self, example: Example, media: tuple[DecodedMedia, ...]) -> _Question:
-        turns, references = self._turns(example)
+        turns, references = question_of(self._prompts, example)
         return _Question(self._prompts.prepare(turns, media).tensors, references, example.kind)
-
-    def _turns(self, example: Example) -> tuple[Sequence[Turn], tuple[str, ...]]:
-        """Return the conversation up to the answer, and the answers that are right."""
-        if example.messages is None:
-            job = CaptionJob(media=tuple(f"s3://data/{number}" for number in range(len(example.files))))
-            return self._prompts.turns(job), example.texts
-        *before, last = example.messages
-        return before, ("".join(part.text for part in last.content if isinstance(part, TextPart)),)
 
     def _answers(self, questions: Sequence[_Question]) -> list[Answered]:
         groups: dict[object, list[_Question]] = {}

@@ -24,7 +24,7 @@ from worker.training.progress import TrainingRefused
 _OPTIMIZER_TENSORS: Final = "optimizer.safetensors"
 _OPTIMIZER: Final = "optimizer.json"
 _SCHEDULER: Final = "scheduler.json"
-_RUN: Final = "run.json"
+RUN: Final = "run.json"
 
 
 class Entry(ReadModel):
@@ -58,15 +58,15 @@ def save_state(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, run: 
     save_file(tensors, folder / _OPTIMIZER_TENSORS)
     _write(folder / _OPTIMIZER, plain)
     _write(folder / _SCHEDULER, scheduler.state_dict())
-    (folder / _RUN).write_text(run.to_json(), encoding="utf-8")
+    (folder / RUN).write_text(run.to_json(), encoding="utf-8")
 
 
 def load_run(folder: Path) -> RunState:
     """Read where the run is. Raises TrainingRefused."""
     try:
-        return RunState.model_validate_json((folder / _RUN).read_bytes())
+        return RunState.model_validate_json((folder / RUN).read_bytes())
     except (OSError, ValidationError) as error:
-        raise TrainingRefused(f"{folder / _RUN}: not the state of a training run") from error
+        raise TrainingRefused(f"{folder / RUN}: not the state of a training run") from error
 
 
 def load_state(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
