@@ -16,7 +16,7 @@ from api_stub.contract.result import Result, Usage
 from api_stub.contract.wire import ReadModel
 
 VERSION: Final = 1
-#: Of fine-tuning a job's stream keeps the newest `job.progress`, and every other event.
+#: At every checkpoint of fine-tuning so many of the newest `job.progress` are left in the stream, and every other event.
 MAX_TRAINING_EVENTS: Final = 2000
 
 

@@ -136,7 +136,8 @@ class Ledger:
         """Note that a held job has a checkpoint from which training goes on at `step`.
 
         Workers that were lost before count no more, and the loss of this one will not: `max_attempts` is the limit of
-        losses without a new checkpoint. False: not this fence's job any more.
+        losses without a new checkpoint. Of the stream's training progress the newest events are left. False: not this
+        fence's job any more.
         """
         return self._run(calls.keep(job_id, fence, step))
 

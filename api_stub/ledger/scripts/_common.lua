@@ -3,7 +3,7 @@
 --
 -- Row (HASH, all strings; absent means none): status task model priority list tenant body digest created queued_at deadline seq
 -- attempt losses retries fence worker token lease number cancel started started_seq place order bell alarm not_before finished
--- finished_by final retried_as hook_url hook_events links kept kept_by num_progress trimmed.
+-- finished_by final retried_as hook_url hook_events links kept kept_by.
 --   list     which priority list of which queue carries its doorbell
 --   place    its place among the held jobs of its tenant; absent without a tenant, `order` counts then
 --   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never, absent: not rung yet)
@@ -12,7 +12,6 @@
 --   alarm    when a reaper must ring, or look again for the doorbell
 --   lease    until when its worker may be silent, on the clock of `watched`
 --   kept     the newest step that training can go on from; kept_by: the attempt that made it
---   num_progress, trimmed   of fine-tuning: how many of its progress events the stream has, and the id of the last one taken out
 --   links    what a plain message's producer wants sent by Celery when the job is over, until it is sent
 --   hook_url, hook_events   where its webhook goes, and the types of event that it gets, each between commas
 

@@ -1,28 +1,4 @@
 -- All events of one engine step, for all its jobs. ARGV: job id, fence, number, body of the event, repeated.
-
--- A training's stream keeps the newest of its progress, and all that is no progress.
-local function forget_oldest_progress(id)
-  local key = KEY.job .. id
-  local num, after = redis.call('HINCRBY', key, 'num_progress', 1), redis.call('HGET', key, 'trimmed')
-  while num > TRAINING.kept_events do
-    local entries = redis.call('XRANGE', KEY.events .. id, after and '(' .. after or '-', '+', 'COUNT', 16)
-    for _, entry in ipairs(entries) do
-      after = entry[1]
-      if num > TRAINING.kept_events and string.find(entry[2][2], TRAINING.progress, 1, true) then
-        local removed = redis.pcall('XDEL', KEY.events .. id, after)
-        if type(removed) == 'table' then
-          return -- refused: a user of Redis from before fine-tuning may not; the stream is longer then
-        end
-        redis.call('HSET', key, 'trimmed', after)
-        num = redis.call('HINCRBY', key, 'num_progress', -1)
-      end
-    end
-    if #entries == 0 then
-      return redis.call('HSET', key, 'num_progress', 0) -- somebody else took them out
-    end
-  end
-end
-
 local replies = {}
 for i = 1, #ARGV, 4 do
   local id, fence, number, fragment = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
@@ -38,9 +14,6 @@ for i = 1, #ARGV, 4 do
       if not is_written then
         redis.call('HSET', KEY.job .. id, 'seq', last_seq, 'number', last_number) -- sent again it fails again, and does not pass for written
         error(problem, 0)
-      end
-      if string.find(fragment, TRAINING.progress, 1, true) == 1 then
-        forget_oldest_progress(id)
       end
     end
     replies[#replies + 1] = 1

@@ -81,6 +81,8 @@ def test_the_stream_keeps_the_newest_progress_and_every_other_event(
         body = ProgressBody(stage=Stage.TRAINING, done=step, total=published, metrics={"loss": 1.5})
         assert short.publish([Publication("job-1", claim.fence, step, body)]) == (True,)
         assert short.publish([Publication("job-1", claim.fence, step, body)]) == (True,)  # its reply was lost
+    assert short.keep("job-1", claim.fence, 10)
+    assert short.keep("job-1", claim.fence, 10)
     short.finish("job-1", claim.fence, failure())
     events = [parse_event(raw["event"]) for _, raw in redis_client.xrange(names.events_key("job-1"))]
     progress = [event.done for event in events if isinstance(event, JobProgress)]
@@ -97,6 +99,7 @@ def test_other_progress_is_not_trimmed(ledger: Ledger, monkeypatch: pytest.Monke
     claim = training(short)
     for number in range(1, 5):
         short.publish([Publication("job-1", claim.fence, number, ProgressBody(stage=Stage.FETCHING, done=1, total=2))])
+    assert short.keep("job-1", claim.fence, 10)
     assert len([raw for raw in short.replay("job-1").events if '"job.progress"' in raw]) == 4
 
 
