@@ -16,7 +16,7 @@ from api_stub.contract.result import Result, Usage
 from api_stub.contract.wire import ReadModel
 
 VERSION: Final = 1
-#: At every checkpoint of fine-tuning so many of the newest `job.progress` are left in the stream, and every other event.
+#: Of fine-tuning every checkpoint leaves so many of the newest `job.progress` in the stream, and every other event.
 MAX_TRAINING_EVENTS: Final = 2000
 
 
