@@ -60,6 +60,7 @@ def test_all_faults_are_printed_with_their_lines(run: Run, tmp_path: Path) -> No
     assert (finding["file"], finding["line"]) == ("metadata.jsonl", None)
 
 
+@pytest.mark.check
 def test_a_place_that_may_not_be_read_and_a_sheet_that_cannot_be_written_are_named(run: Run, tmp_path: Path) -> None:
     done = run("check", "s3://someone-elses/data/", "--json")
     assert done.exit_code == 2

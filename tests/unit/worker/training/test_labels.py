@@ -25,6 +25,8 @@ __all__ = ["builder_of", "loaded_family"]
 
 Loaded = Callable[[str], LoadedModel]
 CHAT = ("idefics2", "idefics3", "llava", "gemma3")
+#: The first in `make test`, the others in `make check`.
+ONE_FIRST = (CHAT[0], *(pytest.param(name, marks=pytest.mark.check) for name in CHAT[1:]))
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -43,7 +45,7 @@ def test_a_caption_is_learnt_from_its_first_token_to_the_end_token(loaded_family
     assert_is(row, [asked_first, Learnt("A red car.<|im_end|>"), "\n"], loaded)
 
 
-@pytest.mark.parametrize("name", [*CHAT, "git"])
+@pytest.mark.parametrize("name", [*ONE_FIRST, "git"])
 def test_what_is_before_an_answer_is_the_prompt_as_it_is_served(
     name: str, loaded_family: Loaded, builder_of: Callable[[str], PromptBuilder]
 ) -> None:
@@ -60,7 +62,7 @@ def test_what_is_before_an_answer_is_the_prompt_as_it_is_served(
     assert torch.equal(row.tensors["pixel_values"], served["pixel_values"])
 
 
-@pytest.mark.parametrize("name", CHAT)
+@pytest.mark.parametrize("name", ONE_FIRST)
 def test_a_batch_has_the_loss_of_its_rows(name: str, loaded_family: Loaded) -> None:
     assert_batch_equals_rows(loaded_family(name))
 
@@ -144,6 +146,7 @@ def test_an_end_token_at_which_generation_does_not_stop_is_refused(loaded_family
         encoder_for(loaded.processor, loaded.model.config, eos_token_ids=[loaded.tokenizer.eos_token_id])
 
 
+@pytest.mark.check
 def test_families_whose_captions_are_not_proven_are_refused(loaded_family: Loaded) -> None:
     with pytest.raises(UnsafeTemplate, match="Blip2Processor"):
         encoder_of(loaded_family("blip2"))
@@ -191,6 +194,7 @@ def test_a_control_token_in_a_text_is_refused(loaded_family: Loaded) -> None:
             encoder.row(Example(1, (), messages=turns), None, ())
 
 
+@pytest.mark.check
 def test_a_clip_of_a_family_without_clips_is_its_frames(loaded_family: Loaded) -> None:
     row = encoder_of(loaded_family("gemma3")).row(CAPTIONED, "It moves.", (clip(1, 3),))
     assert row.tensors["pixel_values"].shape[0] == 3
