@@ -34,7 +34,7 @@ app.add_typer(bench, name="bench")
 
 #: What only fine-tuning needs.
 TRAINING_PACKAGES = ("peft", "jiwer")
-MODEL_HELP = "VISIONQ_MODEL: `demo`, a folder, a hub id or s3://bucket/prefix/"
+MODEL_HELP = "VISIONQ_MODEL: `demo`, `demo-captioner`, a folder, a hub id or s3://bucket/prefix/"
 
 
 @app.command()

@@ -83,7 +83,9 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
     """Everything a worker can be told from outside. Durations are seconds, sizes bytes."""
 
     model: str = Field(
-        default="demo", min_length=1, description="Checkpoint: `demo`, a folder, a hub id or `s3://bucket/prefix/`"
+        default="demo",
+        min_length=1,
+        description="Checkpoint: `demo`, `demo-captioner`, a folder, a hub id or `s3://bucket/prefix/`",
     )
     model_cache: Path = Field(
         default=Path("~/.cache/visionq"), description="Folder for checkpoints from S3, shared by a machine's workers"

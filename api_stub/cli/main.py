@@ -215,7 +215,9 @@ def up(
         Path | None, typer.Option(help="Gets the endpoints as `export` lines once all is ready.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Workers to start.")] = 1,
-    model: Annotated[str | None, typer.Option(help="VISIONQ_MODEL: `demo`, a directory or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="VISIONQ_MODEL: `demo`, `demo-captioner`, a directory or a hub id.")
+    ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Jobs that a worker generates at once.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Also a worker that fine-tunes.")] = False,
 ) -> None:

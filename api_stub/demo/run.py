@@ -17,7 +17,7 @@ from api_stub.demo.tasks import DemoTask, draw
 from api_stub.devstack import Stack, StackOptions, StopSignals
 from api_stub.errors import VisionqError
 
-DEMO_MODEL = "demo"
+DEMO_MODEL, DEMO_CAPTIONER = "demo", "demo-captioner"
 ANSWERS_S = 300.0
 LOOK_S = 0.1
 
@@ -31,16 +31,18 @@ class DemoFailed(VisionqError):
 def run_demo(as_json: bool = False, stay: bool = False) -> None:
     """Run the demo and leave nothing behind. Main thread only; every wait is bounded.
 
-    With the shipped model an answer that is not the truth is a failure: for these scenes the right answers are known
-    to come. A real model words things differently, so there only missing answers count. `as_json` prints one JSON
-    object per job on stdout and everything else on stderr; `stay` keeps the stack until a signal.
+    With a shipped model an answer that is not the truth is a failure: for these scenes the right answers are known
+    to come. A real model words things differently, so there only missing answers count. The shipped captioner answers
+    no questions and gets the caption only. `as_json` prints one JSON object per job on stdout and everything else on
+    stderr; `stay` keeps the stack until a signal.
     Raises DemoFailed, StackFailed, Interrupted, and what the client raises.
     """
     options = StackOptions()
-    is_demo_model = (options.environment.get("VISIONQ_MODEL") or DEMO_MODEL) == DEMO_MODEL
+    model = options.environment.get("VISIONQ_MODEL") or DEMO_MODEL
+    is_demo_model = model in (DEMO_MODEL, DEMO_CAPTIONER)
     console = Console(stderr=as_json)
     with StopSignals() as signals, Stack(options, signals) as stack:
-        tasks = _prepare(stack, console)
+        tasks = _prepare(stack, console, captions_only=model == DEMO_CAPTIONER)
         stack.enter()
         with Client() as client:
             uris = [client.upload(task.path) for task in tasks]
@@ -69,13 +71,13 @@ def judge(everything: Sequence[Progress], is_demo_model: bool) -> None:
         raise DemoFailed(f"the shipped model gave a wrong answer: {told}")
 
 
-def _prepare(stack: Stack, console: Console) -> tuple[DemoTask, ...]:
+def _prepare(stack: Stack, console: Console, *, captions_only: bool) -> tuple[DemoTask, ...]:
     say(console, "starting Redis, S3, a worker and the gateway …")
     stack.start_servers()
     stack.start_workers()
     stack.start_gateway()
     # The pictures are drawn while the worker loads its model.
-    return draw(stack)
+    return draw(stack, captions_only=captions_only)
 
 
 def _ask(
@@ -87,8 +89,14 @@ def _ask(
     console: Console,
 ) -> list[Progress]:
     url = stack.endpoints.get("VISIONQ_API_URL")
-    way = f"the {', '.join(task.label for task in tasks if task.is_over_http)} over HTTP, " if url else ""
-    say(console, f"three jobs at once, {way}about a picture and a clip that were just drawn:\n")
+    over_http = [task.label for task in tasks if task.is_over_http]
+    way = f"the {', '.join(over_http)} over HTTP, " if url and over_http else ""
+    what, about = (
+        ("three jobs at once", "a picture and a clip that were")
+        if len(tasks) > 1
+        else ("one job", "a picture that was")
+    )
+    say(console, f"{what}, {way}about {about} just drawn:\n")
     handles = [_submit(stack, client, task, uri) for task, uri in zip(tasks, uris, strict=True)]
     everything = [Progress(task, handle.id) for task, handle in zip(tasks, handles, strict=True)]
     follow = Follow(handles, ANSWERS_S)

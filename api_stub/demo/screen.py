@@ -232,11 +232,12 @@ def next_steps(is_demo_model: bool, program: str) -> str:
 def invitation(endpoints: Mapping[str, str], uris: Sequence[str], program: str) -> str:
     """Return how to use a demo that stays, from another terminal."""
     exports = "\n".join(f"  export {name}={value}" for name, value in endpoints.items())
+    ask_clip = f'\n  {program} video-qa {uris[-1]} --question "What moves?"' if len(uris) > 1 else ""
     url = endpoints.get("VISIONQ_API_URL")
     playground = f"\nPlayground, in a browser: {url}/" if url else ""
     return (
         f"The stack stays until Ctrl-C. In another terminal:\n{exports}\n"
-        f'  {program} caption {uris[0]}\n  {program} video-qa {uris[-1]} --question "What moves?"{playground}'
+        f"  {program} caption {uris[0]}{ask_clip}{playground}"
     )
 
 

@@ -112,15 +112,20 @@ class DemoTask(BaseModel):
     def submit(self, client: Client, uri: str, model: str) -> JobHandle:
         """Hand the job in. Raises as `Client.submit` does."""
         if self.task is TaskName.CAPTION:
-            return client.caption(uri, prompt=self.text, model=model)
+            return client.caption(uri, prompt=self.text or None, model=model)
         if self.task is TaskName.VQA:
             return client.vqa(uri, question=self.text, model=model)
         return client.video_qa(uri, question=self.text, model=model)
 
 
-def draw(stack: Stack, seed: int = SEED) -> tuple[DemoTask, ...]:
-    """Have a picture and a clip drawn and return a caption, a question about each. Raises StackFailed."""
+def draw(stack: Stack, seed: int = SEED, *, captions_only: bool = False) -> tuple[DemoTask, ...]:
+    """Have a picture and a clip drawn and return a caption, a question about each. Raises StackFailed.
+
+    `captions_only`: the caption alone and without a prompt, as a captioner takes a prompt as its caption's beginning.
+    """
     drawings = drawings_of(stack.run_child("draw", command_for(stack.directory / "pictures", seed), DRAW_S))
+    if captions_only:
+        return (_first(drawings, TaskName.CAPTION).model_copy(update={"text": ""}),)
     return tuple(_first(drawings, task) for task in LABELS)
 
 

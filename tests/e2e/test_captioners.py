@@ -17,6 +17,11 @@ from api_stub.errors import JobFailed
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server
 from tests.tiny.families import picture, picture_png
+from worker.demo_model import CAPTIONER
+from worker.demo_model.draw import write_picture
+from worker.demo_model.learning.captioner.evaluate import Captioner, held_out
+from worker.demo_model.questions import caption
+from worker.demo_model.scenes import draw
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -122,3 +127,23 @@ def test_what_a_family_has_no_form_for_is_refused_by_name(
             with pytest.raises(JobFailed, match=why) as failure:
                 handle.result(timeout=60)
             assert failure.value.code == "invalid_request"
+
+
+def test_the_shipped_captioner_describes_drawings_through_the_queue(
+    tmp_path: Path, redis_server: RedisServer, s3_server: S3Server, s3_client: S3Client
+) -> None:
+    scenes = held_out(10, seed=8)
+    for number, scene in enumerate(scenes):
+        write_picture(tmp_path / f"{number}.png", scene)
+        s3_client.upload_file(str(tmp_path / f"{number}.png"), "media", f"shipped/{number}.png")
+    worker = WorkerProcess(
+        tmp_path, redis_server.url, s3_server.url, model="demo-captioner", model_name="captioner", max_num_seqs=4
+    ).wait_ready()
+
+    with Client(redis_server.url) as client:
+        handles = [client.caption(f"s3://media/shipped/{n}.png", model="captioner") for n in range(len(scenes))]
+        said = [handle.result(timeout=60).text for handle in handles]
+    worker.kill()
+
+    assert said == Captioner.load(CAPTIONER).describe([draw(scene) for scene in scenes])
+    assert sum(text == caption(scene) for text, scene in zip(said, scenes, strict=True)) >= 8

@@ -103,6 +103,15 @@ def assert_side_by_side(lines: Sequence[str]) -> None:
     assert last_start < min(i for i, line in enumerate(lines) if "[completed]" in line), "the jobs did not run at once"
 
 
+@pytest.mark.check
+def test_the_shipped_captioner_is_asked_for_a_caption_only(demo: Demo, tmp_path: Path) -> None:
+    out, err = demo("--json", VISIONQ_MODEL="demo-captioner").communicate(timeout=120)
+    (answer,) = map(json.loads, out.splitlines())
+    assert (answer["task"], answer["question"], answer["is_true"]) == ("visionq.caption", "", True), err
+    assert "one job, about a picture that was just drawn" in err
+    assert nothing_is_left(tmp_path)
+
+
 def test_ctrl_c_ends_everything(demo: Demo, tmp_path: Path) -> None:
     process = demo()
     eventually(lambda: any("worker.cli" in line for line in processes_of(tmp_path)), 60, "the worker was started")

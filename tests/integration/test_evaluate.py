@@ -15,7 +15,7 @@ from worker.cli import app
 from worker.demo_model.draw import write_picture
 from worker.demo_model.questions import ask_count, caption
 from worker.demo_model.scenes import make_scene
-from worker.models.source import DEMO_CHECKPOINT
+from worker.models.source import SHIPPED
 from worker.training.curves import points
 from worker.training.manifest import folder_digest
 from worker.training.state import Entry, RunState
@@ -68,7 +68,7 @@ def test_true_answers_score_as_true_and_a_wrong_reference_is_named(data: Path) -
     assert 0 < record["scores"]["wer"] < 1
     assert record["by_kind"] == {"count": {"wer": 0.0, "rouge_l": 1.0, "exact_match": 1.0}}
     assert record["num_by_kind"] == {"count": NUM_SCENES}
-    assert record["checkpoint"] == folder_digest(DEMO_CHECKPOINT)
+    assert record["checkpoint"] == folder_digest(SHIPPED["demo"])
     assert record["settings"]["max_new_tokens"] == 48
     assert record["prompt"]
     assert record["versions"]["transformers"]
@@ -89,7 +89,7 @@ def test_the_curves_are_those_of_the_run_that_left_the_checkpoint(
 ) -> None:
     checkpoint = tmp_path / "checkpoint-4"
     checkpoint.mkdir()
-    for file in DEMO_CHECKPOINT.iterdir():
+    for file in SHIPPED["demo"].iterdir():
         (checkpoint / file.name).symlink_to(file)
     picture = tmp_path / "curves.png"
     arguments = (data, "--model", checkpoint, "--max-examples", 1, "--plot", picture)

@@ -15,7 +15,9 @@ from worker.models.adapter import Adapter, read_adapter
 from worker.models.remote import download
 from worker.settings import Quantization, WorkerSettings
 
-DEMO_CHECKPOINT: Final = Path(__file__).parent.parent / "demo_model" / "checkpoint"
+_DEMO_MODELS: Final = Path(__file__).parent.parent / "demo_model"
+#: The checkpoints that ship, by the names that `VISIONQ_MODEL` gives them.
+SHIPPED: Final = {"demo": _DEMO_MODELS / "checkpoint", "demo-captioner": _DEMO_MODELS / "captioner"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,8 @@ def _find(settings: WorkerSettings) -> tuple[str | Path, str | None]:
 
 def _source(value: str) -> str | Path:
     """Return the folder of a checkpoint, or the hub id unchanged."""
-    folder = DEMO_CHECKPOINT if value == "demo" else Path(value).expanduser()
-    is_folder_name = value == "demo" or value.startswith(("/", ".", "~"))
+    folder = SHIPPED.get(value) or Path(value).expanduser()
+    is_folder_name = value in SHIPPED or value.startswith(("/", ".", "~"))
     if not folder.is_dir():
         if is_folder_name:
             raise CannotStart(f"VISIONQ_MODEL={value}: there is no folder {folder}")

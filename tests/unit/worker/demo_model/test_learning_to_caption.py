@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from worker.demo_model import CHECKPOINT
+from worker.demo_model import CAPTIONER, CHECKPOINT
 from worker.demo_model.learning import architecture as chat
 from worker.demo_model.learning.captioner import architecture
 from worker.demo_model.learning.captioner.caption_loss import caption_loss, pack
@@ -71,6 +71,18 @@ def test_all_captions_list_the_things_in_one_order() -> None:
         assert [places(drawn).index(each.name) for each in in_order(drawn)] == sorted(
             places(drawn).index(each.name) for each in drawn.things
         )
+
+
+def test_training_the_tokenizer_gives_the_shipped_one(new_student: Student) -> None:
+    shipped = json.loads((CAPTIONER / "tokenizer.json").read_text())
+    assert json.loads(new_student.processor.tokenizer.backend_tokenizer.to_str())["model"] == shipped["model"]
+
+
+def test_a_saved_checkpoint_is_the_loaded_one_byte_for_byte(tmp_path: Path) -> None:
+    model, processor = architecture.load(CAPTIONER)
+    architecture.save(model, processor, tmp_path)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "processor_config.json"):
+        assert (tmp_path / name).read_bytes() == (CAPTIONER / name).read_bytes()
 
 
 def test_a_checkpoint_is_small_and_the_auto_classes_load_it(

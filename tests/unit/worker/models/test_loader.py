@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, BertConfig
 
 from tests.tiny.families import FAMILIES
 from tests.tiny.kinds import each_kind
+from worker.demo_model import CAPTIONER, CHECKPOINT
 from worker.errors import CannotStart
 from worker.models.loader import LoadedModel, load
-from worker.models.source import DEMO_CHECKPOINT
 from worker.settings import Attention, Dtype, Switch, WorkerSettings
 
 Checkpoints = Callable[[str], Path]
@@ -78,7 +78,15 @@ def test_a_folder_of_every_family_is_loaded_without_network(name: str, tiny_chec
 def test_the_demo_is_loaded_from_the_package() -> None:
     loaded = load(WorkerSettings())
     assert loaded.model.config.model_type == "idefics2"
-    assert loaded.model.name_or_path == str(DEMO_CHECKPOINT)
+    assert loaded.model.name_or_path == str(CHECKPOINT)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_demo_captioner_is_loaded_from_the_package() -> None:
+    loaded = load(WorkerSettings(model="demo-captioner"))
+    assert loaded.model.config.model_type == "git"
+    assert loaded.model.name_or_path == str(CAPTIONER)
+    assert loaded.max_context == 256
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
@@ -153,7 +161,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert f"VISIONQ_MODEL={tmp_path}/nothing: there is no folder" in refusal(model=f"{tmp_path}/nothing")
 
 
-@pytest.mark.parametrize("model", ["demo", "s3://models/vlm/", "folder"])
+@pytest.mark.parametrize("model", ["demo", "demo-captioner", "s3://models/vlm/", "folder"])
 def test_a_revision_of_what_is_no_hub_checkpoint_is_refused_by_its_name(
     model: str, tiny_checkpoint: Checkpoints
 ) -> None:

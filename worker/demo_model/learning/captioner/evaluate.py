@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from worker.demo_model import CAPTIONER
 from worker.demo_model.learning.captioner.captions import PLACES_BEGINNING, german, places
 from worker.demo_model.questions import caption
 from worker.demo_model.scenes import Pixels, Scene, draw, make_scene
@@ -114,7 +115,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m worker.demo_model.learning.captioner.evaluate", description=main.__doc__
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, default=CAPTIONER)
     parser.add_argument("--n", type=int, default=200, help="scenes")
     parser.add_argument("--seed", type=int, default=20_301)
     parser.add_argument(

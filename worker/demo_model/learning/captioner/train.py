@@ -31,8 +31,8 @@ SEE_WARMUP, CAPTION_WARMUP = 0.1, 0.06
 VALIDATION_SEED, VALIDATION_SCENES = 987_654, 120
 SEE_MINUTES = 4.0
 SPELT_EVERY = 12
-#: Weights of one, two and three things per scene: at the start, and from this share of the captioning phase on.
-EASY_NUM_THINGS, NUM_THINGS, EASY_UNTIL = (80, 20, 0), (25, 45, 30), 0.3
+#: Weights of one, two and three things per scene: at the start, and later.
+EASY_NUM_THINGS, NUM_THINGS = (80, 20, 0), (25, 45, 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Recipe:
     caption_batch: int = 48
     vision_lr_share: float = 0.0
     vision_loss_weight: float = 0.3
+    easy_until: float = 0.3
 
 
 def learn_to_see(student: Student, recipe: Recipe, rng: Random, progress: Progress) -> None:
@@ -70,7 +71,7 @@ def learn_to_caption(
         # Long rows of letters have steps of their own: beside them all others would be padded.
         is_spelt = progress.step % SPELT_EVERY == SPELT_EVERY - 1
         num = recipe.caption_batch // (4 if is_spelt else 1)
-        scenes = [make_scene(rng, _num_things(rng, progress.fraction)) for _ in range(num)]
+        scenes = [make_scene(rng, _num_things(rng, progress.fraction, recipe.easy_until)) for _ in range(num)]
         say = student.spelt if is_spelt else student.captions
         rows = pack([say(scene) for scene in scenes], student.processor.tokenizer.pad_token_id)
         with torch.no_grad() if is_frozen else nullcontext():
@@ -89,9 +90,9 @@ def learn_to_caption(
             last = time.monotonic()
 
 
-def _num_things(rng: Random, fraction: float) -> int:
+def _num_things(rng: Random, fraction: float, easy_until: float) -> int:
     """Mostly one thing at first: what a thing is called comes before which of several is meant."""
-    share = min(1.0, fraction / EASY_UNTIL)
+    share = min(1.0, fraction / easy_until) if easy_until else 1.0
     weights = [easy + share * (usual - easy) for easy, usual in zip(EASY_NUM_THINGS, NUM_THINGS, strict=True)]
     return rng.choices((1, 2, 3), weights)[0]
 
@@ -152,6 +153,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision-loss-weight", type=float, default=recipe.vision_loss_weight)
     parser.add_argument("--see-batch", type=int, default=recipe.see_batch, help="scenes per step")
     parser.add_argument("--caption-batch", type=int, default=recipe.caption_batch, help="scenes per step")
+    parser.add_argument("--easy-until", type=float, default=recipe.easy_until,
+                        help="share of the captioning phase with easier scenes than held-out ones")  # fmt: skip
     parser.add_argument("--save-every", type=float, default=3, help="minutes between saved checkpoints")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
