@@ -210,19 +210,12 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
         description="What the vision tower made of pictures, kept between jobs on the model's device; 0: nothing",
     )
     max_vision_batch: int = Field(
-        default=0,
-        ge=0,
-        le=1024,
-        description="Images, crops or clips the vision tower sees between two tokens of the streams; 0: 8 on a GPU, "
-        "2 on a CPU",
+        default=0, ge=0, le=1024, description="Pictures, crops, clips encoded between two steps; 0: 8 on a GPU, else 2"
     )
     storage_timeout_s: float = Field(default=10.0, gt=0, description="Silence of storage that counts as a fault")
     storage_retries: int = Field(default=3, ge=0, le=20, description="Retries of a faulty read within an attempt")
     max_retries: int = Field(
-        default=5,
-        ge=0,
-        le=100,
-        description="Times a job is put back, with growing pauses, before faulty storage fails it",
+        default=5, ge=0, le=100, description="Times faulty storage puts a job back, pauses growing, before it fails"
     )
     training_bases: str = Field(
         default="",

@@ -16,7 +16,7 @@ from worker.errors import InvalidRequest
 from worker.settings import WorkerSettings
 
 #: Names of the checkpoints that ship with the worker.
-SHIPPED = ("demo",)
+SHIPPED = ("demo", "demo-captioner")
 
 
 @dataclass(frozen=True, slots=True)

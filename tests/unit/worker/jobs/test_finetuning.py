@@ -28,7 +28,9 @@ from worker.jobs.claim import ClaimedJob
 from worker.jobs.finetuning import PROGRESS_S, FinetunePipeline, ProgressFeed
 from worker.jobs.metering import JobMeter
 from worker.jobs.training_places import TrainingPlaces
+from worker.models.source import SHIPPED
 from worker.observability.metrics import Metrics
+from worker.settings import WorkerSettings
 from worker.streaming.publisher import Publisher
 from worker.streaming.token_meter import TokenMeter
 from worker.training.example import DatasetBroken, Finding
@@ -258,3 +260,8 @@ def test_a_checkpoint_below_the_prefix_is_a_base_and_an_output(trainer: Trainer)
         trainer.run(FinetuneJob.model_validate(JOB.model_dump(exclude_none=True) | places)).status
         is JobStatus.COMPLETED
     )
+
+
+def test_the_checkpoints_that_ship_are_bases_by_their_names() -> None:
+    places = TrainingPlaces.of(WorkerSettings(model="/srv/mine", model_name="mine"))
+    assert places.bases == {name: name for name in SHIPPED} | {"mine": "/srv/mine"}
