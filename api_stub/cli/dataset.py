@@ -6,18 +6,15 @@ visionq-worker's program does both, as a child process: this side has neither a 
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from api_stub.cli.errors import ErrorLine, ExitStatus, reported, visible
+from api_stub.cli.errors import ExitStatus, visible
 from api_stub.cli.flags import JsonFlag
-from api_stub.contract.error import RETRYABLE_CODES
-from api_stub.devstack import StackFailed
-from api_stub.devstack.servers import worker_command
+from api_stub.cli.worker_program import run_program
 
 _PROGRAM = "worker.training.inspect_data"
 
@@ -56,10 +53,6 @@ class _Inspected(BaseModel):
     sheet: Path | None = None
 
 
-class _Failed(BaseModel):
-    error: dict[Literal["code", "message", "retryable"], str | bool]
-
-
 @dataset_app.command()
 def check(uri: DataUri, seed: SeedFlag = 0, as_json: JsonFlag = False) -> None:
     """Read every row and decode every file; print all faults, each with its line. Exit status 2 if there is one."""
@@ -80,21 +73,7 @@ def show(
 
 
 def _inspect(arguments: list[str], as_json: bool) -> _Inspected:
-    """Run the program. Its lines about the progress go to stderr as they come."""
-    with reported(as_json):
-        done = subprocess.run([*worker_command(_PROGRAM), *arguments], stdout=subprocess.PIPE, text=True, check=False)
-        try:
-            if done.returncode == 0:
-                return _Inspected.model_validate_json(done.stdout)
-            error = _Failed.model_validate_json(done.stdout).error
-        except ValidationError as unreadable:
-            raise StackFailed(f"the worker's program ended with exit status {done.returncode}") from unreadable
-    line = ErrorLine(str(error["code"]), str(error["message"]), bool(error["retryable"]))
-    if as_json:
-        typer.echo(done.stdout.strip())
-    else:
-        typer.echo(visible(f"{line.code}: {line.message}"), err=True)
-    raise typer.Exit(ExitStatus.UNAVAILABLE if line.code in RETRYABLE_CODES else ExitStatus.INVALID)
+    return run_program(_PROGRAM, arguments, _Inspected, as_json=as_json)
 
 
 def _show(found: _Inspected, as_json: bool) -> None:

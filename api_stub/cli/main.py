@@ -19,6 +19,7 @@ import typer
 from api_stub.cli.dataset import dataset_app
 from api_stub.cli.errors import reported
 from api_stub.cli.flags import JobFlags, JsonFlag, TimeoutFlag, UrlFlag, takes_job_flags
+from api_stub.cli.models import models_app
 from api_stub.cli.operators import cancel_many, dead_app, doctor, queue_app
 from api_stub.cli.screen import describe, follow
 from api_stub.cli.training import finetune
@@ -47,6 +48,7 @@ JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 app.add_typer(dead_app, name="dead")
 app.add_typer(queue_app, name="queue")
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(models_app, name="models")
 app.command()(finetune)
 app.command()(doctor)
 

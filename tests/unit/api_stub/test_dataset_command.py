@@ -11,7 +11,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from api_stub.cli import dataset as command
+from api_stub.cli import worker_program
 from api_stub.cli.main import app
 from api_stub.devstack import StackFailed
 from tests.training_data import DataFolder, asked
@@ -76,7 +76,7 @@ def test_without_the_worker_its_package_is_named(run: Run, monkeypatch: pytest.M
     def absent(_module: str) -> list[str]:
         raise StackFailed("no worker: visionq-worker is not installed; pip install visionq-worker")
 
-    monkeypatch.setattr(command, "worker_command", absent)
+    monkeypatch.setattr(worker_program, "worker_command", absent)
     done = run("check", ".")
     assert done.exit_code == 2
     assert "pip install visionq-worker" in done.stderr
