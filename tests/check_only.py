@@ -17,47 +17,15 @@ CHECK_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
         "idefics2-slots", "idefics2-paged", "idefics2-paged-whole", "idefics2-paged-ahead", "git-slots", "gemma3-paged",
     ),
     ENGINE + "test_parity.py::test_requests_that_are_sent_back_go_on_where_they_were": ("idefics2-window-True",),
-    ENGINE + "test_more_families.py::test_every_one_of_12_mixed_jobs_equals_sequential_generate": (
-        "llava-next-paged-ahead",
-    ),
-    ENGINE + "test_more_families.py::test_requests_that_are_sent_back_go_on_where_they_were": (),
-    ENGINE + "test_more_families.py::test_pictures_that_were_seen_before_are_answered_as_generate_does": (
-        "llava-next-slots",
-    ),
-    ENGINE + "test_more_families.py::test_the_engine_hands_a_model_what_generate_hands_it": ("llava-next-slots",),
     ENGINE + "test_handed.py::test_the_engine_hands_a_model_what_generate_hands_it": ("idefics2-paged", "git-slots"),
     ENGINE + "test_memory.py::test_nan_that_a_request_leaves_does_not_reach_the_next": ("idefics2-window-paged",),
     ENGINE + "test_memory.py::test_rows_that_cannot_be_sampled_together_are_sampled_alone": ("False-True-paged",),
     ENGINE + "test_memory.py::test_a_prompt_that_does_not_fit_fails_alone": ("None",),
     ENGINE + "test_fuzz.py::test_whatever_happens_texts_hold_and_nothing_leaks": ("paged-few-blocks",),
-    ENGINE + "test_proof.py::test_decoders_of_other_kinds_that_are_accepted_answer_as_generate_does": (
-        "gpt_neox-slots", "gpt_neox-paged",
-    ),
-    ENGINE + "test_proof.py::test_decoders_whose_attention_blocks_cannot_do_are_served_by_rows": ("gemma2",),
     ENGINE + "test_paged.py::test_a_prompt_of_6000_tokens_never_exceeds_the_budget_and_stalls_nobody": (),
     ENGINE + "test_paged.py::test_two_engines_in_one_process_do_not_disturb_each_other": (),
     ENGINE + "test_cuda_graphs.py::test_an_engine_that_replays_and_runs_ahead_answers_as_generate_does": ("idefics2",),
     ENGINE + "test_cuda_graphs.py::test_recorded_steps_give_the_logits_of_plain_ones": ("idefics2-window",),
-    ENGINE + "test_generation_defaults.py::test_what_a_job_says_beats_the_checkpoint": (
-        "{'min_length': 70}-{'min_new_tokens': 0}",
-    ),
-    ENGINE + "test_generation_defaults.py::test_a_stop_string_may_begin_in_the_prompt_and_be_white_space": (),
-    ENGINE + "test_generation_defaults.py::test_the_end_tokens_of_the_model_that_generates_count": (),
-    ENGINE + "test_generation_defaults.py::test_a_first_token_is_forced_after_a_prompt_of_one_token_only": (),
-    ENGINE
-    + "test_generation_defaults.py::test_a_model_that_hands_over_to_another_generate_ignores_what_generate_ignores": (),
-    UNIT + "worker/models/test_quantization.py::"
-    "test_every_quantised_layer_of_every_family_computes_what_its_weights_stand_for": (
-        "idefics3-nf4-False-float32", "idefics3-int8-False-float32",
-    ),
-    UNIT + "worker/models/test_quantization.py::"
-    "test_a_layer_of_any_size_that_is_quantised_computes_what_its_weight_stands_for": (
-        "int8-False-dtype1", "nf4-False-dtype2",
-    ),
-    UNIT + "worker/models/test_quantization.py::test_int8_in_bfloat16_leaves_out_what_reads_past_its_weights": ("20",),
-    UNIT + "worker/models/test_templates.py::test_a_captioner_whose_tokenizer_brings_a_template_is_asked_as_before": (
-        "git",
-    ),
     UNIT + "worker/prompting/test_captioners.py::"
     "test_concurrent_captions_equal_sequential_generate_with_and_without_a_text": ("git",),
     UNIT + "worker/prompting/test_prepare.py::test_32_threads_prepare_what_one_thread_prepares": ("idefics2",),
@@ -76,6 +44,10 @@ CHECK_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     UNIT + "worker/demo_model/test_learning.py::test_training_the_tokenizer_gives_the_shipped_one": (),
     UNIT + "api_stub/test_follow.py::test_a_redis_that_never_answers_is_unavailable_within_five_seconds": ("Client",),
     "tests/property/test_entries.py::test_twenty_thousand_odd_entries_have_one_end_each": (),
+    UNIT + "api_stub/test_verdicts.py::test_an_error_means_the_same_outside_and_inside_scripts": (),
+    UNIT + "worker/test_worker_settings.py::test_a_context_too_small_for_one_prompt_refuses_to_start": (),
+    UNIT + "worker/test_worker_settings.py::test_a_model_that_is_not_there_refuses_to_start": (),
+    "tests/property/test_ledger_states.py::test_any_order_of_calls_keeps_the_ledgers_promises": (),
 }  # fmt: skip
 
 #: Files of which `make test` runs nothing: many processes, many seconds of waiting, or every page and manifest.
@@ -93,6 +65,11 @@ CHECK_ONLY_FILES: Final[frozenset[str]] = frozenset(
         ),
         "integration": ("compose_worker", "failover", "hostile_media", "out_of_memory", "sick_worker"),
         "structure": ("compose", "deploy", "distributions", "docs", "model_memory"),
+        "unit/api_stub": ("devstack_stack",),
+        "unit/worker/engine": ("generation_defaults", "more_families", "proof"),
+        "unit/worker/models": ("adapters", "quantization", "templates", "whole_checkpoints"),
+        "unit/worker/prompting": ("pixels",),
+        "unit/worker/training": ("run",),
     }.items()
     for name in names
 )  # fmt: skip
