@@ -47,6 +47,14 @@ CHECK_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     UNIT + "api_stub/test_verdicts.py::test_an_error_means_the_same_outside_and_inside_scripts": (),
     UNIT + "worker/test_worker_settings.py::test_a_context_too_small_for_one_prompt_refuses_to_start": (),
     UNIT + "worker/test_worker_settings.py::test_a_model_that_is_not_there_refuses_to_start": (),
+    "tests/integration/test_s3_checkpoint.py::test_workers_that_start_together_download_once": (),
+    "tests/integration/test_s3_checkpoint.py::test_a_worker_killed_in_the_middle_leaves_no_lock_and_no_folder": (),
+    "tests/integration/test_media_fetch.py::test_storage_that_trickles_is_a_fault_and_leaves_no_thread_behind": (),
+    "tests/gateway/test_hardening.py::test_nothing_secret_is_in_the_log": (),
+    "tests/gateway/test_hardening.py::test_thousands_of_visits_leave_nothing": (),
+    "tests/gateway/test_hardening.py::test_a_body_that_trickles_for_ever_is_ended": (),
+    "tests/gateway/test_model_names.py::test_a_completion_waits_for_its_turn_as_long_as_a_worker_is_there": (),
+    "tests/gateway/test_remote_media.py::test_a_host_that_takes_too_long_is_left": (),
     "tests/property/test_ledger_states.py::test_any_order_of_calls_keeps_the_ledgers_promises": (),
 }  # fmt: skip
 
@@ -58,12 +66,15 @@ CHECK_ONLY_FILES: Final[frozenset[str]] = frozenset(
         "e2e": (
             "black_hole", "captioners", "generation_config", "hostile_media", "hostile_messages", "how_it_works",
             "junk_in_the_broker", "links", "operations", "outage", "paused_queue", "redis_users", "refusals",
-            "supervisor", "unanswered_doorbells", "up",
+            "supervisor", "training", "unanswered_doorbells", "up",
         ),
         "gateway": (
             "abandoned", "lost_redis", "openai_batches", "playground", "process", "proxies", "webhooks",
         ),
-        "integration": ("compose_worker", "failover", "hostile_media", "out_of_memory", "sick_worker"),
+        "integration": (
+            "celery_events", "compose_worker", "failover", "hostile_media", "killed_training", "out_of_memory",
+            "sick_worker", "tls",
+        ),
         "structure": ("compose", "deploy", "distributions", "docs", "model_memory"),
         "unit/api_stub": ("devstack_stack",),
         "unit/worker/engine": ("generation_defaults", "more_families", "proof"),
