@@ -1,6 +1,6 @@
 """What `make test` leaves to `make check`: tests that take long (by `--durations=0`), whose kind a shorter one shows.
 
-Beside the mark `check`, which a test carries where it stands; here are the figures of all tests side by side.
+Others carry the mark `check` where they stand.
 """
 
 from __future__ import annotations

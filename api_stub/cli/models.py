@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from api_stub.cli.flags import JsonFlag
 from api_stub.cli.worker_program import run_program
 
-_PROGRAM = "worker.models.push"
+_PROGRAM = "worker.push"
 
-models_app = typer.Typer(no_args_is_help=True, help="Share checkpoints. Needs visionq-worker.")
+models_app = typer.Typer(no_args_is_help=True)
 
 
 class _Pushed(BaseModel):
@@ -26,7 +26,7 @@ class _Pushed(BaseModel):
 
 
 @models_app.callback()
-def _is_a_group() -> None:
+def _group() -> None:
     """Share checkpoints. Needs visionq-worker."""
 
 

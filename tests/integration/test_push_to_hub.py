@@ -21,6 +21,7 @@ pytestmark = pytest.mark.check
 TOKEN = "hf_" + "T0ken" * 6
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "owner/captions"
+WANTED = {"config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/short.jinja"}
 
 
 class Hub(ThreadingHTTPServer):
@@ -98,6 +99,8 @@ def checkpoint(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Path:
     shutil.copytree(tiny_checkpoint("git"), folder)
     for name in ("optimizer.pt", "training_args.bin", "run.py"):
         (folder / name).write_bytes(b"not for others")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
     (folder / "state").mkdir()
     (folder / "state" / "optimizer.safetensors").write_bytes(b"nor this")
     return folder
@@ -117,7 +120,7 @@ def test_what_is_served_goes_to_the_hub_and_nothing_else(hub: Hub, checkpoint: P
     answer = json.loads(done.stdout)
     assert answer["url"] == f"{hub.url}/{REPO}"
     assert answer["commit"] == COMMIT
-    assert set(answer["files"]) == set(hub.files) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert set(answer["files"]) == set(hub.files) >= WANTED
     assert not {"optimizer.pt", "training_args.bin", "run.py", "state/optimizer.safetensors"} & set(hub.files)
     assert all(content == (checkpoint / name).read_bytes() for name, content in hub.files.items())
     assert [(each["name"], each["visibility"]) for each in hub.created] == [("captions", "private")]
@@ -148,10 +151,13 @@ def test_what_cannot_be_passed_on_is_refused_by_name(hub: Hub, checkpoint: Path,
     assert hub.created == []
 
 
-def test_a_hub_that_refuses_is_told_without_the_token(hub: Hub, checkpoint: Path) -> None:
-    hub.refuses = 403
+@pytest.mark.parametrize(("status", "exit_status"), [(403, 2), (503, 3)])
+def test_a_hub_that_refuses_is_told_without_the_token(
+    hub: Hub, checkpoint: Path, status: int, exit_status: int
+) -> None:
+    hub.refuses = status
     done = push(hub, str(checkpoint), "--to-hub", REPO, folder=checkpoint)
-    assert done.returncode == 2
+    assert done.returncode == exit_status
     assert f"the hub refuses {REPO}" in done.stderr
     assert TOKEN not in done.stderr + done.stdout
 

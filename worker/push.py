@@ -1,4 +1,4 @@
-"""`python -m worker.models.push CHECKPOINT REPO`: uploads a checkpoint to a model hub, and prints where it is as JSON.
+"""`python -m worker.push CHECKPOINT REPO`: uploads a checkpoint to a model hub, and prints where it is as JSON.
 
 `visionq models push` runs it as a child process. Reads the worker's settings, and huggingface_hub's own variables for
 the hub's address and token. Exit status: 0; 1 with an `error`. Loads no model.
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from api_stub.contract.error import ErrorCode, ErrorInfo
 from api_stub.ledger.settings import explain_settings
 from worker.errors import CannotStart
-from worker.models.remote import SUFFIXES
+from worker.models.remote import SUFFIXES, TEMPLATES
 from worker.models.source import find_model
 from worker.observability.logging import Redactor
 from worker.settings import WorkerSettings
@@ -48,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commit = api.upload_folder(
             repo_id=repo.repo_id, folder_path=folder, allow_patterns=list(files), commit_message=args.message
         )
-    except (HFValidationError, HfHubHTTPError) as error:
-        return _fail(ErrorCode.INVALID_REQUEST, redact(f"the hub refuses {args.repo}: {_first_line(error)}"))
+    except HFValidationError as error:
+        return _fail(ErrorCode.INVALID_REQUEST, f"the hub refuses {args.repo}: {_first_line(error)}")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        is_passing = status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.TOO_MANY_REQUESTS
+        code = ErrorCode.STORAGE_UNAVAILABLE if is_passing else ErrorCode.INVALID_REQUEST
+        return _fail(code, redact(f"the hub refuses {args.repo}: {_first_line(error)}"))
     except (HTTPError, OSError) as error:
         reason = redact(f"{type(error).__name__}: {_first_line(error)}")
         return _fail(ErrorCode.STORAGE_UNAVAILABLE, f"the hub does not answer ({reason})")
@@ -65,10 +71,11 @@ def _folder(settings: WorkerSettings) -> Path:
 
 
 def _files(settings: WorkerSettings, folder: Path) -> tuple[str, ...]:
-    files = [path.name for path in folder.iterdir() if path.is_file()]
-    if not any(name.endswith(".safetensors") for name in files):
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES | _READ_BY_PEOPLE]
+    if not any(path.suffix == ".safetensors" for path in files):
         raise CannotStart(f"{settings.model}: no .safetensors in {folder}; pickles are not passed on")
-    return tuple(sorted(name for name in files if Path(name).suffix in SUFFIXES | _READ_BY_PEOPLE))
+    templates = (folder / TEMPLATES).glob("*.jinja")
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in (*files, *templates)))
 
 
 def _first_line(error: BaseException) -> str:
@@ -86,7 +93,7 @@ def _fail(code: ErrorCode, message: str) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m worker.models.push", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m worker.push", description=main.__doc__)
     parser.add_argument("checkpoint", help="a folder or s3://bucket/prefix/")
     parser.add_argument("repo", help="OWNER/NAME on the hub; made when missing")
     parser.add_argument("--public", action="store_true", help="a new repository is for everybody to read")
