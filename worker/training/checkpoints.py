@@ -132,9 +132,10 @@ class Checkpoints:
 
     def _require_conditions(self) -> None:
         self._objects.delete(_TRIAL)
-        was_taken = [self._objects.write_if(_TRIAL, b"{}", None) for _ in range(2)]
+        self._objects.write_if(_TRIAL, b"{}", None)  # false also when its answer was lost and it was repeated
+        was_taken_again = self._objects.write_if(_TRIAL, b"{}", None)
         self._objects.delete(_TRIAL)
-        if was_taken != [True, False]:
+        if was_taken_again:
             raise TrainingRefused(
                 f"{self.uri}: this store ignores conditional writes (If-None-Match), so two attempts could overwrite "
                 "each other's checkpoints"
@@ -160,7 +161,8 @@ class Checkpoints:
         latest, tag = self._own_latest()
         best = None if best_step is None else name_of(best_step)
         named = latest.model_copy(update={"step": step, "checkpoint": name_of(step), "best": best})
-        if not self._objects.write_if(LATEST, named.to_json().encode(), tag):
+        # When the answer to a write is lost, its repetition is refused: by what the write itself has left.
+        if not self._objects.write_if(LATEST, named.to_json().encode(), tag) and self._read_latest()[0] != named:
             raise Stopped(StopReason.LOST)  # only a claim of another attempt can have come in between
 
 

@@ -141,6 +141,29 @@ def test_a_claim_between_the_check_and_the_write_is_noticed(place: Callable[[], 
     assert "checkpoint" not in latest(place())
 
 
+@pytest.mark.parametrize("lost", [1, 3, 4])
+def test_a_write_whose_answer_was_lost_is_no_other_attempts(
+    place: Callable[[], Objects], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """The client repeats it, and meets its own. By number: the trial's first write, the claim, the commit."""
+    objects, count = place(), 0
+    write_if = objects.write_if
+
+    def repeated(name: str, content: bytes, tag: str | None) -> bool:
+        nonlocal count
+        count += 1
+        if count == lost:
+            write_if(name, content, tag)
+        return write_if(name, content, tag)
+
+    monkeypatch.setattr(objects, "write_if", repeated)
+    checkpoints = Checkpoints(objects, job="a", fence=1)
+    checkpoints.claim()
+    commit(checkpoints, tmp_path, 3)
+    assert count >= lost
+    assert latest(place())["step"] == 3
+
+
 def test_the_newest_checkpoints_and_the_best_are_kept(place: Callable[[], Objects], tmp_path: Path) -> None:
     checkpoints = Checkpoints(place(), save_total_limit=2)
     checkpoints.claim()
