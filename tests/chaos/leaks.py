@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,14 +33,28 @@ MAX_OTHER_HANDLES: Final = 60
 MAX_OTHER_THREADS: Final = 30
 
 
+#: What a worker has open for each of its decoders: two pipes.
+HANDLES_OF_DECODER: Final = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process holds. `resident_bytes` is its resident set; `handles` tells its open files by kind."""
+    """What a process holds. `resident_bytes` is its resident set; `handles` tells its open files by kind.
+
+    num_decoders: its decoder processes, of which there are as many as files were ever decoded at once, within a limit;
+    each ends after some hundred files, so their number goes down and up again.
+    """
 
     num_threads: int
     num_handles: int
     resident_bytes: int
     handles: str = ""
+    num_decoders: int = 0
+
+    @property
+    def num_other_handles(self) -> int:
+        """Open files beside those of the decoders."""
+        return self.num_handles - HANDLES_OF_DECODER * self.num_decoders
 
 
 def usage_of(pid: int) -> Usage:
@@ -52,7 +67,23 @@ def usage_of(pid: int) -> Usage:
         num_handles=kinds.total(),
         resident_bytes=int(fields["VmRSS"].split()[0]) * 1024,
         handles=", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8)),
+        num_decoders=sum("worker.media.decoder" in _command(child) for child in _children(process)),
     )
+
+
+def _children(process: Path) -> list[str]:
+    children: list[str] = []
+    for thread in (process / "task").iterdir():
+        with suppress(OSError):  # the thread has ended
+            children += (thread / "children").read_text().split()
+    return children
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:  # it has ended
+        return ""
 
 
 def _kind(handle: Path) -> str:

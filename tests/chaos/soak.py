@@ -52,6 +52,7 @@ class Gauge:
 WORKER_MEMORY: Final = Gauge("worker memory", "MiB", 24.0)
 REDIS_MEMORY: Final = Gauge("Redis memory", "MiB", 4.0)
 THREADS: Final = Gauge("worker threads", "", 2.0)
+#: Without those of decoders, see `leaks.Usage`.
 HANDLES: Final = Gauge("worker open files", "", 6.0)
 #: Jobs under way have keys of both sorts, so their numbers swing with the load.
 KEYS: Final = Gauge("keys that never expire", "", 40.0)
@@ -142,7 +143,7 @@ class Sampler:
             usage = leaks.usage_of(life.pid)
             self._note(WORKER_MEMORY, usage.resident_bytes / MEBIBYTE, number)
             self._note(THREADS, usage.num_threads, number)
-            self._note(HANDLES, usage.num_handles, number)
+            self._note(HANDLES, usage.num_other_handles, number)
         with self._system.redis.client() as direct:
             self._note(REDIS_MEMORY, direct.info("memory")["used_memory"] / MEBIBYTE)
             space = direct.info("keyspace").get("db0", {"keys": 0, "expires": 0})
