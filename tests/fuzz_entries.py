@@ -314,7 +314,7 @@ def live(server: RedisServer, worker: WorkerProcess, metrics_port: int, count: i
         for job_id in good_ids:
             eventually(lambda job_id=job_id: _status(ledger, job_id) == "completed", 300, f"{job_id} is answered")
         for job_id in ids:
-            eventually(lambda job_id=job_id: _is_final(ledger, job_id), 60, f"{job_id!r} is final")
+            eventually(lambda job_id=job_id: _is_final(ledger, job_id), 300, f"{job_id!r} is final")
             view = ledger.view(job_id)
             assert view is not None
             found[str(view.status)] += 1
