@@ -154,7 +154,8 @@ def _served_from(runner: PagedRunner | DenseRunner, family: Family) -> str:
     for kind in (0, 1):
         prompts = [trial for trial in family.trials if ("pixel_values" in trial.tensors) == bool(kind)]
         for inputs in prompts[:1]:
-            each = Request(request(inputs, max_new_tokens=1), submitted_at=0.0, pictures=runner.cut(inputs))
+            generation = request(inputs, max_new_tokens=1)
+            each = Request(generation, submitted_at=0.0, pictures=runner.cut(generation))
             with torch.inference_mode():
                 runner.look_ahead([each])
                 runner.allocate(each)

@@ -22,16 +22,16 @@ from api_stub.contract.sampling import SamplingParams
 from worker.bootstrap import engine_config, prompt_builder
 from worker.engine.engine import Engine
 from worker.engine.request import Finish, GenerationRequest
-from worker.errors import CannotStart, EngineDead, GenerationFailed, InvalidRequest, RequestError
+from worker.errors import EngineDead, GenerationFailed, InvalidRequest, RequestError
 from worker.media.access import MediaAccess
 from worker.media_access import media_access
-from worker.models.checkpoint import stored_file
+from worker.models.digests import checkpoint_digest, folder_digest
 from worker.models.loader import LoadedModel, load
 from worker.models.source import find_model
 from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import WorkerSettings
 from worker.training.dataset import METADATA, Dataset, Example, Split, open_dataset
-from worker.training.manifest import STATE_FOLDER, folder_digest
+from worker.training.manifest import STATE_FOLDER
 from worker.training.objects import open_objects, training_client
 from worker.training.question import question_of
 from worker.training.record import EvaluationRecord, Mistake, versions
@@ -214,10 +214,7 @@ def _caption_prompt(prompts: PromptBuilder) -> str:
 def _digests(settings: WorkerSettings) -> tuple[str, str | None]:
     """Return the digest of the model's weights; of an adapter and of its base, where it is one."""
     found = find_model(settings)
-    config = stored_file(found.place, "config.json", found.revision)
-    if config is None:
-        raise CannotStart(f"VISIONQ_MODEL={settings.model}: no config.json, so it is not a checkpoint")
-    whole = folder_digest(config.parent)
+    whole = checkpoint_digest(settings.model, found.place, found.revision)
     return (whole, None) if found.adapter is None else (folder_digest(found.adapter.folder), whole)
 
 

@@ -15,9 +15,9 @@ from worker.cli import app
 from worker.demo_model.draw import write_picture
 from worker.demo_model.questions import ask_count, caption
 from worker.demo_model.scenes import make_scene
+from worker.models.digests import folder_digest
 from worker.models.source import SHIPPED
 from worker.training.curves import points
-from worker.training.manifest import folder_digest
 from worker.training.state import Entry, RunState
 
 NUM_SCENES = 6

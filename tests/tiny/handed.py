@@ -82,10 +82,8 @@ def handed_by_engine(
         lambda _module, _args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
     )
     scheduler = Scheduler(SchedulerLimits(len(prompts), 48), runner)
-    requests = [
-        Request(request(inputs, max_new_tokens=len(tokens)), 0.0, pictures=runner.cut(inputs))
-        for inputs, tokens in prompts
-    ]
+    generations = [request(inputs, max_new_tokens=len(tokens)) for inputs, tokens in prompts]
+    requests = [Request(generation, 0.0, pictures=runner.cut(generation)) for generation in generations]
     tokens_of = dict(zip(requests, (tokens for _, tokens in prompts), strict=True))
     coming = list(requests)
     try:

@@ -12,8 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from worker.engine.pictures import Picture
-from worker.engine.request import Request
-from worker.models.inputs import ModelInputs
+from worker.engine.request import GenerationRequest, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +54,21 @@ class DecodeInputs:
     """One token each of B requests; a padding row has nothing cached and a table of null blocks.
 
     ids, positions: of the newest tokens, [B]. num_cached: entries cached before them, [B]. block_table: [B, W].
+    slots: of the adapters that the rows belong to, [B]; None: all rows are the base's.
     """
 
     ids: Tensor
     positions: Tensor
     num_cached: Tensor
     block_table: Tensor
+    slots: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """The next tokens of one prompt. embeds: [n, hidden]; positions: [n] or [axes, n]; slot_mapping: [n].
 
-    blocks, context_len: see `PrefillSeq`.
+    blocks, context_len: see `PrefillSeq`. slot: of the prompt's adapter.
 
     is_last: the prompt ends here, so the logits of the last token are wanted.
     """
@@ -78,6 +79,7 @@ class PrefillChunk:
     blocks: Tensor
     context_len: int
     is_last: bool
+    slot: int = 0
 
 
 class DecodeForward(Protocol):
@@ -125,8 +127,11 @@ class Runner(Protocol):
     def vision_stats(self) -> VisionStats:
         """Return what the vision-embedding cache has spared so far."""
 
-    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """Return the pictures of a prompt. Any thread, better another: it reads every pixel."""
+    def cut(self, generation: GenerationRequest) -> tuple[Picture, ...]:
+        """Return the pictures of a prompt. Any thread, better another: it reads every pixel.
+
+        Raises InvalidRequest for an adapter that is not served.
+        """
 
     def look_ahead(self, requests: Sequence[Request]) -> None:
         """Bring pictures of requests that may start soon through the vision tower, so many as a step may.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from worker.models.generation_defaults import GenerationDefaults
+from worker.models.inputs import LoadedAdapter
 
 MEBIBYTE: Final = 1024 * 1024
 
@@ -72,6 +74,7 @@ class EngineConfig:
     runs_ahead: see `EngineCore`; None does on a GPU, which would wait for Python otherwise.
     vision: bounds of the vision tower and of what is kept of it; None takes the defaults.
     generation: parameters that a request leaves open; None reads it from the model's generation config.
+    adapters: LoRA adapters that requests may name. checkpoint: digest of the base's weights, for keys of caches.
     """
 
     max_num_seqs: int
@@ -81,3 +84,5 @@ class EngineConfig:
     runs_ahead: bool | None = None
     vision: VisionConfig | None = None
     generation: GenerationDefaults | None = None
+    adapters: Sequence[LoadedAdapter] = ()
+    checkpoint: str = ""

@@ -38,7 +38,6 @@ from worker.engine.scheduler import Scheduler
 from worker.engine.step_times import StepClock, StepStage
 from worker.engine.tensors import HostCopy
 from worker.models.generation_defaults import GenerationDefaults, eos_token_ids, read_generation_defaults
-from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +98,15 @@ class EngineCore:
         """Return counts of the vision cache; any thread."""
         return self._runner.vision_stats()
 
-    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """Return the pictures of a prompt for `add`; any thread, better another."""
-        return self._runner.cut(inputs)
+    def cut(self, generation: GenerationRequest) -> tuple[Picture, ...]:
+        """Return the pictures of a prompt for `add`; any thread, better another. See `Runner`."""
+        return self._runner.cut(generation)
 
     def add(
         self, generation: GenerationRequest, submitted_at: float, pictures: Sequence[Picture] | None = None
     ) -> None:
         """Queue a request; `submitted_at` is monotonic. The prompt's pictures are cut here if they are not given."""
-        pictures = self.cut(generation.inputs) if pictures is None else pictures
+        pictures = self.cut(generation) if pictures is None else pictures
         request = Request(generation, submitted_at, pictures=pictures, defaults=self._defaults)
         self.scheduler.add(request)
         self._texts[generation.request_id] = self._detokenizers.make(

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,7 +24,7 @@ from worker.engine.core import EngineCore
 from worker.engine.model_hooks import ModelLock
 from worker.engine.pictures import Picture
 from worker.engine.request import Ended, GenerationRequest, RequestOutput, check_length
-from worker.engine.runner.build import build_runner
+from worker.engine.runner.build import runner_of
 from worker.engine.step_times import StepClock, StepStage
 from worker.errors import EngineDead
 from worker.models.inputs import ModelInputs
@@ -60,7 +61,7 @@ class Engine:
     `outbox` is called on the engine thread with all outputs of one step, those of `generate` excepted, and must return
     at once: decoding waits for it. Every submitted request gets exactly one output with `finish`, also when it is
     cancelled, when the engine stops and when it dies. `clock` measures the stages of the steps. About `trials`
-    the engine must answer as the model's own `generate` does. Raises CannotStart, see `build_runner`.
+    the engine must answer as the model's own `generate` does. Raises CannotStart, see `runner_of`.
     """
 
     def __init__(
@@ -73,13 +74,14 @@ class Engine:
         trials: Sequence[ModelInputs] = (),
     ) -> None:
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
-        self._model_lock = ModelLock(model)
+        self._leaving = ExitStack()  # closed when the model is left to others
+        self._leaving.callback(ModelLock(model).release)
         try:
-            runner = build_runner(model, config.max_num_seqs, config.max_model_len, config.paged, config.vision, trials)
+            self._runner = runner = runner_of(model, config, trials)
         except BaseException:
-            self._model_lock.release()
+            self._leaving.close()
             raise
-        self._runner = runner
+        self._leaving.callback(runner.leave_model)
         self._clock = clock or StepClock()
         runs_ahead = model.device.type == "cuda" if config.runs_ahead is None else config.runs_ahead
         self._core = EngineCore(
@@ -160,13 +162,13 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         elif self._thread.ident is None:
-            self._model_lock.release()
+            self._leaving.close()
 
     def submit(self, request: GenerationRequest) -> None:
         """Hand a request to the engine.
 
-        Raises PromptTooLong when prompt and `max_new_tokens` do not fit, EngineDead when nobody would serve it and
-        ValueError for sampling that is not resolved or an id that another request has which has not ended.
+        Raises PromptTooLong when prompt and `max_new_tokens` do not fit, InvalidRequest for an adapter that is not
+        served, EngineDead when nobody would serve it, ValueError for unresolved sampling or an id that is in use.
         """
         self._submit(request, None)
 
@@ -197,7 +199,7 @@ class Engine:
             raise ValueError("sampling is not resolved: max_new_tokens and seed must be set")
         check_length(request.inputs, request.sampling.max_new_tokens, self._row_length, self._context_length)
         # Here, on the caller's thread: it reads every pixel.
-        pictures = self._core.cut(request.inputs)
+        pictures = self._core.cut(request)
         if not self._post(_Submit(request, time.monotonic(), pictures, reader)):
             raise EngineDead("the engine has ended")
 
@@ -245,7 +247,7 @@ class Engine:
             self._core.is_dead = True
         if self._core.is_dead:
             reason, error = Ended.FAILED, ErrorInfo.of(ErrorCode.INTERNAL, "the engine died")
-        self._model_lock.release()
+        self._leaving.close()
         self._close(reason, error)
 
     def _take_messages(self) -> bool:
@@ -264,9 +266,7 @@ class Engine:
     def _take(self, message: _Submit | _Cancel) -> None:
         if isinstance(message, _Submit):
             self._core.add(message.generation, message.submitted_at, message.pictures)
-            return
-        request = self._core.scheduler.find(message.request_id)
-        if request is not None:
+        elif (request := self._core.scheduler.find(message.request_id)) is not None:
             self._emit([self._core.end(request, Ended.CANCELLED)])
 
     def _emit(self, outputs: Sequence[RequestOutput]) -> None:

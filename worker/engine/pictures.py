@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from worker.engine.cache_scope import CacheScope
 from worker.models.inputs import ModelInputs
 
 MODALITIES: Final = ("image", "video")
@@ -42,8 +43,8 @@ class Cut(StrEnum):
 class Picture:
     """The least that the tower can be given: one image, one crop of it where the processor splits, or one clip.
 
-    key: a digest of everything that the tower would get, so of the medium as every setting of the processor left it;
-        equal keys mean equal features. No name, version or size of an object takes part in it.
+    key: a digest of the scope and of everything that the tower would get, so of the medium as every setting of the
+        processor left it; equal keys mean equal features. No name, version or size of an object takes part in it.
     tensors: the arguments of the tower, to be joined with other pictures' along the first dimension.
     num_outputs: how many entries of the tower's output are its.
     """
@@ -92,8 +93,11 @@ def tower_hooks(model: PreTrainedModel) -> dict[str, TowerHook]:
     return found
 
 
-def cut(tower_hooks: Mapping[str, TowerHook], inputs: ModelInputs) -> tuple[Picture, ...]:
-    """Return the pictures of a prompt. Any thread; reads every pixel, so not the engine's."""
+def cut(tower_hooks: Mapping[str, TowerHook], inputs: ModelInputs, scope: CacheScope) -> tuple[Picture, ...]:
+    """Return the pictures of a prompt, whose keys hold in one scope. Any thread; reads every pixel, so not the
+    engine's.
+    """
+    beginning = scope.of_tower.key
     pictures: list[Picture] = []
     for modality, hook in tower_hooks.items():
         arguments = hook.arguments(inputs.tensors)
@@ -104,7 +108,7 @@ def cut(tower_hooks: Mapping[str, TowerHook], inputs: ModelInputs) -> tuple[Pict
         for piece in pieces:
             tensors = _trimmed(piece)
             is_all = num_outputs == 1 and all(tensors[name].shape == arguments[name].shape for name in arguments)
-            key = _key(modality, tensors)
+            key = _key(beginning, modality, tensors)
             pictures.append(Picture(modality, key, tensors, num_outputs, Cut.NONE if is_all else how))
     return tuple(pictures)
 
@@ -144,8 +148,8 @@ def _trimmed(piece: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name: tensor[..., :height, :width] for name, tensor in piece.items()}
 
 
-def _key(modality: str, tensors: Mapping[str, Tensor]) -> bytes:
-    digest = hashlib.blake2b(modality.encode(), digest_size=KEY_BYTES)
+def _key(beginning: bytes, modality: str, tensors: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.blake2b(beginning + modality.encode(), digest_size=KEY_BYTES)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -48,11 +48,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt and how to continue it. Of `sampling`, `max_new_tokens` and `seed` are set."""
+    """A prompt and how to continue it. Of `sampling`, `max_new_tokens` and `seed` are set.
+
+    adapter: name of a LoRA adapter that the engine has; empty for the base alone.
+    """
 
     request_id: str
     inputs: ModelInputs
     sampling: SamplingParams
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,7 @@ class Request:
     is_chunkable: the prompt may be read in chunks.
     pictures: what the vision tower has to see of the prompt.
     row: index in the tables of the KV back end while it holds the request, else −1.
+    slot: of its adapter in the runner that has opened it; 0 for the base alone.
     """
 
     generation: GenerationRequest
@@ -189,6 +194,7 @@ class Request:
     first_position: int = 0
     is_chunkable: bool = False
     row: int = -1
+    slot: int = 0
     first_token_at: float | None = None
     pictures: Sequence[Picture] = ()
     defaults: GenerationDefaults = NEUTRAL

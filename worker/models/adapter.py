@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from worker.errors import CannotStart
 from worker.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from worker.models.inputs import LoadedAdapter
 from worker.models.quantized_base import QuantizedBase, read_quantized_base
 
 _KEY: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -84,6 +85,33 @@ class Adapter:
         """Add it to the weights of its base, which become those of the trained model. Raises CannotStart."""
         if self.quantized_base is not None:
             self.quantized_base.apply(model, self.name)
+        for name, layer, down, up in self._fitting(model):
+            device = layer.weight.device
+            change = (up.to(device).float() @ down.to(device).float()) * self._scale(name, down.shape[0])
+            merged = layer.weight.float() + change
+            if not bool(torch.isfinite(merged).all()):
+                raise self._refused(f"{name}: the merged weight has values that are not finite")
+            layer.weight.copy_(merged)
+
+    @torch.no_grad()
+    def beside(self, model: PreTrainedModel, name: str, digest: str) -> LoadedAdapter:
+        """Return the factors of its layers, to be served beside the base under a name. Raises CannotStart.
+
+        They get the type of the base's weights, in which they are computed.
+        """
+        if self.quantized_base is not None:
+            raise self._refused("it was trained beside quantised weights; it is served merged only (VISIONQ_MODEL)")
+        factors = {}
+        for layer_name, layer, down, up in self._fitting(model):
+            dtype = layer.weight.dtype
+            pair = down.to(dtype), (up.float() * self._scale(layer_name, down.shape[0])).to(dtype)
+            if not all(bool(torch.isfinite(factor).all()) for factor in pair):
+                raise self._refused(f"{layer_name}: its factors have values that are not finite in {dtype}")
+            factors[layer_name] = pair
+        return LoadedAdapter(name, digest, factors)
+
+    def _fitting(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear, Tensor, Tensor]]:
+        """Yield each adapted layer with its name and its factors A and B. Raises CannotStart for what does not fit."""
         uses = [id(weight) for _, weight in model.named_parameters(remove_duplicate=False)]
         for name, (down, up) in self._factors().items():
             layer = self._layer(model, name)
@@ -95,12 +123,7 @@ class Adapter:
                     f"{name}: factors of {tuple(down.shape)} and {tuple(up.shape)} do not fit rank {rank} and the "
                     f"base's layer of {layer.in_features} to {layer.out_features}"
                 )
-            device = layer.weight.device
-            change = (up.to(device).float() @ down.to(device).float()) * self._scale(name, rank)
-            merged = layer.weight.float() + change
-            if not bool(torch.isfinite(merged).all()):
-                raise self._refused(f"{name}: the merged weight has values that are not finite")
-            layer.weight.copy_(merged)
+            yield name, layer, down, up
 
     def _factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A and B of each adapted module, by the module's name."""

@@ -1,4 +1,4 @@
-"""The model's inputs for one job: what prompting returns and the engine takes; tensors of batch size 1 on the CPU."""
+"""What the engine is given beside the model: the inputs of each job, of batch size 1 on the CPU, and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A LoRA adapter that is served beside its base, unmerged.
+
+    digest: of its weights. factors: A [r, in] and, scaled, B [out, r] of each layer, by the layer's name in the model.
+    """
+
+    name: str
+    digest: str
+    factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)

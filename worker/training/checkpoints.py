@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from worker.training.manifest import LATEST, MANIFEST, Latest, Manifest, read_latest, read_manifest, sha256_of
+from worker.models.digests import sha256_of
+from worker.training.manifest import LATEST, MANIFEST, Latest, Manifest, read_latest, read_manifest
 from worker.training.objects import Objects
 from worker.training.progress import Stopped, StopReason, TrainingRefused
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from worker.training.checkpoints import Checkpoints, name_of
 from worker.training.evaluation import Evaluation
-from worker.training.manifest import STATE_FOLDER, Manifest, Plan, describe_files, weights_digest
+from worker.training.manifest import STATE_FOLDER, Manifest, Plan, describe_files, digest_of
 from worker.training.progress import (
     AskStop,
     Progress,
@@ -186,7 +186,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         files = describe_files(folder)
         manifest = Manifest(
             step=self.run.step,
-            checkpoint=weights_digest(files),
+            checkpoint=digest_of(files),
             files=files,
             plan=self._plan,
             metrics=self.run.metrics,

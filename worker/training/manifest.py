@@ -6,7 +6,6 @@ is never loaded. Knows no storage.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -15,12 +14,12 @@ from pydantic import ValidationError
 
 from api_stub.contract.finetune import FinetuneMethod, FinetuneRecipe
 from api_stub.contract.wire import ReadModel
+from worker.models.digests import sha256_of, weights_digest
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"
 #: Optimizer, scheduler and place in the data: below this folder of a checkpoint, which serving does not read.
 STATE_FOLDER: Final = "state"
-_WEIGHTS: Final = ".safetensors"
 
 
 class Plan(ReadModel):
@@ -109,25 +108,9 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
     }
 
 
-def weights_digest(files: Mapping[str, FileEntry]) -> str:
-    """Return the digest of a checkpoint's weights: sha256 over names and digests of its safetensors files."""
-    weights = [
-        (name, entry.sha256) for name, entry in sorted(files.items()) if "/" not in name and name.endswith(_WEIGHTS)
-    ]
-    return hashlib.sha256(repr(weights).encode()).hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """Return the digest of the weights in a folder, adapters included."""
-    paths = sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHTS))
-    entries = {path.name: FileEntry(num_bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
-    return weights_digest(entries)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def digest_of(files: Mapping[str, FileEntry]) -> str:
+    """Return the digest of the weights among a checkpoint's files."""
+    return weights_digest({name: entry.sha256 for name, entry in files.items()})
 
 
 def read_manifest(content: bytes) -> Manifest | None:

@@ -20,13 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from api_stub.contract.finetune import FinetuneMethod
-from worker.errors import CannotStart
-from worker.models.checkpoint import stored_file
+from worker.models.digests import checkpoint_digest
 from worker.models.loader import LoadedModel, load
 from worker.models.quantized_base import QuantizedBase, describe_quantized_base, write_quantized_base
 from worker.models.source import find_checkpoint
 from worker.settings import Dtype, Quantization, WorkerSettings
-from worker.training.manifest import Plan, folder_digest
+from worker.training.manifest import Plan
 from worker.training.progress import TrainingRefused
 
 #: Of bitsandbytes' 4-bit layers: whether they pack their weights on this CPU.
@@ -76,11 +75,7 @@ class TunedModel:
 
 def base_digest(settings: WorkerSettings) -> str:
     """Return the digest of the weights that `settings.model` names. Raises CannotStart."""
-    source, revision = find_checkpoint(settings)
-    config = stored_file(source, "config.json", revision)
-    if config is None:
-        raise CannotStart(f"VISIONQ_MODEL={settings.model}: no config.json, so it is not a checkpoint")
-    return folder_digest(config.parent)
+    return checkpoint_digest(settings.model, *find_checkpoint(settings))
 
 
 def training_settings(settings: WorkerSettings, base: str, method: FinetuneMethod) -> WorkerSettings:

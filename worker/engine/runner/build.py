@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.engine.adapters import Adapters
 from worker.engine.attention.choose import choose_kernels
 from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.attention.paged import LAYOUT, Call, attending
-from worker.engine.config import PagedConfig, VisionConfig
+from worker.engine.cache_scope import CacheScopes
+from worker.engine.config import EngineConfig, PagedConfig, VisionConfig
 from worker.engine.kv_cache.blocks import LayerShape, PagedKV
 from worker.engine.kv_cache.dense import FULL, SLIDING
 from worker.engine.model_hooks import ModelHooks
@@ -31,12 +33,18 @@ from worker.engine.runner.proof import Reference, first_line, prove, references,
 from worker.engine.tensors import computing_dtype
 from worker.engine.vision.stage import VisionStage
 from worker.errors import CannotStart
-from worker.models.inputs import ModelInputs
+from worker.models.inputs import LoadedAdapter, ModelInputs
 
 logger = logging.getLogger(__name__)
 
 #: Tokens of the forward that tells the shapes of the layers.
 PROBE_TOKENS: Final = 12
+
+
+def runner_of(model: PreTrainedModel, config: EngineConfig, trials: Sequence[ModelInputs]) -> PagedRunner | DenseRunner:
+    """Return the runner of an engine, see `build_runner`."""
+    sizes = config.max_num_seqs, config.max_model_len, config.paged, config.vision
+    return build_runner(model, *sizes, trials, adapters=config.adapters, checkpoint=config.checkpoint)
 
 
 @torch.inference_mode()
@@ -47,32 +55,47 @@ def build_runner(
     paged: PagedConfig | None,
     vision: VisionConfig | None = None,
     trials: Sequence[ModelInputs] = (),
+    *,
+    adapters: Sequence[LoadedAdapter] = (),
+    checkpoint: str = "",
 ) -> PagedRunner | DenseRunner:
     """Return a paged runner if it is asked for and the model is suited, else rows.
 
-    trials: prompts about which a back end must answer as the model's own `generate` does, see `proof`. Raises
-    CannotStart when memory does not hold one full request, or when neither back end can serve the model, with the
-    reasons.
+    trials: prompts about which a back end must answer as the model's own `generate` does, see `proof`; adapters,
+    checkpoint: see `Adapters`. Raises CannotStart when memory does not hold one full request, or when neither back end
+    can serve the model, with the reasons, and for an adapter that cannot be served.
     """
-    reasons: dict[str, str] = {}
     try:
         hooks = ModelHooks(model)
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise _cannot_serve(model, {"its text decoder": first_line(error)}) from error
-    vision = vision or VisionConfig()
+    layers = Adapters(hooks, adapters) if adapters else None
+    scopes = CacheScopes(checkpoint, adapters)
+    plan = _Plan(hooks, layers, scopes, vision or VisionConfig(), max_num_seqs, max_model_len)
     try:
-        expected = references(hooks, trials, max_model_len)
+        return _proven_runner(plan, paged, trials)
+    except BaseException:
+        if layers is not None:
+            layers.remove()
+        raise
+
+
+def _proven_runner(plan: _Plan, paged: PagedConfig | None, trials: Sequence[ModelInputs]) -> PagedRunner | DenseRunner:
+    reasons: dict[str, str] = {}
+    model = plan.hooks.model
+    try:
+        plan.expected += references(plan.hooks, trials, plan.max_model_len, plan.adapters)
     except Unsuited as reason:
         raise _cannot_serve(model, {"its text decoder": str(reason)}) from reason
     if paged is not None:
         try:
-            return _paged_runner(hooks, vision, expected, paged, max_num_seqs, max_model_len)
+            return _paged_runner(plan, paged)
         except Unsuited as reason:
             reasons["paged blocks"] = str(reason)
             facts = {"action": "engine.prove", "kv_backend": "slots", "reason": str(reason)}
             logger.warning("model cannot be served from paged blocks", extra=facts)
     try:
-        return _dense_runner(hooks, vision, expected, max_num_seqs, max_model_len, reasons.get("paged blocks"))
+        return _dense_runner(plan, reasons.get("paged blocks"))
     except Unsuited as reason:
         reasons["rows"] = str(reason)
         raise _cannot_serve(model, reasons) from reason
@@ -83,85 +106,80 @@ def _cannot_serve(model: PreTrainedModel, reasons: Mapping[str, str]) -> CannotS
     return CannotStart(f"VISIONQ_MODEL: {type(model).__name__} cannot be served here ({why})")
 
 
-def _dense_runner(
-    hooks: ModelHooks,
-    vision: VisionConfig,
-    expected: Sequence[Reference],
-    max_num_seqs: int,
-    max_model_len: int,
-    why_not_paged: str | None,
-) -> DenseRunner:
+@dataclass(slots=True)
+class _Plan:
+    """What both back ends are made of, and what they must answer."""
+
+    hooks: ModelHooks
+    adapters: Adapters | None
+    scopes: CacheScopes
+    vision: VisionConfig
+    max_num_seqs: int
+    max_model_len: int
+    expected: list[Reference] = field(default_factory=list)
+
+    @property
+    def num_trial_rows(self) -> int:
+        return min(self.max_num_seqs, len(self.expected) + 1)
+
+    def stage(self) -> VisionStage:
+        return VisionStage(self.hooks, self.vision, self.scopes)
+
+
+def _dense_runner(plan: _Plan, why_not_paged: str | None) -> DenseRunner:
     """Prove rows on a few short ones. Raises Unsuited."""
-    num_rows = min(max_num_seqs, len(expected) + 1)
-    trial = DenseRunner(hooks, VisionStage(hooks, vision), num_rows, trial_length(expected))
-    prove(trial, expected, num_rows, computing_dtype(hooks.model))
-    return DenseRunner(hooks, VisionStage(hooks, vision), max_num_seqs, max_model_len, why_not_paged)
+    hooks, adapters, num_rows = plan.hooks, plan.adapters, plan.num_trial_rows
+    trial = DenseRunner(hooks, plan.stage(), num_rows, trial_length(plan.expected), adapters=adapters)
+    prove(trial, plan.expected, num_rows, computing_dtype(hooks.model))
+    return DenseRunner(hooks, plan.stage(), plan.max_num_seqs, plan.max_model_len, why_not_paged, adapters)
 
 
-def _paged_runner(
-    hooks: ModelHooks,
-    vision: VisionConfig,
-    expected: Sequence[Reference],
-    config: PagedConfig,
-    max_num_seqs: int,
-    max_model_len: int,
-) -> PagedRunner:
+def _paged_runner(plan: _Plan, config: PagedConfig) -> PagedRunner:
     """Choose the attention code, prove it, take the memory, record decode steps: in this order. Raises Unsuited."""
+    hooks = plan.hooks
     layout = probe(hooks)
     num_heads = hooks.text_config.num_attention_heads
     kernels = choose_kernels(layout, num_heads, config.block_size) if config.tries_kernels else SDPA
-    _prove_paged(hooks, vision, layout, kernels, expected, config, max_num_seqs)
-    stage = VisionStage(hooks, vision)
+    _prove_paged(plan, layout, kernels, config)
+    stage = plan.stage()
     free_bytes = _free_bytes(layout, hooks.model.device, stage.cache_bytes)
-    num_blocks = count_blocks(config, layout, max_num_seqs, max_model_len, free_bytes)
+    num_blocks = count_blocks(config, layout, plan.max_num_seqs, plan.max_model_len, free_bytes)
     kv = PagedKV(layout, num_blocks, config.block_size)
-    forward = FlatForward(hooks, kv, kernels)
+    forward = FlatForward(hooks, kv, kernels, plan.adapters)
     facts = {"action": "engine.probe", "kv_backend": "paged", "num_blocks": str(num_blocks)}
     logger.info("serving from paged blocks", extra=facts)
     return PagedRunner(
         hooks,
         kv,
         stage,
-        max_num_seqs,
-        max_model_len,
+        plan.max_num_seqs,
+        plan.max_model_len,
         reads_whole=config.reads_whole,
         reuses_prefixes=config.reuses_prefixes,
         forward=forward,
-        graphs=_graphs(config, forward, layout, max_num_seqs, max_model_len),
+        graphs=_graphs(plan, config, forward, layout),
     )
 
 
-def _prove_paged(
-    hooks: ModelHooks,
-    vision: VisionConfig,
-    layout: Mapping[int, LayerShape],
-    kernels: Kernels,
-    expected: Sequence[Reference],
-    config: PagedConfig,
-    max_num_seqs: int,
-) -> None:
+def _prove_paged(plan: _Plan, layout: Mapping[int, LayerShape], kernels: Kernels, config: PagedConfig) -> None:
     """Prove paged blocks on as few as hold the trial prompts. Raises Unsuited."""
-    length, num_rows = trial_length(expected), min(max_num_seqs, len(expected) + 1)
+    length, num_rows = trial_length(plan.expected), plan.num_trial_rows
     kv = PagedKV(layout, num_rows * -(-length // config.block_size) + 1, config.block_size)
     trial = PagedRunner(
-        hooks,
+        plan.hooks,
         kv,
-        VisionStage(hooks, vision),
+        plan.stage(),
         num_rows,
         length,
         reads_whole=config.reads_whole,
         reuses_prefixes=config.reuses_prefixes,
-        forward=FlatForward(hooks, kv, kernels),
+        forward=FlatForward(plan.hooks, kv, kernels, plan.adapters),
     )
-    prove(trial, expected, num_rows, computing_dtype(hooks.model))
+    prove(trial, plan.expected, num_rows, computing_dtype(plan.hooks.model))
 
 
 def _graphs(
-    config: PagedConfig,
-    forward: FlatForward,
-    layout: Mapping[int, LayerShape],
-    max_num_seqs: int,
-    max_model_len: int,
+    plan: _Plan, config: PagedConfig, forward: FlatForward, layout: Mapping[int, LayerShape]
 ) -> DecodeGraphs | None:
     """Record decode steps where that can be done: on one GPU."""
     devices = {shape.device for shape in layout.values()}
@@ -169,8 +187,8 @@ def _graphs(
     wanted = forward.has_kernel if config.records is None else config.records
     if not wanted or len(devices) > 1 or device.type != "cuda":
         return None
-    width = -(-max_model_len // config.block_size)
-    graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, device, CudaGraphRecorder())
+    width = -(-plan.max_model_len // config.block_size)
+    graphs = DecodeGraphs(forward, graph_sizes(plan.max_num_seqs), width, device, CudaGraphRecorder())
     try:
         graphs.record()
     except RuntimeError:

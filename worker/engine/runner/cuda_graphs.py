@@ -81,23 +81,30 @@ class DecodeGraphs:
         self._forward = forward
         self._sizes = list(sizes)
         self._recorder = recorder
-        # Ids, positions and cached entries of `DecodeInputs`.
-        self._numbers = torch.zeros(3, self._sizes[-1], dtype=torch.long, device=device)
+        # Ids, positions, cached entries and slots of `DecodeInputs`.
+        self._numbers = torch.zeros(4, self._sizes[-1], dtype=torch.long, device=device)
         self._table = torch.full((self._sizes[-1], table_width), NULL_BLOCK, dtype=torch.long, device=device)
-        self._steps: dict[int, Callable[[], Tensor]] = {}
+        #: By the number of rows and whether adapters take part.
+        self._steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}
         self._num_axes = 0
 
     def record(self) -> None:
-        """Record every size, the largest first: the smaller ones fit into the memory it needed."""
+        """Record every size, the largest first: the smaller ones fit into the memory it needed.
+
+        Where there are adapters, each is recorded with and without them.
+        """
         started_at = time.monotonic()
         self._numbers.zero_()
         self._table.fill_(NULL_BLOCK)
         self._steps.clear()
         self._num_axes = self._forward.num_axes
-        logits = self._forward.decode(self._inputs(self._sizes[-1])).clone()
+        kinds = (True, False) if self._forward.adapters is not None else (False,)
+        logits = self._forward.decode(self._inputs(self._sizes[-1], has_adapters=kinds[0])).clone()
         for size in reversed(self._sizes):
-            self._steps[size] = self._recorder(self._step(size, logits[:size]))
-        facts = {"action": "engine.record", "num_graphs": len(self._sizes), "record_s": time.monotonic() - started_at}
+            for has_adapters in kinds:
+                step = self._step(size, logits[:size], has_adapters=has_adapters)
+                self._steps[size, has_adapters] = self._recorder(step)
+        facts = {"action": "engine.record", "num_graphs": len(self._steps), "record_s": time.monotonic() - started_at}
         logger.info("decode steps recorded", extra=facts)
 
     def decode(self, inputs: DecodeInputs) -> Tensor:
@@ -110,7 +117,7 @@ class DecodeGraphs:
             # A recorded step keeps the number of axes that its positions had.
             self._record_again()
         size = self._sizes[at]
-        step = self._steps.get(size)
+        step = self._steps.get((size, inputs.slots is not None))
         if step is None:
             return self._forward.decode(inputs)
         self._load(inputs, size)
@@ -124,20 +131,23 @@ class DecodeGraphs:
             # What was recorded before it is good. If the device is lost, the next step raises.
             logger.warning("decode steps cannot be recorded", extra={"action": "engine.record"}, exc_info=True)
 
-    def _step(self, size: int, logits: Tensor) -> Callable[[], Tensor]:
+    def _step(self, size: int, logits: Tensor, *, has_adapters: bool) -> Callable[[], Tensor]:
         """Return the step of that many rows. All sizes write to the same `logits`, which can be large."""
-        inputs = self._inputs(size)
+        inputs = self._inputs(size, has_adapters=has_adapters)
         return lambda: logits.copy_(self._forward.decode(inputs))
 
-    def _inputs(self, size: int) -> DecodeInputs:
-        ids, positions, num_cached = self._numbers[:, :size]
-        return DecodeInputs(ids, positions, num_cached, self._table[:size])
+    def _inputs(self, size: int, *, has_adapters: bool) -> DecodeInputs:
+        ids, positions, num_cached, slots = self._numbers[:, :size]
+        return DecodeInputs(ids, positions, num_cached, self._table[:size], slots if has_adapters else None)
 
     def _load(self, inputs: DecodeInputs, size: int) -> None:
         """Copy the rows in; make the rest padding, and what is left of the table null blocks."""
         num_rows, width = inputs.block_table.shape
-        for row, given in zip(self._numbers, (inputs.ids, inputs.positions, inputs.num_cached), strict=True):
-            row[:num_rows] = given
+        for row, given in zip(
+            self._numbers, (inputs.ids, inputs.positions, inputs.num_cached, inputs.slots), strict=True
+        ):
+            if given is not None:
+                row[:num_rows] = given
         self._numbers[:, num_rows:size] = 0
         self._table[:num_rows, :width] = inputs.block_table
         self._table[:num_rows, width:] = NULL_BLOCK

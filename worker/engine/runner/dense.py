@@ -5,21 +5,20 @@ An ordinary forward of the model over a `DenseCache`, so every family and every 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from worker.engine.adapters import Adapters
 from worker.engine.batch import Chunk, PrefixStats, StepLogits
 from worker.engine.kv_cache.dense import FULL, DenseCache, DenseMasks
 from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Request, Unsuited
-from worker.engine.runner.prefill import prefill
+from worker.engine.runner.prefill import not_read, prefill
 from worker.engine.vision.stage import VisionRunner, VisionStage
 from worker.errors import PromptTooLong
-
-logger = logging.getLogger(__name__)
 
 #: Decode attention looks at a multiple of this many entries, so shapes repeat.
 KV_LENGTH_STEP = 32
@@ -39,11 +38,13 @@ class DenseRunner(VisionRunner):
         num_rows: int,
         row_length: int,
         why_not_paged: str | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.why_not_paged = why_not_paged
         model = hooks.model
         self._hooks = hooks
-        super().__init__(vision)
+        super().__init__(vision, adapters)
+        self._choosing = nullcontext if adapters is None else adapters.choosing
         text_config = self._hooks.text_config
         if text_config._attn_implementation not in ("sdpa", "eager"):
             # Flash attention takes no 4-dimensional mask; only the text decoder needs one. SDPA caps no scores.
@@ -71,6 +72,7 @@ class DenseRunner(VisionRunner):
         """Note the prompt's length as far as it is known before it is read. See `Runner`."""
         self._vision.check(request)
         request.num_prompt_cached = request.inputs.num_prompt_tokens
+        request.slot = 0 if self.adapters is None else self.adapters.slot(request.generation.adapter)
 
     def append(self, request: Request) -> bool:
         """Rows are as long as requests may get."""
@@ -85,11 +87,8 @@ class DenseRunner(VisionRunner):
                 logits.append(self._prefill(request))
             except Unsuited:
                 raise
-            except Exception as error:
-                facts = {"action": "engine.prefill", "job_id": request.job_id}
-                logger.warning("prefill failed", extra=facts, exc_info=True)
-                # Its frames hold the tensors of the prompt.
-                failed.append((request, error.with_traceback(None)))
+            except Exception as error:  # noqa: BLE001 - it fails alone, whatever it is
+                failed.append(not_read(request, error))
         return StepLogits(list(self._rows), torch.cat(logits) if logits else None, failed)
 
     def remember(self, requests: Sequence[Request], tokens: Tensor) -> None:
@@ -120,7 +119,9 @@ class DenseRunner(VisionRunner):
         Raises PromptTooLong when images turned out to take more entries than the row has, and whatever the model
         raises; the other rows are as they were.
         """
-        prefilled = prefill(self._hooks, self._vision.arguments(request))
+        arguments = self._vision.arguments(request)
+        with self._choosing(request.slot):
+            prefilled = prefill(self._hooks, arguments)
         self._vision.forget(request)
         num_cached = prefilled.cache.get_seq_length()
         check_room(num_cached, request, self._cache.row_length)
@@ -136,12 +137,13 @@ class DenseRunner(VisionRunner):
         tokens = [request.output_ids[-1] for request in self._rows]
         positions = [request.next_position for request in self._rows]
         lengths = [request.num_cached_tokens for request in self._rows]
+        slots = None if self.adapters is None else self.adapters.slots_of(self._rows, self._device)
         step = torch.tensor([tokens, positions, lengths], device=self._device)
         kv_length = min(-(-(max(lengths) + 1) // KV_LENGTH_STEP) * KV_LENGTH_STEP, self._cache.row_length)
         self._cache.begin_step(step[2], kv_length)
         masks = self._masks.build(step[2], kv_length)
         # A model may take one mask only and make those of its layers of it (PaliGemma 2): the decoder gets ours.
-        with self._hooks.handing(attention_mask=masks):
+        with self._hooks.handing(attention_mask=masks), self._choosing(slots):
             output = self._hooks.text_forward(
                 input_ids=step[0, :, None],
                 position_ids=step[1, :, None],

@@ -7,32 +7,23 @@ that cannot go through the model's own forward as a whole, beside the step.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from worker.engine.adapters import Adapters
 from worker.engine.attention.kernels import SDPA, Kernels
 from worker.engine.attention.paged import FLAT, DecodeRows, FlatStep, PrefillSeq, PromptStep, attending
-from worker.engine.batch import (
-    Chunk,
-    DecodeForward,
-    DecodeInputs,
-    NoRoom,
-    PrefillChunk,
-    PrefixStats,
-    StepLogits,
-)
+from worker.engine.batch import Chunk, DecodeForward, DecodeInputs, NoRoom, PrefillChunk, PrefixStats, StepLogits
 from worker.engine.kv_cache.blocks import BlockPool, BlockTables, PagedKV
 from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Request
 from worker.engine.runner.dense import check_room
-from worker.engine.runner.prefill import PrefixKeys, Prompt, capture, read_whole, token_inputs
+from worker.engine.runner.prefill import PrefixKeys, Prompt, capture, not_read, read_whole, token_inputs
 from worker.engine.tensors import to_device
 from worker.engine.vision.stage import VisionRunner, VisionStage
-
-logger = logging.getLogger(__name__)
 
 
 class PagedRunner(VisionRunner):
@@ -63,10 +54,10 @@ class PagedRunner(VisionRunner):
     ) -> None:
         self._hooks = hooks
         self._kv = kv
-        super().__init__(vision)
+        self._forward = forward or FlatForward(hooks, kv)
+        super().__init__(vision, self._forward.adapters)
         self._max_model_len = max_model_len
         self._reads_whole = reads_whole
-        self._forward = forward or FlatForward(hooks, kv)
         self._graphs = graphs
         self._tables = BlockTables(BlockPool(kv.num_blocks), kv.block_size, num_rows, max_model_len)
         self._prefixes = PrefixKeys() if reuses_prefixes else None
@@ -105,7 +96,8 @@ class PagedRunner(VisionRunner):
         keys: list[bytes] = []
         if request.is_chunkable and self._prefixes is not None:
             # The last token is always fed: its logits are wanted.
-            keys = self._prefixes.keys(prompt, self._kv.block_size)[: (num_tokens - 1) // self._kv.block_size]
+            keys = self._prefixes.keys(prompt, self._kv.block_size, self._vision.scopes.of(request.generation.adapter))
+            keys = keys[: (num_tokens - 1) // self._kv.block_size]
         opened = self._tables.allocate(num_tokens, keys)
         if opened is None:
             raise NoRoom
@@ -114,6 +106,7 @@ class PagedRunner(VisionRunner):
         self._num_reused_tokens += request.num_cached_tokens
         request.num_prompt_cached = prompt.num_tokens
         request.first_position = prompt.first_position
+        request.slot = 0 if self.adapters is None else self.adapters.slot(request.generation.adapter)
         self._prompts[request] = prompt
         if request.is_chunkable:
             self._vision.forget(request)
@@ -140,11 +133,8 @@ class PagedRunner(VisionRunner):
             if chunk.request.must_stay_whole:
                 try:
                     read = self._run_whole(chunk.request)
-                except Exception as error:
-                    facts = {"action": "engine.prefill", "job_id": chunk.request.job_id}
-                    logger.warning("prefill failed", extra=facts, exc_info=True)
-                    # Its frames hold the tensors of the prompt.
-                    failed.append((chunk.request, error.with_traceback(None)))
+                except Exception as error:  # noqa: BLE001 - it fails alone, whatever it is
+                    failed.append(not_read(chunk.request, error))
                 else:
                     done = self._count([chunk])
                     logits += [read] * len(done)
@@ -191,9 +181,10 @@ class PagedRunner(VisionRunner):
 
     def _run_whole(self, request: Request) -> Tensor:
         slot_mapping = self._tables.slot_mapping(request.row, 0, request.num_prompt_cached)
-        return read_whole(
-            self._hooks, self._vision.arguments(request), PromptStep(self._kv, to_device(slot_mapping, self._device))
-        )
+        step = PromptStep(self._kv, to_device(slot_mapping, self._device))
+        arguments = self._vision.arguments(request)
+        with self._forward.choosing(request.slot):
+            return read_whole(self._hooks, arguments, step)
 
     def _decode_inputs(self, decodes: Sequence[Request]) -> DecodeInputs:
         """Return what every decode feeds: one tensor of numbers and one of blocks go to the device."""
@@ -207,7 +198,8 @@ class PagedRunner(VisionRunner):
         newest, position, cached, place = to_device(torch.tensor([ids, positions, num_cached, places]), self._device)
         if any(request.num_pending for request in decodes):
             newest = torch.where(place < 0, newest, self._newest.index_select(0, place.clamp(min=0)))
-        return DecodeInputs(newest, position, cached, table)
+        slots = None if self.adapters is None else self.adapters.slots_of(decodes, self._device)
+        return DecodeInputs(newest, position, cached, table, slots)
 
     def _prefill_chunk(self, chunk: Chunk) -> PrefillChunk:
         """Return the next tokens of a prompt, and of the answer so far where a preempted request is read again."""
@@ -216,7 +208,8 @@ class PagedRunner(VisionRunner):
         embeds, positions = token_inputs(self._hooks, request, self._prompts.get(request), start, end)
         slot_mapping = to_device(self._tables.slot_mapping(row, start, end), self._device)
         blocks = to_device(self._tables.blocks(row, end), self._device)
-        return PrefillChunk(embeds, positions, slot_mapping, blocks, end, is_last=end == request.num_tokens)
+        is_last, slot = end == request.num_tokens, request.slot
+        return PrefillChunk(embeds, positions, slot_mapping, blocks, end, is_last, slot)
 
 
 class FlatForward:
@@ -226,7 +219,11 @@ class FlatForward:
     kernels: attention code for the device.
     """
 
-    def __init__(self, hooks: ModelHooks, kv: PagedKV, kernels: Kernels = SDPA) -> None:
+    def __init__(
+        self, hooks: ModelHooks, kv: PagedKV, kernels: Kernels = SDPA, adapters: Adapters | None = None
+    ) -> None:
+        self.adapters = adapters
+        self.choosing = nullcontext if adapters is None else adapters.choosing
         self._embedding = hooks.model.get_input_embeddings()
         self._text_config = hooks.text_config
         self._text_forward = hooks.text_forward
@@ -242,7 +239,7 @@ class FlatForward:
     def decode(self, inputs: DecodeInputs) -> Tensor:
         """Return logits [B, V]. Only tensors go in and nothing waits for the device: fit for a CUDA graph."""
         embeds, positions = self._embed(inputs.ids), self._spread(inputs.positions)
-        return self._run(embeds, positions, self._decode_step(inputs), None)
+        return self._run(embeds, positions, self._decode_step(inputs), None, inputs.slots)
 
     def mixed(self, inputs: DecodeInputs | None, chunks: Sequence[PrefillChunk]) -> Tensor:
         """Return logits of the decode rows and of the last token of each prompt that ends, [B + ends, V]."""
@@ -263,7 +260,8 @@ class FlatForward:
         next(ends)
         wanted = [*range(num_decode), *(end for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last)]
         last = to_device(torch.tensor(wanted, dtype=torch.long), embeds[0].device)
-        return self._run(torch.cat(embeds), torch.cat(positions, dim=-1), step, last)
+        slots = None if self.adapters is None else self.adapters.slots_of_step(inputs, chunks)
+        return self._run(torch.cat(embeds), torch.cat(positions, dim=-1), step, last, slots)
 
     def _decode_step(self, inputs: DecodeInputs) -> FlatStep:
         block_size = self._kv.block_size
@@ -274,10 +272,12 @@ class FlatForward:
             rows = DecodeRows(rows.block_table.int(), rows.context_lens.int())
         return FlatStep(self._kv, slot_mapping, rows, kernels=self._kernels)
 
-    def _run(self, embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None) -> Tensor:
+    def _run(
+        self, embeds: Tensor, positions: Tensor, step: FlatStep, last: Tensor | None, slots: Tensor | None
+    ) -> Tensor:
         """Return logits of the tokens `last` points at, of all without it."""
         positions = positions[None] if positions.ndim == 1 else positions[:, None]
-        with attending(self._text_config, FLAT):
+        with attending(self._text_config, FLAT), self.choosing(slots):
             output = self._text_forward(
                 inputs_embeds=embeds[None],
                 position_ids=positions,

@@ -6,12 +6,14 @@ prompt is something else: the time axis of a clip runs ahead of the text after i
 
 `PrefixKeys` names the blocks of a prompt by what is in them, so that prompts that begin alike share them. A key covers
 everything before it, so equal keys mean equal prefixes. It is made of what the text decoder gets, embeddings and
-positions: words, and images as the vision tower saw them, so other media are another key.
+positions: words, and images as the vision tower saw them, so other media are another key. What else decides about keys
+and values, the weights, is the scope in which all keys are made.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,10 +23,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from worker.engine.attention.paged import PROMPT, PromptStep, attending
+from worker.engine.cache_scope import CacheScope
 from worker.engine.model_hooks import ModelHooks
 from worker.engine.request import Request
 from worker.engine.tensors import to_device
 from worker.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 #: What every decoder takes; anything else that is a tensor must reach it with the whole prompt.
 _ORDINARY: Final = frozenset({"inputs_embeds", "input_ids", "position_ids", "attention_mask", "cache_position"})
@@ -127,6 +132,13 @@ def read_whole(hooks: ModelHooks, arguments: Mapping[str, Any], step: PromptStep
     return logits
 
 
+def not_read(request: Request, error: Exception) -> tuple[Request, Exception]:
+    """Log that a prompt cannot be read; return both, the error without its frames, which hold the prompt's tensors."""
+    facts = {"action": "engine.prefill", "job_id": request.job_id}
+    logger.warning("prefill failed", extra=facts, exc_info=error)
+    return request, error.with_traceback(None)
+
+
 def position_after(positions: Tensor) -> int:
     """Return the position id of the token behind `positions`, [T] or [axes, T].
 
@@ -183,14 +195,14 @@ class PrefixKeys:
         self._generator = torch.Generator().manual_seed(torch.seed())
         self._weights: Tensor | None = None
 
-    def keys(self, prompt: Prompt, block_size: int) -> list[bytes]:
-        """Return one key per full block of the prompt."""
+    def keys(self, prompt: Prompt, block_size: int, scope: CacheScope) -> list[bytes]:
+        """Return one key per full block of the prompt, for keys and values that are computed in a scope."""
         prints = self._fingerprints(prompt.embeds)
         positions = prompt.positions.reshape(-1, prompt.num_tokens).T
         # One copy to the host for everything.
         rows = torch.cat((prints, positions.to(prints)), dim=1).cpu().contiguous().numpy()
         keys: list[bytes] = []
-        key = b""
+        key = scope.key
         for start in range(0, prompt.num_tokens - block_size + 1, block_size):
             key = hashlib.blake2b(key + rows[start : start + block_size].tobytes(), digest_size=16).digest()
             keys.append(key)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from api_stub.contract.sampling import SamplingParams
+from worker.engine.adapters import Adapters
 from worker.engine.batch import NoRoom, Runner, StepLogits
 from worker.engine.config import SchedulerLimits
 from worker.engine.model_hooks import ModelHooks
@@ -42,7 +43,7 @@ MAX_STEPS: Final = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What `generate` does with one prompt.
+    """What `generate` does with one prompt, with an adapter or (empty) without.
 
     num_cached: KV entries that the prompt takes.
     tokens: those it chose, [N]. logits: those they were chosen by, [N, V], float32 on the CPU.
@@ -50,14 +51,18 @@ class Reference:
     """
 
     inputs: ModelInputs
+    adapter: str
     num_cached: int
     tokens: Sequence[int]
     logits: Tensor
     positions: Sequence[int] | None
 
 
-def references(hooks: ModelHooks, trials: Sequence[ModelInputs], max_model_len: int) -> list[Reference]:
-    """Ask the model's own `generate` about the trial prompts that `_chosen` takes, in their order.
+def references(
+    hooks: ModelHooks, trials: Sequence[ModelInputs], max_model_len: int, adapters: Adapters | None
+) -> list[Reference]:
+    """Ask the model's own `generate` about the trial prompts that `_chosen` takes, in their order, and then, with each
+    adapter, about the first of them.
 
     Without any trials, prompts of plain token ids are taken, for models whose forward takes text alone. Raises
     CannotStart when `generate` itself fails on the first prompt, or when no trial fits the model's context; of the
@@ -85,18 +90,25 @@ def references(hooks: ModelHooks, trials: Sequence[ModelInputs], max_model_len: 
                 ) from error
             facts = {"action": "engine.prove", "reason": type(error).__name__}
             logger.warning("generate fails on a trial prompt, which is left out", extra=facts, exc_info=True)
+    if adapters is not None and found:
+        for name in adapters.names:
+            with adapters.choosing(adapters.slot(name)):
+                found.append(reference(hooks, found[0].inputs, name))
     return found
 
 
-def reference(hooks: ModelHooks, inputs: ModelInputs) -> Reference:
-    """Return what the model's own greedy `generate` does with a prompt. Raises whatever the model raises."""
+def reference(hooks: ModelHooks, inputs: ModelInputs, adapter: str = "") -> Reference:
+    """Return what the model's own greedy `generate` does with a prompt, as it is now.
+
+    adapter: the one that its layers add. Raises whatever the model raises.
+    """
     with _neutral_generation(hooks.model) as config, hooks.recording() as calls:
         output: Any = hooks.model.generate(**hooks.on_device(inputs), generation_config=config)
     logits = torch.cat(output.logits).float().cpu()
     tokens: list[int] = output.sequences[0, -len(logits) :].tolist()
     # The newest token's keys and values are not written yet.
     num_cached = _num_entries(output.past_key_values) - (len(tokens) - 1)
-    return Reference(inputs, num_cached, tokens, logits, _positions(calls[1:]))
+    return Reference(inputs, adapter, num_cached, tokens, logits, _positions(calls[1:]))
 
 
 def trial_length(expected: Sequence[Reference]) -> int:
@@ -150,8 +162,8 @@ class _Proof:
     def add(self, expected: Reference) -> None:
         """Queue one prompt."""
         sampling = SamplingParams(max_new_tokens=len(expected.tokens), seed=0)
-        generation = GenerationRequest(f"trial-{len(self._expected)}", expected.inputs, sampling)
-        request = Request(generation, submitted_at=0.0, pictures=self._runner.cut(expected.inputs))
+        generation = GenerationRequest(f"trial-{len(self._expected)}", expected.inputs, sampling, expected.adapter)
+        request = Request(generation, submitted_at=0.0, pictures=self._runner.cut(generation))
         self._expected[request] = expected
         self._scheduler.add(request)
 

@@ -16,19 +16,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from worker.engine.adapters import Adapters
 from worker.engine.batch import NoRoom, VisionStats
+from worker.engine.cache_scope import CacheScopes
 from worker.engine.config import MEBIBYTE, VisionConfig
 from worker.engine.model_hooks import ModelHooks
 from worker.engine.pictures import Cut, Picture, cut, tower_hooks
-from worker.engine.request import Request
+from worker.engine.request import GenerationRequest, Request
 from worker.engine.tensors import are_close
 from worker.engine.vision.encoder import CannotSeparate, FeatureCache, Features, VisionTower, calls
-from worker.models.inputs import ModelInputs
 
 logger = logging.getLogger(__name__)
 
-#: Features that may lie ready for waiting requests, beyond which only the first in line gets more: while blocks are
-#: short they would pile up beside the cache.
+#: Features that may lie ready for waiting requests; beyond, only the first in line gets more: blocks may be short.
 MAX_READY_BYTES: Final = 512 * MEBIBYTE
 #: Trials that may end in an error, perhaps the prompt's own, before prompts of a kind are left alone.
 MAX_FAILED_TRIALS: Final = 3
@@ -55,10 +55,11 @@ class _Needed:
 
 
 class VisionStage:
-    """Engine thread only, but for `cut` and `stats`."""
+    """Engine thread only, but for `cut` and `stats`. scopes: of the keys of what is cached."""
 
-    def __init__(self, hooks: ModelHooks, config: VisionConfig) -> None:
+    def __init__(self, hooks: ModelHooks, config: VisionConfig, scopes: CacheScopes | None = None) -> None:
         self._hooks = hooks
+        self.scopes = scopes or CacheScopes()
         self._tower_hooks = tower_hooks(hooks.model)
         self._towers = {modality: VisionTower(hooks.model, hook) for modality, hook in self._tower_hooks.items()}
         self.cache_bytes = config.cache_bytes
@@ -69,9 +70,9 @@ class VisionStage:
         self._num_failed_trials: Counter[_Kind] = Counter()
         self._num_hits = self._num_misses = 0
 
-    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """Return a prompt's pictures; any thread."""
-        return cut(self._tower_hooks, inputs)
+    def cut(self, generation: GenerationRequest) -> tuple[Picture, ...]:
+        """Return a prompt's pictures; any thread. Raises InvalidRequest for an adapter that is not served."""
+        return cut(self._tower_hooks, generation.inputs, self.scopes.of(generation.adapter))
 
     def stats(self) -> VisionStats:
         """Return the counters, which may be a step apart from each other; any thread."""
@@ -238,8 +239,7 @@ class VisionStage:
     def _with_features(self, request: Request, features: Mapping[bytes, Features]) -> dict[str, Any]:
         returned = {}
         for modality, tower in self._towers.items():
-            its = [features[picture.key] for picture in request.pictures if picture.modality == modality]
-            if its:
+            if its := [features[picture.key] for picture in request.pictures if picture.modality == modality]:
                 returned[modality] = tower.output(its)
         return self._without_pixels(request, returned)
 
@@ -251,22 +251,28 @@ class VisionStage:
 
 
 class VisionRunner:
-    """What runners of both KV back ends do with a vision stage."""
+    """What runners of both KV back ends do with a vision stage; and the adapters of the text model, None without."""
 
-    def __init__(self, vision: VisionStage) -> None:
+    def __init__(self, vision: VisionStage, adapters: Adapters | None) -> None:
         self._vision = vision
+        self.adapters = adapters
 
     def vision_stats(self) -> VisionStats:
         """Return counts of the vision cache; any thread."""
         return self._vision.stats()
 
-    def cut(self, inputs: ModelInputs) -> tuple[Picture, ...]:
-        """Return the pictures of a prompt; any thread."""
-        return self._vision.cut(inputs)
+    def cut(self, generation: GenerationRequest) -> tuple[Picture, ...]:
+        """Return the pictures of a prompt; any thread. Raises InvalidRequest for an adapter that is not served."""
+        return self._vision.cut(generation)
 
     def look_ahead(self, requests: Sequence[Request]) -> None:
         """Bring pictures of waiting requests through the vision tower, as many as a step may."""
         self._vision.look_ahead(requests)
+
+    def leave_model(self) -> None:
+        """Take out of the model what was put into it."""
+        if self.adapters is not None:
+            self.adapters.remove()
 
     def free_memory(self) -> None:
         """Drop cached features and give the allocator's unused memory back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from tests.tiny.jobs import TinyModel
 from worker.engine.config import EngineConfig, PagedConfig
 from worker.engine.engine import Engine
 from worker.engine.request import Finish, GenerationRequest, RequestOutput
-from worker.models.inputs import ModelInputs
+from worker.models.inputs import LoadedAdapter, ModelInputs
 
 TIMEOUT_S = 60.0
 
@@ -63,11 +63,15 @@ def request(inputs: ModelInputs, max_new_tokens: int = 8, **sampling: object) ->
 
 @contextmanager
 def running_engine(
-    tiny: TinyModel, max_num_seqs: int = 8, max_model_len: int = 512, paged: PagedConfig | None = None
+    tiny: TinyModel,
+    max_num_seqs: int = 8,
+    max_model_len: int = 512,
+    paged: PagedConfig | None = None,
+    adapters: Sequence[LoadedAdapter] = (),
 ) -> Iterator[tuple[Engine, Outbox]]:
     """Start an engine for the block and end it afterwards."""
     outbox = Outbox()
-    config = EngineConfig(max_num_seqs, max_model_len, paged=paged)
+    config = EngineConfig(max_num_seqs, max_model_len, paged=paged, adapters=adapters)
     engine = Engine(tiny.model, tiny.tokenizer, config, outbox.steps.put)
     engine.start()
     try:

@@ -10,6 +10,7 @@ import torch
 from tests.tiny.families import picture
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
+from worker.engine.cache_scope import CacheScope
 from worker.engine.config import PagedConfig, SchedulerLimits
 from worker.engine.core import EngineCore
 from worker.engine.model_hooks import ModelHooks
@@ -65,11 +66,11 @@ def test_keys_name_the_whole_prefix(idefics2: TinyModel) -> None:
         return capture(hooks, hooks.on_device(idefics2.inputs(text, [picture(seed)])))
 
     def keys(text: str, seed: int) -> list[bytes]:
-        return prefixes.keys(prompt(text, seed), 4)
+        return prefixes.keys(prompt(text, seed), 4, CacheScope())
 
     one, same, longer, other = keys("It", 1), keys("It", 1), keys("It is red and blue", 1), keys("It", 2)
     assert one == same
     assert len(set(one)) == len(one)
     assert longer[: len(one) - 2] == one[: len(one) - 2]
     assert not set(other[2:]) & set(one)
-    assert PrefixKeys().keys(prompt("It", 1), 4) != one
+    assert PrefixKeys().keys(prompt("It", 1), 4, CacheScope()) != one

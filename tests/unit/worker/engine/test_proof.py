@@ -277,13 +277,13 @@ def test_weights_that_are_not_numbers_are_refused(backend: str, tiny_model: Call
 def test_the_reference_is_plain_generate_whatever_the_checkpoint_says(tiny_model: Callable[[str], TinyModel]) -> None:
     """A generation config that ends at once, or counts repetitions, must not shorten or bend the proof."""
     tiny = tiny_model("llava")
-    inputs = tiny.inputs("Hello", [picture(1)])
-    plain = reference(ModelHooks(tiny.model), inputs)
+    hooks, inputs = ModelHooks(tiny.model), tiny.inputs("Hello", [picture(1)])
+    plain = reference(hooks, inputs)
     config = tiny.model.generation_config
     before = (config.eos_token_id, config.repetition_penalty)
     try:
         config.eos_token_id, config.repetition_penalty = plain.tokens[0], 9.0
-        again = reference(ModelHooks(tiny.model), inputs)
+        again = reference(hooks, inputs)
         assert tiny.model.generation_config is config
     finally:
         config.eos_token_id, config.repetition_penalty = before

@@ -18,6 +18,7 @@ from tests.tiny.families import idefics2 as make_idefics2
 from tests.tiny.jobs import TinyModel
 from tests.unit.worker.engine.harness import request
 from worker.engine.batch import VisionStats
+from worker.engine.cache_scope import CacheScope
 from worker.engine.config import PagedConfig, SchedulerLimits, VisionConfig
 from worker.engine.core import EngineCore
 from worker.engine.pictures import cut, tower_hooks
@@ -157,7 +158,7 @@ def test_a_key_covers_everything_that_the_tower_gets(tiny_model: Callable[[str],
     plain = dict(tiny.inputs("a", [picture(1)]).tensors)
 
     def key(**changed: torch.Tensor) -> bytes:
-        (found,) = cut(doors, ModelInputs({**plain, **changed}))
+        (found,) = cut(doors, ModelInputs({**plain, **changed}), CacheScope())
         return found.key
 
     pixels, mask = plain["pixel_values"], plain["pixel_attention_mask"]
@@ -176,7 +177,7 @@ def test_frames_that_only_pad_a_clip_to_the_length_of_another_are_no_pictures(id
     pixels, mask = tensors["pixel_values"], tensors["pixel_attention_mask"]
     clips = torch.cat((pixels.expand(1, 3, -1, -1, -1), torch.cat((pixels, torch.zeros_like(pixels[:, [0, 0]])), 1)))
     padded = {"pixel_values": clips, "pixel_attention_mask": mask[:, [0]].expand(2, 3, -1, -1)}
-    found = cut(tower_hooks(idefics2.model), ModelInputs({**tensors, **padded}))
+    found = cut(tower_hooks(idefics2.model), ModelInputs({**tensors, **padded}), CacheScope())
     assert len(found) == 4
 
 
@@ -204,7 +205,7 @@ def test_images_of_waiting_requests_are_seen_together_a_few_per_step(
         [tiny.inputs("What is it?", [picture(seed, *sizes[seed % 3])]) for seed in range(start, start + count)]
         for start, count in ((100, 6), (0, 24))
     )
-    per_image = len(cut(tower_hooks(tiny.model), late[0]))
+    per_image = len(cut(tower_hooks(tiny.model), late[0], CacheScope()))
     served = Served.by(tiny, vision=VisionConfig(max_pictures=4 * per_image), num_seqs=32)
     served.answer(*early)  # also tries whether they can be seen together
     stream = served.add(tiny.inputs("Tell a story."), max_new_tokens=60)

@@ -11,7 +11,7 @@ import pytest
 from api_stub.contract.finetune import FinetuneMethod, FinetuneRecipe
 from tests.servers import S3Server
 from worker.training.checkpoints import Checkpoints
-from worker.training.manifest import LATEST, MANIFEST, Manifest, Plan, describe_files, weights_digest
+from worker.training.manifest import LATEST, MANIFEST, Manifest, Plan, describe_files, digest_of
 from worker.training.objects import FolderObjects, Objects, S3Objects, open_objects
 from worker.training.progress import Stopped, StopReason, TrainingRefused
 
@@ -40,7 +40,7 @@ def draft(folder: Path, step: int) -> tuple[Path, Manifest]:
     (folder / "model.safetensors").write_text(f"weights of step {step}")
     (folder / "state" / "run.json").write_text(f"{step}")
     files = describe_files(folder)
-    return folder, Manifest(step=step, checkpoint=weights_digest(files), files=files, plan=PLAN)
+    return folder, Manifest(step=step, checkpoint=digest_of(files), files=files, plan=PLAN)
 
 
 def commit(checkpoints: Checkpoints, folder: Path, step: int, best: int | None = None) -> str:
