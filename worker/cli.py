@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -35,6 +36,22 @@ app.add_typer(bench, name="bench")
 #: What only fine-tuning needs.
 TRAINING_PACKAGES = ("peft", "jiwer")
 MODEL_HELP = "VISIONQ_MODEL: `demo`, `demo-captioner`, a folder, a hub id or s3://bucket/prefix/"
+
+
+def print_version(is_asked: bool) -> None:
+    """Print the installed version and exit with status 0, when it is asked for."""
+    if is_asked:
+        typer.echo(f"visionq-worker {version('visionq-worker')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,22 @@ app.command()(doctor)
 def main() -> None:
     """Entry point of the `visionq` program."""
     app()
+
+
+def _print_version(is_asked: bool) -> None:
+    """Print the installed version and exit with status 0, when it is asked for."""
+    if is_asked:
+        typer.echo(f"visionq {version('visionq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()
