@@ -1,4 +1,4 @@
--- A queued job ends at once; a running one is flagged and its worker told, by channel now and by its next beat.
+-- A queued job ends at once; a running one is flagged and its worker notified, by channel now and by its next beat.
 -- `row` needs: status model list tenant worker attempt started_seq.
 local function cancel(id, row)
   if not row.status then

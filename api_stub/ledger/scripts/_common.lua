@@ -25,7 +25,7 @@ local clock = redis.call('TIME')
 local wall = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
 local last, ahead, older = unpack(redis.call('HMGET', KEY.watch, 'time', 'ahead', 'older'))
 
--- Processes of 0.1.0 on the same Redis tell nobody what their claims and submits mean for a list. They are known by what they do
+-- Processes of 0.1.0 on the same Redis do not record what their claims and submits mean for a list. They are known by what they do
 -- not write: beside `at` its copy `mark`, beside `submitted` the share that is ours.
 local OLDER_S = 600
 

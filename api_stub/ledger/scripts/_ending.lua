@@ -17,7 +17,7 @@ local function iso8601()
     math.floor(time / 3600), math.floor(time / 60) % 60, time % 60, clock[2])
 end
 
--- Writes what Celery's result backend holds of a finished task, and tells whoever waits for it.
+-- Writes what Celery's result backend holds of a finished task, and notifies whoever waits for it.
 -- `outcome`: JSON of Celery's `result` member. `unless_known`: a result that is there stays.
 local function write_result(id, state, outcome, unless_known)
   local meta = '{"status":"' .. state .. '","result":' .. outcome .. ',"traceback":null,"children":[],"date_done":"' .. iso8601()
@@ -33,9 +33,9 @@ local MAX_SEARCHED = 1000
 -- Nobody takes the messages of a model that no worker serves: the ended job's doorbell would stay for ever, and the counter of a name
 -- that nobody has heard of.
 local function forget_doorbell(id, row)
-  local told = read(id, 'task', 'priority', 'bell')
-  told.model, told.list = row.model, row.list
-  local key, message = doorbell(id, told, told.bell or '0')
+  local ended = read(id, 'task', 'priority', 'bell')
+  ended.model, ended.list = row.model, row.list
+  local key, message = doorbell(id, ended, ended.bell or '0')
   local length = redis.pcall('LLEN', key)
   if type(length) == 'number' and length <= MAX_SEARCHED then
     redis.call('LREM', key, -1, message)
@@ -46,7 +46,7 @@ local function forget_doorbell(id, row)
 end
 
 -- Ends a job for good. `fragment`: body of the final event. `outcome`: JSON of Celery's `result` member.
--- ZREM comes first for the reason told at `go_on_when_full`. `row` needs: status model list tenant worker attempt.
+-- ZREM comes first for the reason given at `go_on_when_full`. `row` needs: status model list tenant worker attempt.
 local function final(id, row, status, fragment, outcome)
   redis.call('ZREM', KEY.due, id)
   redis.call('ZREM', KEY.unserved, id)

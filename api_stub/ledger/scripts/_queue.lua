@@ -61,17 +61,17 @@ local function add_in_flight(row, num)
 end
 
 -- The next sweep looks at this list.
-local function tell(list)
+local function mark_for_sweep(list)
   redis.call('ZADD', KEY.news, 'NX', stamp, list)
 end
 
 -- The next sweep looks at the lists of a model that keep jobs waiting. Whoever takes messages may lose them without a word, so this
 -- is asked for as long as workers are there, and once more when they are gone.
-local function look_at_lists(model)
+local function mark_lists_for_sweep(model)
   for step in pairs(STEP) do
     local list = model .. ':' .. step
     if redis.call('EXISTS', KEY.waiting .. list, KEY.turns .. list) > 0 then
-      tell(list)
+      mark_for_sweep(list)
     end
   end
 end
@@ -98,7 +98,7 @@ local function await_doorbell(id, row, bell)
     add_in_flight(row, 1)
   end
   redis.call('SADD', KEY.lists, row.list)
-  tell(row.list)
+  mark_for_sweep(row.list)
   schedule(id, nil, tonumber(row.deadline))
 end
 
@@ -139,7 +139,7 @@ local function hold(id, row)
   end
   redis.call('HDEL', KEY.job .. id, 'bell', 'alarm', 'not_before')
   redis.call('SADD', KEY.lists, row.list)
-  tell(row.list)
+  mark_for_sweep(row.list)
   if not is_capped(row.model, row.tenant) then
     take_turns(row.list, row.tenant)
   end

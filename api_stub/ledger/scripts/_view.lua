@@ -1,4 +1,4 @@
--- What `view` and `list_jobs` tell about a job.
+-- What `view` and `list_jobs` answer about a job.
 
 local function num_waiting(list)
   return redis.call('ZCARD', KEY.waiting .. list)

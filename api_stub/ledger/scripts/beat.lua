@@ -29,5 +29,5 @@ end
 for step in pairs(STEP) do
   release(model .. ':' .. step) -- a new worker widens the window
 end
-look_at_lists(model)
+mark_lists_for_sweep(model)
 return holds

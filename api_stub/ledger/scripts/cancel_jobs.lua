@@ -12,9 +12,9 @@ local function has_metadata(id)
   local body = redis.call('HGET', KEY.job .. id, 'body') or ''
   num_bytes = num_bytes + #body
   local is_json, job = pcall(cjson.decode, body)
-  local said = is_json and type(job) == 'table' and job.metadata
+  local found = is_json and type(job) == 'table' and job.metadata
   for name, value in pairs(wanted) do
-    if type(said) ~= 'table' or said[name] ~= value then
+    if type(found) ~= 'table' or found[name] ~= value then
       return false
     end
   end

@@ -50,7 +50,7 @@ redis.call('ZADD', KEY.due, moment(now + CONFIG.lease_s), id)
 -- Doorbells of one list arrive in order: whoever was submitted before this job and still waits has lost its own.
 if tonumber(row.order or '0') > tonumber(redis.call('GET', KEY.watermark .. row.list) or '0') then
   redis.call('SET', KEY.watermark .. row.list, row.order)
-  tell(row.list)
+  mark_for_sweep(row.list)
 end
 count('claimed')
 make_room(row)

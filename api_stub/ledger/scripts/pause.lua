@@ -11,7 +11,7 @@ elseif is_changed then
   for step in pairs(STEP) do
     release(model .. ':' .. step)
   end
-  look_at_lists(model)
+  mark_lists_for_sweep(model)
 end
 local depth = tonumber(redis.call('GET', KEY.depth .. model) or '0')
 return {is_changed and 1 or 0, depth, redis.call('ZCOUNT', KEY.workers .. model, '(' .. stamp, '+inf')}

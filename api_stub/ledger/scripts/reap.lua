@@ -132,7 +132,7 @@ for _, id in ipairs(unserved) do
 end
 redis.call('ZREMRANGEBYSCORE', KEY.known, '-inf', moment(now - math.max(KNOWN_S, CONFIG.unserved_ttl_s)))
 
--- Takes a job without a row out of its list. Whose it was is told by the lists of the tenants' jobs alone.
+-- Takes a job without a row out of its list. Only the lists of the tenants' jobs say whose it was.
 local function forget_waiting(id, list)
   local model = string.match(list, '^(.*):%d+$')
   redis.call('ZREM', KEY.waiting .. list, id)
@@ -184,7 +184,7 @@ end
 -- Moves an aged job into its model's first list. One at a time, so that the urgent jobs stay ahead of all the aged ones together.
 local function let_in_front(model, oldest)
   if redis.call('EXISTS', KEY.workers .. model) == 1 then
-    tell(oldest.list) -- whose next job may have waited too long as well
+    mark_for_sweep(oldest.list) -- whose next job may have waited too long as well
   end
   local id, first = oldest.id, model .. ':0'
   local former = redis.call('GET', KEY.aged .. model)
@@ -213,7 +213,7 @@ end
 
 for _, model in ipairs(redis.call('ZRANGEBYSCORE', KEY.serving, '-inf', stamp, 'LIMIT', 0, MAX_LISTS)) do
   redis.call('ZREM', KEY.serving, model)
-  look_at_lists(model)
+  mark_lists_for_sweep(model)
 end
 local is_more = #due == BATCH or #unserved == BATCH
 
@@ -221,7 +221,7 @@ local looked_at = {}
 
 local function look_at(list)
   if find_suspects(list) == BATCH then
-    tell(list)
+    mark_for_sweep(list)
     is_more = true
   end
   looked_at[string.match(list, '^(.*):%d+$')] = true

@@ -1,11 +1,11 @@
 -- Writes a new job: from our client, with its doorbell unless the job is held, or adopted from a plain Celery message, which is its
--- doorbell. `former`: SHA-1 of the body as 0.1.0 wrote it, whose digests tell less apart.
+-- doorbell. `former`: SHA-1 of the body as 0.1.0 wrote it, whose digests distinguish fewer bodies.
 local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events, former, links
   = unpack(ARGV)
 
-local known, said = unpack(redis.call('HMGET', KEY.job .. id, 'digest', 'body'))
+local known, stored = unpack(redis.call('HMGET', KEY.job .. id, 'digest', 'body'))
 if known then
-  local is_other = known ~= digest and redis.sha1hex(said or '') ~= former
+  local is_other = known ~= digest and redis.sha1hex(stored or '') ~= former
   local is_held = redis.call('ZSCORE', line_of(list, tenant), id)
   return {is_other and 'conflict' or is_held and 'held' or 'same'}
 end
