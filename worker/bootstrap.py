@@ -135,7 +135,7 @@ def make_known(ledger: Ledger, model: str) -> None:
     try:
         ledger.loading(model)
     except redis.RedisError as error:
-        logger.warning("name not told", extra={"action": "loading", "error": type(error).__name__})
+        logger.warning("model name not announced", extra={"action": "loading", "error": type(error).__name__})
 
 
 def prompt_builder(settings: WorkerSettings, loaded: LoadedModel) -> PromptBuilder:

@@ -211,7 +211,7 @@ def _parsed(raw: str) -> Event | None:
     try:
         return parse_event(raw)
     except ValidationError:
-        logger.warning("unknown event", extra={"action": "follow"})
+        logger.warning("event of an unknown kind skipped", extra={"action": "follow"})
         return None
 
 

@@ -47,7 +47,7 @@ class Abandoned:
         view = await self._ledger.view(job_id) if job_id else None
         if view is None or view.status is JobStatus.CANCELLED:
             return None
-        logger.info("abandoned job handed over", extra={"action": "adopt", "job_id": job_id})
+        logger.info("abandoned job given to a repeated request", extra={"action": "adopt", "job_id": job_id})
         return job_id
 
     async def leave(self, job_id: str, tenant: str, asked: str) -> None:
@@ -58,7 +58,9 @@ class Abandoned:
                 is_kept = self._keep_s > 0 and await self._kept(tenant, entry)
         except (redis.RedisError, TimeoutError) as error:
             is_kept = False
-            logger.warning("abandoned job not kept", extra=_facts(job_id) | {"error": type(error).__name__})
+            logger.warning(
+                "abandoned job not kept for a repeated request", extra=_facts(job_id) | {"error": type(error).__name__}
+            )
         if not is_kept:
             await self.cancel(job_id)
             return

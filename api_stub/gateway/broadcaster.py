@@ -48,7 +48,7 @@ class Frame:
         try:
             return cls(parse_event(raw), raw)
         except ValidationError:
-            logger.warning("unknown event", extra={"action": "follow"})
+            logger.warning("event of an unknown kind skipped", extra={"action": "follow"})
             return None
 
 

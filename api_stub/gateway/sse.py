@@ -55,7 +55,9 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await self._send_all(send)
         except TimeoutError:
-            logger.info("reader took nothing", extra={"action": "follow", "job_id": self._reader.job_id})
+            logger.info(
+                "stream ended: its reader is too slow", extra={"action": "follow", "job_id": self._reader.job_id}
+            )
         finally:
             self._reader.close()
 
@@ -71,7 +73,7 @@ class EventStream(Response):
                     await _send(send, HEARTBEAT)
         except (VisionqError, redis.RedisError) as error:
             # Too late for a status. Whoever comes back gets the same problem as an answer.
-            logger.warning("stream ended", extra={"action": "follow", "error": type(error).__name__})
+            logger.warning("stream ended by an error", extra={"action": "follow", "error": type(error).__name__})
             last = _problem(problem_of(error))
         await _send(send, b"" if self._reader.has_ending else last, is_last=True)
 

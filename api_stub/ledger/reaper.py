@@ -43,7 +43,7 @@ class Reaper:
             logger.warning("sweep failed", extra={"action": "reap", "error": type(error).__name__})
             return 0
         except Exception:  # what somebody wrote into a row; without this thread lost jobs would stay lost
-            logger.exception("sweep stumbled", extra={"action": "reap"})
+            logger.exception("sweep failed unexpectedly", extra={"action": "reap"})
             return 0
         for bell in bells:
             logger.info("doorbell rung", extra={"action": "ring", "job_id": bell.job_id, "model": bell.model})

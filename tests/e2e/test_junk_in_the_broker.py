@@ -169,7 +169,7 @@ def test_a_key_of_the_wrong_type_where_held_messages_are_noted_stops_no_job(
         raw.lpush(QUEUE, good(job_id))
         assert celery.AsyncResult(job_id).get(timeout=30)["text"]
     raw.delete(key)
-    assert "message not kept in Redis" in served.worker.text()
+    assert "unacknowledged message not stored in Redis" in served.worker.text()
     assert served.worker.process.poll() is None
 
 

@@ -106,7 +106,7 @@ def test_a_worker_tells_how_it_is_and_never_a_secret(
         assert probe(port, "/healthz")[0] == 200, "a restart would not bring Redis back"
         locked_redis.start()
         eventually(lambda: probe(port, "/readyz")[0] == 200, 30, "ready again")
-        assert samples(port)["visionq_log_events_total{action=beat,event=beat failed,level=WARNING}"] >= 1
+        assert samples(port)["visionq_log_events_total{action=beat,event=heartbeat not written,level=WARNING}"] >= 1
 
         with Client(locked_redis.url) as client:
             long = client.vqa(question="hello", min_new_tokens=800, max_new_tokens=800)

@@ -56,7 +56,7 @@ def test_a_worker_whose_redis_does_not_come_back_ends_when_it_is_asked_to_and_lo
             next(job.stream(timeout=60))
         server.kill()
         assert worker.terminate(timeout_s=60) == 0
-        assert worker.text().count('"job left unsettled"') == 1
+        assert worker.text().count('"outcome of a job not recorded"') == 1
         server.start()
         with closing(Ledger.connect(server.url, LedgerConfig(lease_s=LEASE_S))) as ledger:
             eventually(lambda: job.id in {bell.job_id for bell in ledger.reap()}, 60, "the job is rung again")

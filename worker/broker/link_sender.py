@@ -117,7 +117,7 @@ class LinkSender:
                 self._send(message, number, job.job_id, links.root_id or job.job_id, producer)
             except Exception as error:  # Celery, kombu, Redis, or a serializer that the signature names
                 if not _is_of_broker(error):
-                    logger.exception("link given up", extra=facts)
+                    logger.exception("link cannot be sent", extra=facts)
                 elif judge(error) is Verdict.LASTING:  # for this queue: no permission to write to it, or it is no list
                     logger.warning("link refused", extra=facts | {"error": str(error)})
                     is_refused = True
@@ -149,7 +149,7 @@ class LinkSender:
             except Exception as error:
                 level = logging.WARNING if _is_of_broker(error) else logging.ERROR
                 facts = {"action": "link", "error": type(error).__name__}
-                logger.log(level, "links wait", extra=facts, exc_info=level == logging.ERROR)
+                logger.log(level, "links not sent yet", extra=facts, exc_info=level == logging.ERROR)
             if is_last:
                 return
             self._wakes.wait(LOOK_S)

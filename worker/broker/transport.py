@@ -189,14 +189,14 @@ class GuardedChannel(Channel):
         try:
             return int(super()._size(queue))
         except redis.ResponseError as error:  # kombu counts while connecting; the number is not used
-            logger.warning("not counted", extra={"action": "receive", "error": str(error)})
+            logger.warning("queue length not read", extra={"action": "receive", "error": str(error)})
             return 0
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)  # type: ignore[misc]
         except redis.ResponseError as error:  # receiving from a list needs no binding
-            logger.warning("not bound", extra={"action": "receive", "error": str(error)})
+            logger.warning("queue not bound", extra={"action": "receive", "error": str(error)})
             self.leave_wrong_server(error)
 
     def leave_wrong_server(self, error: redis.RedisError | OSError) -> None:
@@ -246,7 +246,7 @@ class GuardedChannel(Channel):
             raise
         except redis.ResponseError as error:
             # Celery would reconnect many times a second, and leak a socket each time.
-            logger.warning("broker refuses", extra={"action": "receive", "error": str(error)})
+            logger.warning("broker refuses to deliver messages", extra={"action": "receive", "error": str(error)})
             self.leave_wrong_server(error)
             time.sleep(REFUSED_PAUSE_S)
             raise Empty from error

@@ -44,7 +44,9 @@ class GuardedQoS(QoS):
         try:
             super().append(message, delivery_tag)
         except redis.ResponseError as error:
-            logger.warning("message not kept in Redis", extra={"action": "receive", "error": str(error)})
+            logger.warning(
+                "unacknowledged message not stored in Redis", extra={"action": "receive", "error": str(error)}
+            )
             self.channel.leave_wrong_server(error)
             with self.channel.conn_or_acquire() as client:  # it may have been written in part
                 self._remove_from_indices(delivery_tag, client.pipeline(transaction=False)).execute(
@@ -63,7 +65,7 @@ class GuardedQoS(QoS):
         try:
             super().ack(delivery_tag)
         except (redis.RedisError, OSError) as error:
-            logger.warning("not acknowledged", extra={"action": "acknowledge", "error": type(error).__name__})
+            logger.warning("message not acknowledged", extra={"action": "acknowledge", "error": type(error).__name__})
             self.channel.leave_wrong_server(error)
             LocalQoS.ack(self, delivery_tag)
 
@@ -83,7 +85,7 @@ class GuardedQoS(QoS):
         try:
             super().restore_visible(*args, **options)
         except redis.ResponseError as error:  # kombu tries again later; raised while connecting it would leak a socket
-            logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+            logger.warning("unacknowledged messages not restored", extra={"action": "receive", "error": str(error)})
             self.channel.leave_wrong_server(error)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
@@ -119,7 +121,7 @@ class GuardedQoS(QoS):
             except redis.ResponseError as error:
                 if is_passing(error):
                     raise
-                logger.warning("not restored", extra={"action": "receive", "error": str(error)})
+                logger.warning("unacknowledged messages not restored", extra={"action": "receive", "error": str(error)})
                 return
         if is_dropped:
             self.channel.drop(DropReason.UNACKED)
@@ -132,7 +134,7 @@ class GuardedQoS(QoS):
             else:
                 self._push(message)
         except (redis.RedisError, OSError) as error:
-            logger.warning("not put back yet", extra={"action": "receive", "error": type(error).__name__})
+            logger.warning("message not put back yet", extra={"action": "receive", "error": type(error).__name__})
             self.channel.leave_wrong_server(error)
             self._late.append(message)
             return False

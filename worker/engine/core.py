@@ -155,7 +155,7 @@ class EngineCore:
                 return
             except Exception as error:
                 facts = {"action": "engine.prefill", "job_id": request.job_id}
-                logger.warning("prompt cannot be opened", extra=facts, exc_info=True)
+                logger.warning("no KV cache allocated for a prompt", extra=facts, exc_info=True)
                 self._fail_prompt(request, error.with_traceback(None), outputs)
             else:
                 self.scheduler.start(request)

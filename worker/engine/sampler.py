@@ -258,7 +258,7 @@ class Chooser:
         except Exception as error:
             if len(requests) == 1 or not is_out_of_memory(error):
                 raise
-            logger.warning("sampling one by one", extra={"action": "engine.sample"})
+            logger.warning("sampling rows one by one after out of memory", extra={"action": "engine.sample"})
         self._free_memory()
         return self._choose_apart(logits, requests)
 

@@ -150,7 +150,7 @@ class Circuit:
         return True
 
     def _prove(self, component: Component) -> bool:
-        logger.info("worker is suspect", extra=_facts(component))
+        logger.info("worker tries a suspect component", extra=_facts(component))
         try:
             with self._proof:
                 return self._proves(component)

@@ -66,7 +66,9 @@ class Claimer:
         token = uuid.uuid4().hex  # makes a repeated claim, whose first reply was lost, the same claim
         claim = self._again(lambda: self._ledger.claim(message.job_id, self._worker, token))
         if isinstance(claim, Refusal):
-            logger.info("no claim", extra={"action": "claim", "job_id": message.job_id, "reason": claim.reason.value})
+            logger.info(
+                "claim refused", extra={"action": "claim", "job_id": message.job_id, "reason": claim.reason.value}
+            )
             if self._on_refusal is not None:
                 self._on_refusal(claim.reason)
             return None
@@ -125,7 +127,7 @@ class Claimer:
             except redis.RedisError as error:
                 if not is_passing(error):
                     raise
-                logger.warning("ledger away", extra={"action": "claim", "error": type(error).__name__})
+                logger.warning("ledger does not answer", extra={"action": "claim", "error": type(error).__name__})
                 if self._stopping.wait(pause_s):
                     break
         return call()

@@ -181,7 +181,7 @@ class FinetunePipeline:
             try:
                 is_ours = self._ledger.keep(attempt.claim.job_id, attempt.claim.fence, step)
             except redis.RedisError as error:
-                logger.warning("checkpoint not told", extra=facts | {"error": type(error).__name__})
+                logger.warning("checkpoint not announced", extra=facts | {"error": type(error).__name__})
                 if number < KEEP_TRIES:
                     time.sleep(KEEP_PAUSE_S)
             else:

@@ -63,10 +63,10 @@ def as_worker_error(error: Exception) -> WorkerError:
             logger.warning("job did not fit into memory", extra={"action": "job"}, exc_info=error)
             return OutOfMemory("preparing the job did not fit into the worker's memory")
         case OSError() if error.errno is not None:
-            logger.error("system refused", extra={"action": "job"}, exc_info=error)
+            logger.error("operating system refused an operation", extra={"action": "job"}, exc_info=error)
             return DiskFailed(f"the worker's system refused what the job needs: {error.strerror}")
         case _:
-            logger.error("job broke", extra={"action": "job"}, exc_info=error)
+            logger.error("job failed unexpectedly", extra={"action": "job"}, exc_info=error)
             return Unforeseen(f"unexpected {type(error).__name__}; the worker's log has the details")
 
 

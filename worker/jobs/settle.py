@@ -64,11 +64,13 @@ class Settler:
                     return "given_back" if is_ours else "lost"
                 return f"{body.type}:{self._ledger.finish(job_id, fence, body).value}"
             except redis.RedisError as error:
-                logger.warning("finish failed", extra=facts_of(attempt) | {"error": type(error).__name__})
+                logger.warning(
+                    "outcome of a job not recorded yet", extra=facts_of(attempt) | {"error": type(error).__name__}
+                )
                 if not is_passing(error) or self._is_too_late(attempt):
                     # The lease runs out, and with it one of the job's attempts.
                     facts = {"unconfirmed_s": round(attempt.unconfirmed_s, 3)}
-                    logger.error("job left unsettled", extra=facts_of(attempt) | facts)
+                    logger.error("outcome of a job not recorded", extra=facts_of(attempt) | facts)
                     return "unsettled"
                 self._pause.wait(FINISH_PAUSE_S)
         return "lost"

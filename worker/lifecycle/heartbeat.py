@@ -64,7 +64,7 @@ class Heartbeat:
         try:
             self._ledger.leave(self._worker, self._model)
         except redis.RedisError:
-            logger.info("not unregistered", extra={"action": "leave"})
+            logger.info("worker not removed from the registry", extra={"action": "leave"})
 
     def beat(self) -> None:
         """Renew all leases once, and stop the attempts that were cancelled or lost theirs. Redis errors are logged."""
@@ -76,7 +76,7 @@ class Heartbeat:
             )
         except redis.RedisError as error:
             self._note(error)
-            logger.warning("beat failed", extra={"action": "beat", "error": type(error).__name__})
+            logger.warning("heartbeat not written", extra={"action": "beat", "error": type(error).__name__})
         else:
             self.last_beat_at = sent_at
             for attempt, answer in zip(attempts, answers, strict=True):
@@ -114,11 +114,13 @@ class Heartbeat:
             try:
                 self._listen_and_beat()
             except redis.RedisError as error:
-                logger.warning("cancel channel lost", extra={"action": "listen", "error": type(error).__name__})
+                logger.warning(
+                    "subscription to cancellations lost", extra={"action": "listen", "error": type(error).__name__}
+                )
                 self.beat()
                 self._stopping.wait(min(1.0, self._beat_s))
             except Exception:
-                logger.exception("heartbeat failed", extra={"action": "beat"})
+                logger.exception("heartbeat thread failed", extra={"action": "beat"})
                 self._stopping.wait(min(1.0, self._beat_s))
 
     def _listen_and_beat(self) -> None:

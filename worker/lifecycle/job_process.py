@@ -124,7 +124,7 @@ class JobProcess:
         if not self.health.fail(finding):
             return
         facts = {"action": "fail", "trouble": finding.trouble.value, "facts": finding.facts}
-        logger.critical("worker gives up", extra=facts)
+        logger.critical("worker ends after a fault", extra=facts)
         self.exit_status = 1
         was_draining = self.drain.is_draining
         self.drain.begin()

@@ -168,7 +168,7 @@ class MediaCache:
             self._hits += outcome == "hit"
             self._misses += outcome == "miss"
             stats = self._snapshot()
-        logger.debug("media cache asked", extra={"action": "media_cache", "outcome": outcome, **asdict(stats)})
+        logger.debug("media cache looked up", extra={"action": "media_cache", "outcome": outcome, **asdict(stats)})
 
     def _snapshot(self) -> MediaCacheStats:
         return MediaCacheStats(

@@ -189,7 +189,7 @@ class Decoders:
 
 def _failed(error: DecoderBroken) -> DecoderFailed:
     """Log the decoder's message, which may quote the file, and return an error without it."""
-    logger.error("a decoder's program failed", extra={"action": "decoder_broken", "error": str(error)})
+    logger.error("decoder program failed", extra={"action": "decoder_broken", "error": str(error)})
     return DecoderFailed("the decoder's own program failed; the worker's log has the details")
 
 

@@ -143,12 +143,14 @@ def _thread_ended(arguments: threading.ExceptHookArgs) -> None:
         return
     facts = {"action": "thread", "thread_name": arguments.thread.name if arguments.thread else ""}
     logger.critical(
-        "thread ended", extra=facts, exc_info=(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+        "thread ended by an exception",
+        extra=facts,
+        exc_info=(arguments.exc_type, arguments.exc_value, arguments.exc_traceback),
     )
 
 
 def _process_ends(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    logger.critical("process ends", extra={"action": "process"}, exc_info=(kind, error, trace))
+    logger.critical("process ended by an exception", extra={"action": "process"}, exc_info=(kind, error, trace))
 
 
 def job_facts(record: logging.LogRecord) -> dict[str, object]:

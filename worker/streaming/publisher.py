@@ -133,7 +133,7 @@ class Publisher:
                 is_open = self._send_next()
         except Exception:
             # Readers would miss text: the pipeline sees that this thread is gone and gives its jobs back.
-            logger.exception("publisher ended", extra={"action": "publish"})
+            logger.exception("publisher thread failed", extra={"action": "publish"})
 
     def _send_next(self) -> bool:
         """Wait for something and send all that is there; return False when the thread is to end."""
@@ -184,7 +184,7 @@ class Publisher:
             try:
                 self._add(batch, generated)
             except Exception as error:
-                logger.exception("output lost", extra={"action": "translate"})
+                logger.exception("output of a job not published", extra={"action": "translate"})
                 self._fail(batch, generated, error)
 
     def _add(self, batch: _Batch, generated: RequestOutput) -> None:

@@ -145,7 +145,9 @@ class ChatStream(Response):
                 else:
                     await self._send_all(reader, first, send)
         except TimeoutError:
-            logger.info("reader took nothing", extra={"action": "follow", "job_id": self._asked.job_id})
+            logger.info(
+                "stream ended: its reader is too slow", extra={"action": "follow", "job_id": self._asked.job_id}
+            )
 
     async def _first(self, reader: EventReader) -> bytes | Response:
         """Wait for text, an end, or the time to say that one is alive."""

@@ -58,7 +58,10 @@ class ServedOrNot:
             view = await self._gateway.ledger.view(self._job_id)
             is_unserved = view is not None and view.status is JobStatus.QUEUED and not view.num_workers
             if view is not None and is_unserved and self._was_unserved and await self._ends():
-                logger.info("no worker", extra={"action": "give_up", "job_id": self._job_id, "model": view.model})
+                logger.info(
+                    "no worker serves the model",
+                    extra={"action": "give_up", "job_id": self._job_id, "model": view.model},
+                )
                 raise NoWorker(no_worker(view.model, 2 * self._pause_s))
         except redis.RedisError:
             return  # whoever reads the job's events says so

@@ -89,7 +89,7 @@ async def metrics(gateway: GatewayHere, caller: MaybeCaller) -> Response:
     try:
         depths = {queue.model: queue.depth for queue in await gateway.queues.views(caller)} if caller else {}
     except redis.RedisError as error:
-        logger.warning("no queue depths", extra={"action": "metrics", "error": type(error).__name__})
+        logger.warning("queue depths not read", extra={"action": "metrics", "error": type(error).__name__})
         depths = {}
     gateway.metrics.readers.set(gateway.broadcaster.num_readers)
     return Response(

@@ -88,7 +88,7 @@ class WebhookSender:
             try:
                 num_taken = await self._send_due()
             except redis.RedisError as error:
-                logger.warning("no deliveries", extra={"action": "webhook", "error": type(error).__name__})
+                logger.warning("due webhooks not read", extra={"action": "webhook", "error": type(error).__name__})
                 num_taken = 0
             if not num_taken:
                 await asyncio.sleep(POLL_S * random.uniform(1 - JITTER, 1 + JITTER))
@@ -110,9 +110,11 @@ class WebhookSender:
             await self._try(delivery, is_crowded=self._hosts[host] > MAX_PER_HOST)
         except redis.RedisError as error:
             # Its lease ends and somebody tries it again: it may then arrive twice, with one id.
-            logger.warning("delivery not settled", extra=_facts(delivery) | {"error": type(error).__name__})
+            logger.warning(
+                "outcome of a webhook not recorded", extra=_facts(delivery) | {"error": type(error).__name__}
+            )
         except Exception:
-            logger.exception("delivery failed", extra=_facts(delivery))
+            logger.exception("webhook failed unexpectedly", extra=_facts(delivery))
         finally:
             self._hosts[host] -= 1
             if not self._hosts[host]:
@@ -159,7 +161,9 @@ class WebhookSender:
         delay_s = max(delay_s, min(at_least_s, MAX_RETRY_AFTER_S))
         await self._queue.settle(delivery, Settlement.AGAIN, delay_s=delay_s)
         self._metrics.webhook(Settlement.AGAIN)
-        logger.info("webhook tried again later", extra=_facts(delivery) | {"reason": reason, "delay_s": round(delay_s)})
+        logger.info(
+            "webhook failed, tried again later", extra=_facts(delivery) | {"reason": reason, "delay_s": round(delay_s)}
+        )
 
     async def _give_up(self, delivery: Delivery, settlement: Settlement, reason: str) -> None:
         await self._queue.settle(delivery, settlement, reason=reason)

@@ -169,14 +169,14 @@ class VisionTower:
         try:
             together = self._see_together(pictures)
         except (CannotSeparate, RuntimeError, ValueError, IndexError, TypeError) as error:
-            logger.warning("pictures cannot be seen together", extra=_FACTS | {"reason": type(error).__name__})
+            logger.warning("pictures cannot be encoded in one batch", extra=_FACTS | {"reason": type(error).__name__})
             return False
         are_alike = all(
             len(one.tensors) == len(other.tensors) and all(map(are_close, one.tensors, other.tensors))
             for one, other in zip(together, alone, strict=True)
         )
         if not are_alike:
-            logger.warning("pictures cannot be seen together", extra=_FACTS | {"reason": "features differ"})
+            logger.warning("pictures cannot be encoded in one batch", extra=_FACTS | {"reason": "features differ"})
         return are_alike
 
 

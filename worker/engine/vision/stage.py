@@ -185,7 +185,7 @@ class VisionStage:
             if isinstance(error, torch.OutOfMemoryError):
                 self._cache.clear()
             if len(call) == 1:
-                logger.warning("picture cannot be seen", extra={"action": "engine.vision"}, exc_info=True)
+                logger.warning("picture cannot be encoded", extra={"action": "engine.vision"}, exc_info=True)
                 # Its frames hold the tensors of the call.
                 failed[call[0].key] = error.with_traceback(None)
                 return
@@ -203,7 +203,7 @@ class VisionStage:
         try:
             features = self._tried(request)
         except Exception as error:
-            logger.warning("vision trial failed", extra={"action": "engine.vision"}, exc_info=True)
+            logger.warning("trial of the vision encoder failed", extra={"action": "engine.vision"}, exc_info=True)
             self._num_failed_trials[kind] += not isinstance(error, torch.OutOfMemoryError)
             is_over = isinstance(error, CannotSeparate) or self._num_failed_trials[kind] >= MAX_FAILED_TRIALS
             features = None

@@ -194,7 +194,9 @@ class BatchWork:
                 elif time.time() >= self._order.expires_at:
                     await self._lineup.end(EarlyEnd.EXPIRED)
             except redis.RedisError as error:  # the lease is somebody else's when this takes too long
-                logger.warning("batch not kept", extra=facts(self._order.id) | {"error": type(error).__name__})
+                logger.warning(
+                    "lease of a batch not renewed", extra=facts(self._order.id) | {"error": type(error).__name__}
+                )
             await asyncio.sleep(BEAT_S)
 
     async def _keep(self, status: str = "", **more: str | int) -> None:

@@ -58,7 +58,7 @@ class BatchRunner:
                 if len(self._working) < MAX_BATCHES:
                     lease = await self._store.take()
             except redis.RedisError as error:
-                logger.warning("no batches", extra={"action": "batch", "error": type(error).__name__})
+                logger.warning("due batches not read", extra={"action": "batch", "error": type(error).__name__})
             if lease is None:
                 await asyncio.sleep(POLL_S)
                 continue
@@ -80,7 +80,7 @@ class BatchRunner:
             with suppress(redis.RedisError, LeaseLost):
                 await self._store.give_back(lease)
         except LeaseLost:
-            logger.info("batch lost", extra=about)
+            logger.info("lease of a batch lost", extra=about)
         except (StoreUnavailable, redis.RedisError) as error:
             # Its lease ends, and a runner goes on from the checkpoint, however often: trouble passes.
             self._gateway.metrics.batch_put_down("unavailable")
@@ -102,6 +102,6 @@ class BatchRunner:
                 self._gateway.metrics.batch_put_down("given_up")
                 logger.error("batch given up", extra=about | {"mistakes": num_mistakes})
         except LeaseLost:
-            logger.info("batch lost", extra=about)
+            logger.info("lease of a batch lost", extra=about)
         except redis.RedisError as error:
             logger.warning("batch interrupted", extra=about | {"error": type(error).__name__})

@@ -107,4 +107,4 @@ def test_a_redis_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch, ca
     claimer = Claimer(ledger, worker="worker-1", model="default")
     with pytest.raises(redis.ConnectionError):
         claimer.claim(message(None))
-    assert [record.getMessage() for record in caplog.records] == ["ledger away"] * 2
+    assert [record.getMessage() for record in caplog.records] == ["ledger does not answer"] * 2

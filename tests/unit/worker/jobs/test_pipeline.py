@@ -456,8 +456,8 @@ def test_an_end_is_written_once_redis_answers(
     claim = worker.claim()
     worker.run(claim)
     assert worker.view(claim.job_id).status == status
-    assert caplog.messages.count("finish failed") == 5
-    assert "job left unsettled" not in caplog.messages
+    assert caplog.messages.count("outcome of a job not recorded yet") == 5
+    assert "outcome of a job not recorded" not in caplog.messages
 
 
 def test_an_end_that_redis_refuses_for_good_is_given_up(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
@@ -488,7 +488,7 @@ def test_a_drained_worker_waits_for_redis_no_longer_than_its_lease(
         finally:
             worker.publisher.stop(10)
         assert ended(caplog) == ["unsettled"]
-        (left,) = (vars(record) for record in caplog.records if record.message == "job left unsettled")
+        (left,) = (vars(record) for record in caplog.records if record.message == "outcome of a job not recorded")
         assert left["unconfirmed_s"] >= 0.5
         assert worker.view(claim.job_id).status is JobStatus.IN_PROGRESS
 
@@ -516,7 +516,7 @@ def test_an_unforeseen_exception_becomes_internal_and_does_not_escape(
         worker.run(claimed_again(worker, claim.job_id))
     message = assert_failed(worker, claim.job_id, ErrorCode.INTERNAL)
     assert message == f"unexpected {type(error).__name__}; the worker's log has the details"
-    (first, *_) = (record for record in caplog.records if record.message == "job broke")
+    (first, *_) = (record for record in caplog.records if record.message == "job failed unexpectedly")
     assert first.exc_info is not None
     assert first.exc_info[1] is error
 

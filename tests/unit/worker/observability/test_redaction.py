@@ -105,7 +105,7 @@ end()
 def test_the_last_words_of_a_thread_and_of_a_process_are_log_lines() -> None:
     done = subprocess.run([sys.executable, "-c", LAST_WORDS], capture_output=True, text=True, timeout=50, check=False)
     thread, process = map(json.loads, done.stderr.splitlines())
-    assert (thread["message"], thread["thread_name"]) == ("thread ended", "doomed")
-    assert process["message"] == "process ends"
+    assert (thread["message"], thread["thread_name"]) == ("thread ended by an exception", "doomed")
+    assert process["message"] == "process ended by an exception"
     assert "ValueError: ***" in thread["exception"]
     assert "hunter2" not in done.stderr
