@@ -1,8 +1,9 @@
-"""One fine-tuning run undisturbed, and the same run killed three times: `python -m tests.killed_training DIRECTORY`.
+"""Fine-tuning runs undisturbed, and the same runs killed three times: `python -m tests.killed_training DIRECTORY RUN…`.
 
-Every attempt is a process of its own with a folder of its own, as on another worker; they share the output alone, in S3
-when AWS_ENDPOINT_URL_S3 is set. Prints one JSON object: the weights' digests, how each attempt ended, and the first
-step that each made. `--workers` are the loader threads of the run that is killed, the other one has none.
+A run is `PLACE:WORKERS:ACCUMULATION`: `folder` or `s3` (at AWS_ENDPOINT_URL_S3), the loader threads of the run that is
+killed (the other one has none), and the forwards of a step. Every attempt is a process of its own with a folder of its
+own, as on another worker; they share the output alone. Prints one JSON object for each run: the weights' digests, how
+each attempt ended, and the first step that each made.
 """
 
 from __future__ import annotations
@@ -153,35 +154,42 @@ def outcome(output: str) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Run both and print what they left."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=2)
-    given = parser.parse_args()
-    directory: Path = given.directory
-    # Nothing but imports may have happened before a fork: what libraries start their threads for.
-    base, data = directory / "base", make_data(directory / "data")
-    in_child(lambda: build_any("git", base))
+def compare(directory: Path, base: Path, data: Path, run: str) -> dict[str, object]:
+    """Make a run undisturbed and killed; return what it is to print."""
+    place, workers, accumulation = run.split(":")
+    directory.mkdir()
     outputs = [str(directory / name) for name in ("undisturbed", "killed")]
-    if os.environ.get("AWS_ENDPOINT_URL_S3"):
-        training_client(WorkerSettings()).create_bucket(Bucket=BUCKET)
-        outputs = [f"s3://{BUCKET}/{name}/" for name in ("undisturbed", "killed")]
+    if place == "s3":
+        outputs = [f"s3://{BUCKET}/{directory.name}/{name}/" for name in ("undisturbed", "killed")]
     job, killed = (
-        make_job(base, data, output, workers=workers, accumulation=given.accumulation)
-        for output, workers in zip(outputs, (0, given.workers), strict=True)
+        make_job(base, data, output, workers=num_workers, accumulation=int(accumulation))
+        for output, num_workers in zip(outputs, (0, int(workers)), strict=True)
     )
     attempt(job, directory / "work-0", never)
     kills = (after_step_5, during_the_upload_of_step_6, before_latest_names_step_6, never)
     ends = [attempt(killed, directory / f"work-{number}", kill) for number, kill in enumerate(kills, start=1)]
-    report = {
+    return {
         "undisturbed": outcome(outputs[0]),
         "killed": outcome(outputs[1]),
         "signals": [end[0] for end in ends],
         "first_steps": [end[1] for end in ends],
     }
-    print(json.dumps(report))  # noqa: T201
+
+
+def main() -> None:
+    """Make all runs, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    given = parser.parse_args()
+    directory: Path = given.directory
+    # Nothing but imports may have happened before a fork: what libraries start their threads for.
+    base, data = directory / "base", make_data(directory / "data")
+    in_child(lambda: build_any("git", base))
+    if any(run.startswith("s3:") for run in given.runs):
+        training_client(WorkerSettings()).create_bucket(Bucket=BUCKET)
+    for number, run in enumerate(given.runs):
+        print(json.dumps(compare(directory / f"run-{number}", base, data, run)), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

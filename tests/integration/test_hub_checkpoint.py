@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,10 +25,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: Tells of every kind of file that a revision has one of its own.
 TELL = """
 import os
+from worker.errors import CannotStart
 from worker.models.loader import load
 from worker.settings import WorkerSettings
 for revision in os.environ["REVISIONS"].split(","):
-    loaded = load(WorkerSettings(model_revision=revision))
+    os.environ["VISIONQ_MODEL_REVISION"] = revision
+    try:
+        loaded = load(WorkerSettings())
+    except CannotStart as error:
+        print("refused:", str(error).replace(chr(10), " "))
+        continue
     print(
         loaded.model.config.default_caption_prompt,
         float(loaded.model.lm_head.weight.sum()),
@@ -39,16 +46,20 @@ for revision in os.environ["REVISIONS"].split(","):
         sep="|",
     )
 """
+#: Loads one model after the other, prints what came of each; one process for all, because its imports take seconds.
 PROGRAM = """
-import sys
+import os
 from worker.errors import CannotStart
 from worker.models.loader import load
 from worker.settings import WorkerSettings
-try:
-    print(type(load(WorkerSettings()).model).__name__)
-except CannotStart as error:
-    sys.exit(str(error))
+for model in os.environ["MODELS"].split(","):
+    os.environ["VISIONQ_MODEL"] = model
+    try:
+        print(type(load(WorkerSettings()).model).__name__)
+    except CannotStart as error:
+        print(str(error).replace(chr(10), " "))
 """
+MODELS = ("nobody/tiny", "nobody/nothing-here", "nobody/gated", "nobody/pickled")
 
 
 class Hub(ThreadingHTTPServer):
@@ -104,10 +115,10 @@ class Repositories(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
-def hub(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> Iterator[Hub]:
     """A hub with a whole checkpoint and one whose weights are pickles."""
-    folder = tmp_path / "hub"
+    folder = tmp_path_factory.mktemp("hub")
     shutil.copytree(tiny_checkpoint("llava"), folder / "nobody" / "tiny")
     pickled = Path(shutil.copytree(tiny_checkpoint("llava"), folder / "nobody" / "pickled"))
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
@@ -121,30 +132,44 @@ def hub(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> Iterator[Hub]
     server.server_close()
 
 
-def load(
-    hub: Hub | None, tmp_path: Path, model: str, program: str = PROGRAM, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Load `model` in a process of its own, which reads the hub's address and token when it starts."""
-    environment = os.environ | {
+def load(hub: Hub | None, directory: Path, program: str, **variables: str) -> list[str]:
+    """Run a program in a process of its own, which reads the hub's address and token first; return its lines."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VISIONQ_")} | {
         "HF_ENDPOINT": hub.url if hub is not None else "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "VISIONQ_MODEL": model,
-        "HF_HUB_OFFLINE": "0", **variables,
+        "HF_HOME": str(directory / "home"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", **variables,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert TOKEN not in done.stdout + done.stderr
-    return done
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr, "a progress bar"
+    return done.stdout.splitlines()
 
 
-def test_a_hub_id_is_downloaded_without_bars_and_then_loaded_without_the_hub(hub: Hub, tmp_path: Path) -> None:
-    first = load(hub, tmp_path, "nobody/tiny")
-    assert first.stdout.strip() == "LlavaForConditionalGeneration", first.stderr
-    assert "%|" not in first.stderr
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """What PROGRAM printed of each model, in one process, what it asked the hub for, and the folder of its cache."""
+
+    lines: dict[str, str]
+    requests: tuple[str, ...]
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def loads(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Loads:
+    """One model that can be loaded, then those that cannot."""
+    directory = tmp_path_factory.mktemp("loads")
+    lines = load(hub, directory, PROGRAM, MODELS=",".join(MODELS))
+    return Loads(dict(zip(MODELS, lines, strict=True)), tuple(hub.requests), directory)
+
+
+def test_a_hub_id_is_downloaded_without_bars_and_then_loaded_without_the_hub(hub: Hub, loads: Loads) -> None:
+    assert loads.lines["nobody/tiny"] == "LlavaForConditionalGeneration"
     assert f"Bearer {TOKEN}" in hub.tokens
     hub.requests.clear()
-    second = load(hub, tmp_path, "nobody/tiny", HF_HUB_OFFLINE="1")
-    assert second.stdout == first.stdout
+    again = load(hub, loads.directory, PROGRAM, MODELS="nobody/tiny", HF_HUB_OFFLINE="1")
+    assert again == [loads.lines["nobody/tiny"]]
     assert hub.requests == []
 
 
@@ -155,19 +180,31 @@ def test_a_hub_id_is_downloaded_without_bars_and_then_loaded_without_the_hub(hub
         ("nobody/gated", "gated"),
     ],
 )
-def test_what_the_hub_does_not_give_is_refused(hub: Hub, tmp_path: Path, model: str, reason: str) -> None:
-    done = load(hub, tmp_path, model)
-    assert done.returncode == 1
-    assert f"VISIONQ_MODEL={model}: no such folder, nor a readable hub checkpoint (gated ones need" in done.stderr
-    assert reason in done.stderr.splitlines()[-1].partition("HF_TOKEN): ")[2]
+def test_what_the_hub_does_not_give_is_refused(loads: Loads, model: str, reason: str) -> None:
+    assert (
+        f"VISIONQ_MODEL={model}: no such folder, nor a readable hub checkpoint (gated ones need" in loads.lines[model]
+    )
+    assert reason in loads.lines[model].partition("HF_TOKEN): ")[2]
 
 
-def test_pickled_weights_of_a_hub_are_neither_loaded_nor_converted_elsewhere(hub: Hub, tmp_path: Path) -> None:
-    done = load(hub, tmp_path, "nobody/pickled")
-    assert done.returncode == 1
-    assert "VISIONQ_MODEL=nobody/pickled: its weights cannot be loaded: " in done.stderr
-    assert hub.requests[-1].endswith("/model.safetensors.index.json"), "something else was tried afterwards"
-    assert not [path for path in hub.requests if "pytorch_model" in path]
+def test_pickled_weights_of_a_hub_are_neither_loaded_nor_converted_elsewhere(loads: Loads) -> None:
+    assert "VISIONQ_MODEL=nobody/pickled: its weights cannot be loaded: " in loads.lines["nobody/pickled"]
+    requests = [path for path in loads.requests if "nobody/pickled" in path]
+    assert requests[-1].endswith("/model.safetensors.index.json"), "something else was tried afterwards"
+    assert not [path for path in loads.requests if "pytorch_model" in path]
+
+
+#: Each name of a revision and the branch or tag whose files it leads to.
+NAMED = {"": "main", "main": "main", "v1": "v1", "2" * 40: "v1", "1" * 40: "main"}
+
+
+@dataclass(frozen=True, slots=True)
+class TwoRevisions:
+    """What TELL prints, in one process: expected of each revision, of each of `NAMED`, and of one that is not there."""
+
+    expected: dict[str, str]
+    found: list[str]
+    refusal: str
 
 
 def put_revision(home: Path, folder: Path, commit: str, name: str) -> None:
@@ -182,10 +219,10 @@ def rewrite(file: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.fixture
-def two_revisions(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> dict[str, str]:
-    """A cache with `main` and `v1`, which differ in every file; what TELL prints of each."""
-    told = {}
+@pytest.fixture(scope="module")
+def two_revisions(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> TwoRevisions:
+    """A cache with `main` and `v1`, which differ in every file."""
+    tmp_path, told = tmp_path_factory.mktemp("revisions"), {}
     for number, (name, place) in enumerate({"main": "tokenizer_config.json", "v1": "chat_template.jinja"}.items(), 1):
         folder = Path(shutil.copytree(tiny_checkpoint("llava"), tmp_path / name))
         template = f"T{number}: " + (folder / "chat_template.jinja").read_text()
@@ -207,21 +244,18 @@ def two_revisions(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> dic
         put_revision(tmp_path / "home", folder, f"{number}" * 40, name)
         total = float(number * weights[head].numel())
         told[name] = f"prompt {number}|{total}|{1.0 + number}|{number / 4}|{1000 + number}|T{number}: <|{place}"
-    return {name: line.replace("<|", template[4:5] + "|", 1) for name, line in told.items()}
+    expected = {name: line.replace("<|", template[4:5] + "|", 1) for name, line in told.items()}
+    variables = {"VISIONQ_MODEL": "nobody/tiny", "REVISIONS": ",".join((*NAMED, "v2")), "HF_HUB_OFFLINE": "1"}
+    *found, refusal = load(None, tmp_path, TELL, **variables)
+    return TwoRevisions(expected, found, refusal)
 
 
-def test_every_file_of_a_hub_checkpoint_is_read_at_the_named_revision(
-    tmp_path: Path, two_revisions: dict[str, str]
-) -> None:
-    named = {"": "main", "main": "main", "v1": "v1", "2" * 40: "v1", "1" * 40: "main"}
-    done = load(None, tmp_path, "nobody/tiny", TELL, REVISIONS=",".join(named), HF_HUB_OFFLINE="1")
-    assert done.stdout.splitlines() == [two_revisions[name] for name in named.values()], done.stderr
+def test_every_file_of_a_hub_checkpoint_is_read_at_the_named_revision(two_revisions: TwoRevisions) -> None:
+    assert two_revisions.found == [two_revisions.expected[name] for name in NAMED.values()]
 
 
-def test_a_revision_that_the_hub_does_not_have_is_refused_by_the_variable(
-    tmp_path: Path, two_revisions: dict[str, str]
-) -> None:
-    done = load(None, tmp_path, "nobody/tiny", VISIONQ_MODEL_REVISION="v2", HF_HUB_OFFLINE="1")
-    assert done.returncode == 1
-    assert "VISIONQ_MODEL=nobody/tiny: no such folder, nor a readable hub checkpoint" in done.stderr
-    assert "at VISIONQ_MODEL_REVISION=v2" in done.stderr
+def test_a_revision_that_the_hub_does_not_have_is_refused_by_the_variable(two_revisions: TwoRevisions) -> None:
+    assert two_revisions.refusal.startswith(
+        "refused: VISIONQ_MODEL=nobody/tiny: no such folder, nor a readable hub checkpoint"
+    )
+    assert "at VISIONQ_MODEL_REVISION=v2" in two_revisions.refusal
