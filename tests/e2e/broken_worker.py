@@ -1,7 +1,7 @@
-"""A worker that breaks: `python -m tests.e2e.broken_worker [supervise]`.
+"""A worker that breaks: `python -m tests.e2e.broken_worker`; broken_supervisor.py runs it.
 
 Each start takes the first line of the file BREAKS: `stall` (the model's forward never returns), `mute` (the consumer
-leaves its queue and nobody notices), nothing (a healthy worker). `supervise` runs one such worker under the supervisor.
+leaves its queue and nobody notices), nothing (a healthy worker).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from celery import signals
 
 import worker.bootstrap
 import worker.cli
-from worker.lifecycle.supervisor import Supervisor, parse_devices
 from worker.models.loader import LoadedModel
 from worker.settings import WorkerSettings
 
@@ -54,11 +53,6 @@ def leave_the_queue(sender: Any, **_: Any) -> None:
 
 
 def main() -> None:
-    if "supervise" in sys.argv:
-        settings = WorkerSettings()
-        worker.cli.configure_logging(settings.log_format, settings.log_level)
-        command = [sys.executable, "-m", "tests.e2e.broken_worker"]
-        sys.exit(Supervisor(command, parse_devices("cpu", None), os.environ, settings).run())
     kind = next_break()
     if kind == "stall":
         worker.bootstrap.load = load_a_model_that_stalls  # type: ignore[attr-defined]

@@ -44,8 +44,7 @@ class LockedRedis(RedisServer):
 class BrokenWorker(WorkerProcess):
     """A supervised worker that breaks, see broken_worker.py."""
 
-    program = ("-m", "tests.e2e.broken_worker")
-    options = ("supervise",)
+    program = ("-m", "tests.e2e.broken_supervisor")
 
     def facts(self, message: str) -> list[dict[str, object]]:
         """The log lines with this message."""
