@@ -143,17 +143,17 @@ def _settings(client: redis.Redis, config: LedgerConfig) -> Iterator[Finding]:
     )
     now, _ = client.time()
     leases = {str(lease) for lease in client.zrangebyscore(names.LEASES_KEY, now, "+inf")} | {f"{config.lease_s:.9g}"}
-    told = " and ".join(sorted(leases, key=float))
-    yield judged("settings", len(leases) == 1, f"VISIONQ_LEASE_S is {told} s; all processes must share one value")
+    values = " and ".join(sorted(leases, key=float))
+    yield judged("settings", len(leases) == 1, f"VISIONQ_LEASE_S is {values} s; all processes must share one value")
     yield from _shared(client)
 
 
 def _shared(client: redis.Redis) -> Iterator[Finding]:
     """Compare what the workers and gateways say that they sweep by."""
     now, _ = client.time()
-    told = [str(member).split() for member in client.zrangebyscore(names.SETTINGS_KEY, now, "+inf")]
+    members = [str(member).split() for member in client.zrangebyscore(names.SETTINGS_KEY, now, "+inf")]
     values: dict[str, set[str]] = {}
-    for name, _, value in (pair.partition("=") for pairs in told for pair in pairs):
+    for name, _, value in (pair.partition("=") for pairs in members for pair in pairs):
         values.setdefault(name, set()).add(value)
     for name, found in values.items():
         if len(found) > 1:

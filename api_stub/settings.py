@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class ClientSettings(S3Settings, LedgerSettings):
-    """Everything a producer can be told from outside. Durations are seconds."""
+    """Everything a producer can be configured from outside. Durations are seconds."""
 
     model_config = SettingsConfigDict(hide_input_in_errors=True)
 
@@ -67,7 +67,7 @@ class ClientSettings(S3Settings, LedgerSettings):
 
 
 class GatewaySettings(ServiceSettings, TrainingSettings, ClientSettings):
-    """What the HTTP gateway can be told from outside. Durations are seconds, sizes bytes."""
+    """What the HTTP gateway can be configured from outside. Durations are seconds, sizes bytes."""
 
     api_host: str = Field(default="127.0.0.1", description="Address the gateway listens on; without keys loopback only")
     api_port: int = Field(default=8000, ge=0, le=65_535, description="Port of the gateway")

@@ -80,7 +80,7 @@ class LogFormat(StrEnum):
 
 
 class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
-    """Everything a worker can be told from outside. Durations are seconds, sizes bytes."""
+    """Everything a worker can be configured from outside. Durations are seconds, sizes bytes."""
 
     model: str = Field(
         default="demo",

@@ -151,10 +151,10 @@ def _member(text: str) -> tuple[str, object]:
     if not equals:
         raise InvalidRequest(f"--metadata: NAME=VALUE is required, got {text[:80]!r}")
     try:
-        said = json.loads(value)
+        parsed = json.loads(value)
     except ValueError:
         return name, value
-    return name, value if isinstance(said, dict | list) else said
+    return name, value if isinstance(parsed, dict | list) else parsed
 
 
 def _confirm(question: str) -> None:

@@ -37,9 +37,9 @@ class SamplingParams(WireModel):
         return self.model_copy(update={name: value for name, value in NEUTRAL.items() if getattr(self, name) is None})
 
     def named_neutral(self) -> list[str]:
-        """Return the fields whose neutral value was given, told by another that is absent; 0.1.0 wrote them all."""
-        said = {name: getattr(self, name) for name in NEUTRAL}
-        return [name for name, value in NEUTRAL.items() if None in said.values() and said[name] == value]
+        """Return the fields whose neutral value was given, known by another that is absent; 0.1.0 wrote them all."""
+        given = {name: getattr(self, name) for name in NEUTRAL}
+        return [name for name, value in NEUTRAL.items() if None in given.values() and given[name] == value]
 
 
 #: What the fields that a checkpoint may have a default for mean when nobody says anything.

@@ -232,8 +232,8 @@ def _channel(address: str, messages: list[str], description: str, **parameters: 
         "description": description,
         "messages": {name: _ref("messages", name) for name in messages},
     }
-    told: dict[str, JsonValue] = {name: {"description": text} for name, text in parameters.items()}
-    return channel | {"parameters": told} if told else channel
+    described: dict[str, JsonValue] = {name: {"description": text} for name, text in parameters.items()}
+    return channel | {"parameters": described} if described else channel
 
 
 def _operation(action: str, channel: str, messages: list[str]) -> dict[str, JsonValue]:

@@ -67,8 +67,8 @@ def judge(everything: Sequence[Progress], is_demo_model: bool) -> None:
         raise DemoFailed(f"not every job was answered: {_stages(unanswered)}")
     wrong = [progress for progress in everything if not progress.is_true]
     if is_demo_model and wrong:
-        told = "; ".join(f"{p.task.label}: {p.text!r} instead of {p.task.truth!r}" for p in wrong)
-        raise DemoFailed(f"the shipped model gave a wrong answer: {told}")
+        listed = "; ".join(f"{p.task.label}: {p.text!r} instead of {p.task.truth!r}" for p in wrong)
+        raise DemoFailed(f"the shipped model gave a wrong answer: {listed}")
 
 
 def _prepare(stack: Stack, console: Console, *, captions_only: bool) -> tuple[DemoTask, ...]:

@@ -126,8 +126,8 @@ class EventReader:
         if not 1 < first <= last or self._mailbox.only_final:
             return []
         # Its seq is that of the event before it: whoever comes back after it misses nothing.
-        told = {"type": "stream.gap", "v": 1, "job_id": self.job_id, "seq": first - 1, "attempt": 0, "ts": time.time()}
-        event = StreamGap.model_validate(told | {"from": first, "to": last})
+        gap = {"type": "stream.gap", "v": 1, "job_id": self.job_id, "seq": first - 1, "attempt": 0, "ts": time.time()}
+        event = StreamGap.model_validate(gap | {"from": first, "to": last})
         return [Frame(event, event.to_json())]
 
 

@@ -129,7 +129,7 @@ class _Looks:
         if not is_passing(error):
             self._look_at = math.inf
 
-    def _has_arrived(self, told: object) -> bool:
+    def _has_arrived(self, info: object) -> bool:
         """Read what INFO says; False: this is a replica, whose pool has been told to leave it. Raises IsSentinel.
 
         A new connection stays with a replica for now: the name leads there, and so it would those that were told to
@@ -137,7 +137,7 @@ class _Looks:
         """
         is_new = self._is_new
         self._looked()
-        text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
+        text = info.decode(errors="replace") if isinstance(info, bytes) else str(info)
         if _SENTINEL.search(text):  # which has no replication to tell of
             raise IsSentinel
         role, history = _ROLE.search(text), _HISTORY.search(text)
@@ -188,8 +188,8 @@ class _Leaving(_Looks, AbstractConnection):
 
     def _look(self) -> bool:
         try:
-            told = self._info("replication")
-            return self._has_arrived(told or self._info("server"))
+            info = self._info("replication")
+            return self._has_arrived(info or self._info("server"))
         except redis.ResponseError as error:
             self._refused(error)
             return True
@@ -238,8 +238,8 @@ class _AsyncLeaving(_Looks, AsyncConnection):
 
     async def _look(self) -> bool:
         try:
-            told = await self._info("replication")
-            return self._has_arrived(told or await self._info("server"))
+            info = await self._info("replication")
+            return self._has_arrived(info or await self._info("server"))
         except redis.ResponseError as error:
             self._refused(error)
             return True

@@ -155,8 +155,8 @@ class EngineReport:
         yield from (self._mode_line(mode) for mode in [*self.modes, *([self.peer] if self.peer else [])])
         yield ""
         reason = "" if setting.why_not_paged is None else f" (not paged: {setting.why_not_paged})"
-        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.key_ratios().items())
-        yield f"a worker serves this model from {setting.kv_backend}{reason}: {told}"
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.key_ratios().items())
+        yield f"a worker serves this model from {setting.kv_backend}{reason}: {ratios}"
         yield from self._step_lines()
         yield from _long_lines(self.long_prompts)
         yield from _wide_lines(self.wide_batches)

@@ -1,7 +1,7 @@
 """One fine-tuning job from claim to finish: check what it may use, train, finish.
 
 In: a claim. Out: exactly one of: a final state in the ledger, a give-back, or nothing (the lease was lost and another
-worker owns the job). Every committed checkpoint is told to the ledger, so that a lost worker costs no life of a job
+worker owns the job). Every committed checkpoint is recorded in the ledger, so that a lost worker costs no life of a job
 that makes progress. Knows no Celery, no storage and no trainer: `train` is worker.training's run.
 """
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 #: Least time between two `job.progress` of one attempt.
 PROGRESS_S: Final = 5.0
-#: Tries to tell the ledger of a checkpoint, and the pause between them. Untold, a loss of the worker costs a life.
+#: Tries to record a checkpoint in the ledger, and the pause between them. Else a lost worker costs a life.
 KEEP_TRIES: Final = 3
 KEEP_PAUSE_S: Final = 1.0
 
@@ -123,8 +123,8 @@ class FinetunePipeline:
                 self._attempts.remove(attempt)
                 self._publisher.close(output)
             self._meter.ends(attempt, body, outcome, watch)
-            told = {"outcome": outcome, "total_s": round(watch.total_s, 4)}
-            logger.info("job ended", extra=facts_of(attempt) | told)
+            facts = {"outcome": outcome, "total_s": round(watch.total_s, 4)}
+            logger.info("job ended", extra=facts_of(attempt) | facts)
 
     def _ending(
         self, attempt: Attempt, problem: str | None, output: AttemptOutput, watch: Stopwatch

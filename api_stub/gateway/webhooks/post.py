@@ -68,8 +68,8 @@ class WebhookPost:
             pool.stream("POST", url, headers=sent, content=body, extensions={"timeout": limits}) as answer,
         ):
             await _read_some(answer)
-            said = {name.lower(): value for name, value in answer.headers}
-            return PostResponse(answer.status, _seconds(said.get(b"retry-after", b"").decode("latin-1")))
+            received = {name.lower(): value for name, value in answer.headers}
+            return PostResponse(answer.status, _seconds(received.get(b"retry-after", b"").decode("latin-1")))
 
 
 async def _read_some(answer: httpcore.Response) -> None:
