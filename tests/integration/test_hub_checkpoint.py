@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from worker.models.digests import folder_digest
+
 pytestmark = pytest.mark.check
 
 TOKEN = "hf_" + "T0ken" * 6
@@ -171,6 +173,12 @@ def test_a_hub_id_is_downloaded_without_bars_and_then_loaded_without_the_hub(hub
     again = load(hub, loads.directory, PROGRAM, MODELS="nobody/tiny", HF_HUB_OFFLINE="1")
     assert again == [loads.lines["nobody/tiny"]]
     assert hub.requests == []
+
+
+def test_the_digest_of_a_hub_checkpoint_is_that_of_its_weights(hub: Hub, tmp_path: Path) -> None:
+    """Also before they were ever loaded: else a run that is resumed later would start from other weights."""
+    program = "from worker.models.digests import *; print(checkpoint_digest('tiny', 'nobody/tiny', None))"
+    assert load(hub, tmp_path, program) == [folder_digest(hub.folder / "nobody" / "tiny")]
 
 
 @pytest.mark.parametrize(

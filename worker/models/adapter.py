@@ -26,6 +26,8 @@ from worker.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from worker.models.inputs import LoadedAdapter
 from worker.models.quantized_base import QuantizedBase, read_quantized_base
 
+#: What fine-tuning writes beside a checkpoint.
+MANIFEST: Final = "manifest.json"
 _KEY: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 #: A module's name, or its end; PEFT would take anything else for a regular expression.
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.]+")
@@ -57,17 +59,29 @@ class _LoraConfig(BaseModel):
     init_lora_weights: bool | str = True
 
 
+class _Plan(BaseModel):
+    base_digest: str | None = None
+
+
+class _Manifest(BaseModel):
+    """What is read of a fine-tuned checkpoint's manifest."""
+
+    plan: _Plan = _Plan()
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A LoRA adapter in a folder.
 
     name: how VISIONQ_MODEL names it, for messages. quantized_base: what it was trained beside, if not whole weights.
+    base_digest: of the weights that it was trained on, where its manifest says so.
     """
 
     name: str
     folder: Path
     config: _LoraConfig
     quantized_base: QuantizedBase | None
+    base_digest: str | None = None
 
     @property
     def base(self) -> str:
@@ -172,7 +186,20 @@ def read_adapter(name: str, folder: Path) -> Adapter:
         raise CannotStart(f"{where}: {problem}") from error
     for problem in _unsupported(config):
         raise CannotStart(f"{where}: {problem}; plain LoRA adapters are merged, no others")
-    return Adapter(name, folder, config, read_quantized_base(name, folder))
+    return Adapter(name, folder, config, read_quantized_base(name, folder), _base_digest(name, folder))
+
+
+def _base_digest(name: str, folder: Path) -> str | None:
+    """Return the digest of the base's weights that fine-tuning left in its manifest; None: there is none.
+
+    Raises CannotStart for a manifest that cannot be read.
+    """
+    try:
+        return _Manifest.model_validate_json((folder / MANIFEST).read_bytes()).plan.base_digest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, RecursionError) as error:
+        raise CannotStart(f"VISIONQ_MODEL={name}: {MANIFEST} cannot be read") from error
 
 
 def _unsupported(config: _LoraConfig) -> Iterator[str]:

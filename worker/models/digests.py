@@ -6,9 +6,12 @@ A fine-tuned checkpoint's manifest, an evaluation's record and every result name
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from worker.errors import CannotStart
 from worker.models.checkpoint import CONFIG, stored_file
@@ -34,11 +37,23 @@ def folder_digest(folder: Path) -> str:
 
 
 def checkpoint_digest(name: str, place: str | Path, revision: str | None) -> str:
-    """Return the digest of the weights of a folder or of a hub checkpoint that was downloaded.
+    """Return the digest of the weights of a folder or of a hub checkpoint, of which they are downloaded if need be.
 
-    name: as VISIONQ_MODEL names it, for the message. Raises CannotStart where there is none.
+    name: as VISIONQ_MODEL names it, for the message. Raises CannotStart where there are none.
     """
-    config = stored_file(place, CONFIG, revision)
-    if config is None:
-        raise CannotStart(f"VISIONQ_MODEL={name}: no {CONFIG}, so it is not a checkpoint")
-    return folder_digest(config.parent)
+    if isinstance(place, Path):
+        if stored_file(place, CONFIG) is None:
+            raise CannotStart(f"VISIONQ_MODEL={name}: no {CONFIG}, so it is not a checkpoint")
+        return folder_digest(place)
+    files = [stored_file(place, file, revision) for file in _files_of(place, revision)]
+    if not files:
+        raise CannotStart(f"VISIONQ_MODEL={name}: no {SAFE_WEIGHTS_NAME}, so it is not a checkpoint that is served")
+    return weights_digest({file.name: sha256_of(file) for file in files if file is not None})
+
+
+def _files_of(place: str, revision: str | None) -> list[str]:
+    """Return the names of the files of weights that transformers loads of a hub checkpoint."""
+    if stored_file(place, SAFE_WEIGHTS_NAME, revision) is not None:
+        return [SAFE_WEIGHTS_NAME]
+    index = stored_file(place, SAFE_WEIGHTS_INDEX_NAME, revision)
+    return [] if index is None else sorted(set(json.loads(index.read_bytes())["weight_map"].values()))

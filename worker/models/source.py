@@ -5,6 +5,7 @@ A folder or prefix may also hold a LoRA adapter, which names its base as VISIONQ
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,8 +13,11 @@ from typing import Final
 from worker.errors import CannotStart
 from worker.models import checkpoint
 from worker.models.adapter import Adapter, read_adapter
+from worker.models.digests import checkpoint_digest
 from worker.models.remote import download
 from worker.settings import Quantization, WorkerSettings
+
+logger = logging.getLogger(__name__)
 
 _DEMO_MODELS: Final = Path(__file__).parent.parent / "demo_model"
 #: The checkpoints that ship, by the names that `VISIONQ_MODEL` gives them.
@@ -63,7 +67,25 @@ def find_model(settings: WorkerSettings) -> Source:
         base, base_revision = find_checkpoint(settings.model_copy(update=of_base))
     except CannotStart as error:
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: the base of the adapter is not served: {error}") from error
+    _refuse_other_base(adapter, base, base_revision)
     return Source(base, base_revision, adapter)
+
+
+def _refuse_other_base(adapter: Adapter, base: str | Path, revision: str | None) -> None:
+    """Raise CannotStart when the base has other weights than those that the adapter was trained on, as far as it says.
+
+    On other weights it would be another model than the one that was judged, without a sign.
+    """
+    facts = {"action": "load", "adapter": adapter.name, "base": adapter.base}
+    if adapter.base_digest is None:
+        logger.warning("the adapter does not say which weights it was trained on", extra=facts)
+        return
+    found = checkpoint_digest(adapter.name, base, revision)
+    if found != adapter.base_digest:
+        raise CannotStart(
+            f"VISIONQ_MODEL={adapter.name}: the adapter was trained on other weights of {adapter.base}: their digest "
+            f"was {adapter.base_digest}, it is {found} now"
+        )
 
 
 def find_checkpoint(settings: WorkerSettings) -> tuple[str | Path, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from api_stub.contract.finetune import FinetuneMethod, FinetuneRecipe
 from tests.tiny.quantised import pack
 from worker.errors import CannotStart
 from worker.models.adapter import read_adapter
+from worker.models.digests import folder_digest
 from worker.models.loader import load
 from worker.models.quantized_base import describe_quantized_base, write_quantized_base
 from worker.settings import Dtype, Quantization, WorkerSettings
@@ -109,6 +111,19 @@ def test_merged_weights_are_those_that_peft_merges(config: dict[str, Any], base:
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(whole(base)(input_ids=IDS).logits, trained, atol=0.01)
+
+
+def test_an_adapter_is_served_on_the_weights_that_it_was_trained_on_only(adapter: Path, base: Path) -> None:
+    """As far as its manifest says; else the log tells that nobody knows."""
+    manifest = adapter / "manifest.json"
+    manifest.write_text(json.dumps({"v": 1, "plan": {"base": str(base), "base_digest": folder_digest(base)}}))
+    assert load(WorkerSettings(model=str(adapter))).model is not None
+    manifest.write_text(json.dumps({"v": 1, "plan": {"base": str(base), "base_digest": "ab" * 32}}))
+    assert re.search(
+        rf"was trained on other weights of {base}: their digest was (ab)+, it is \w+ now", refusal(adapter)
+    )
+    manifest.write_text("[]")
+    assert "manifest.json cannot be read" in refusal(adapter)
 
 
 def test_a_base_in_another_type_gets_the_sum_rounded_once(adapter: Path, base: Path) -> None:
