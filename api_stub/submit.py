@@ -108,6 +108,7 @@ class FinetuneSettings(TypedDict, total=False):
     batch_size: int | None
     gradient_accumulation: int | None
     gradient_checkpointing: bool | None
+    freeze_vision: bool | None
     warmup_steps: int | None
     weight_decay: float | None
     max_grad_norm: float | None

@@ -162,6 +162,7 @@ def finetune(
     gradient_accumulation: Annotated[int | None, typer.Option(min=1, help="forwards of one step")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="steps between evaluations with a checkpoint")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="rank of the adapter")] = None,
+    freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="the vision tower learns nothing")] = False,
     loader_workers: Annotated[int | None, typer.Option(min=0, help="threads that prepare batches ahead")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of everything that is random")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on, also with other numbers of steps or rates")] = False,
@@ -175,6 +176,7 @@ def finetune(
         "max_steps": max_steps, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation, "eval_every": eval_every, "lora_rank": lora_rank,
         "loader_workers": loader_workers, "seed": seed, "resume": resume or None,
+        "freeze_vision": freeze_vision or None,
     }  # fmt: skip
     from worker.training.command import absolute, finetune_here
     from worker.training.progress import Stopped

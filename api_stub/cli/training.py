@@ -25,6 +25,7 @@ Accumulation = Annotated[int | None, typer.Option("--gradient-accumulation", hel
 EvalEvery = Annotated[int | None, typer.Option(help="Steps between evaluations, each with a checkpoint.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the split, the order and all that is drawn.")]
 LoraRank = Annotated[int | None, typer.Option(help="Rank of the adapter.")]
+FreezeVision = Annotated[bool | None, typer.Option("--freeze-vision", help="The vision tower learns nothing.")]
 Resume = Annotated[bool | None, typer.Option("--resume", help="Go on from the newest checkpoint of the output.")]
 Deadline = Annotated[float | None, typer.Option(help="Seconds from now after which the job ends.")]
 Priority = Annotated[int | None, typer.Option(help="0 (first) to 9.")]
@@ -45,6 +46,7 @@ def finetune(
     gradient_accumulation: Accumulation = None,
     eval_every: EvalEvery = None,
     lora_rank: LoraRank = None,
+    freeze_vision: FreezeVision = None,
     seed: Seed = None,
     resume: Resume = None,
     deadline: Deadline = None,
@@ -71,6 +73,7 @@ def finetune(
             gradient_accumulation=gradient_accumulation,
             eval_every=eval_every,
             lora_rank=lora_rank,
+            freeze_vision=freeze_vision,
             seed=seed,
             resume=resume,
             deadline_s=deadline,

@@ -63,6 +63,7 @@ class FinetuneOptions(WireModel):
 
     `eval_every`: steps between two evaluations, each with a checkpoint. `eval_examples`: the most validation examples
     that one looks at. `resume`: true continues the newest checkpoint of the output, a URI the checkpoint there.
+    `freeze_vision`: the vision tower learns nothing, which keeps what it sees when there are few pictures.
     `loader_workers`: threads that load and encode examples ahead; the order of examples does not depend on them.
     """
 
@@ -72,6 +73,7 @@ class FinetuneOptions(WireModel):
     batch_size: WholeNumber | None = Field(default=None, ge=1, le=1024)
     gradient_accumulation: WholeNumber | None = Field(default=None, ge=1, le=1024)
     gradient_checkpointing: bool | None = None
+    freeze_vision: bool | None = None
     warmup_steps: WholeNumber | None = Field(default=None, ge=0, le=1_000_000)
     weight_decay: float | None = Field(default=None, ge=0, le=1)
     max_grad_norm: float | None = Field(default=None, gt=0, le=1000)

@@ -237,7 +237,8 @@ class ProgressFeed:
             "examples_per_s": progress.examples_per_s,
             "eta_s": progress.eta_s,
         }
-        metrics = finite({name: value for name, value in figures.items() if value is not None} | dict(progress.metrics))
+        scores = {"validation_loss" if name == "loss" else name: value for name, value in progress.metrics.items()}
+        metrics = finite({name: value for name, value in figures.items() if value is not None} | scores)
         self._put(ProgressBody(stage=Stage.TRAINING, done=progress.step, total=progress.max_steps, metrics=metrics))
 
 

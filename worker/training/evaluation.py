@@ -6,6 +6,7 @@ equal shape are generated together, so that no padding can change an answer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,8 @@ from worker.training.question import question_of
 from worker.training.scores import Answered, score
 from worker.training.trainer import num_learnt
 from worker.training.tuning import TunedModel
+
+logger = logging.getLogger(__name__)
 
 #: Examples of one forward of an evaluation.
 _BATCH_SIZE: Final = 16
@@ -58,6 +61,18 @@ class Evaluation:
         shuffled = list(dataset.validation)
         Random(f"{plan.seed} validation").shuffle(shuffled)
         self._examples = shuffled[: plan.eval_examples]
+        self._warn_of_cut_answers()
+
+    def _warn_of_cut_answers(self) -> None:
+        """Log how many right answers are longer than what is generated: their scores are too bad."""
+        tokenizer = self._tuned.loaded.tokenizer
+        right = [question_of(self._prompts, example)[1] for example in self._examples]
+        lengths = [min(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in each) for each in right]
+        num_cut = sum(length >= self._max_new_tokens for length in lengths)
+        if num_cut:
+            facts = {"action": "train.evaluate", "count": num_cut, "longest": max(lengths)}
+            facts |= {"max_new_tokens": self._max_new_tokens}
+            logger.warning("right answers are longer than what an evaluation generates", extra=facts)
 
     def measure(self, should_stop: Callable[[], None]) -> dict[str, float]:
         """Return `loss` and the scores by name. `should_stop` is called between batches and raises to abort."""

@@ -137,11 +137,14 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         assert self.trainer.step_loss is not None, "a step was made"
         loss = float(self.trainer.step_loss)
         if not math.isfinite(loss):
-            raise TrainingRefused(
-                f"step {self.run.step}: the loss is {loss}; the learning rate of {self._plan.learning_rate} is too "
-                "high for this model, or its weights are broken"
-            )
+            raise self._not_finite(f"the loss is {loss}")
         return loss
+
+    def _not_finite(self, what: str) -> TrainingRefused:
+        return TrainingRefused(
+            f"step {self.run.step}: {what}; the learning rate of {self._plan.learning_rate} is too high for this "
+            "model, or its weights are broken"
+        )
 
     def _tell(self, loss: float) -> None:
         left = self._plan.max_steps - self.run.step
@@ -165,6 +168,9 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         except Stopped as stopped:
             self.stop_reason = stopped.reason
             return
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise self._not_finite(f"validation: the {name} is {value}")
         self.run = self.run.model_copy(update={"needs_evaluation": False, "metrics": metrics})
         self._note(metrics)
         value, best = metrics[self._best_metric], self.run.best

@@ -46,6 +46,7 @@ class Plan(ReadModel):
     eval_every: int
     eval_examples: int
     max_new_tokens: int
+    freeze_vision: bool = False
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_dropout: float | None = None
@@ -57,7 +58,17 @@ class Plan(ReadModel):
 
 
 #: Fields that a resumed run must share with its checkpoint, also when more steps are asked for than at first.
-KEPT_FIELDS: Final = ("base_digest", "data", "method", "recipe", "seed", "lora_rank", "lora_alpha", "lora_dropout")
+KEPT_FIELDS: Final = (
+    "base_digest",
+    "data",
+    "method",
+    "recipe",
+    "seed",
+    "freeze_vision",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+)
 
 
 class FileEntry(ReadModel):

@@ -55,6 +55,7 @@ def make_plan(job: Finetuning, recipe: Recipe, *, base_digest: str, data: str, n
         weight_decay=_or(options.weight_decay, recipe.weight_decay),
         max_grad_norm=options.max_grad_norm or recipe.max_grad_norm,
         gradient_checkpointing=bool(options.gradient_checkpointing),
+        freeze_vision=bool(options.freeze_vision),
         eval_every=options.eval_every or recipe.eval_every,
         eval_examples=options.eval_examples or recipe.eval_examples,
         max_new_tokens=options.max_new_tokens or recipe.max_new_tokens,

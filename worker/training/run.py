@@ -110,15 +110,15 @@ def finetune(
         digest = base_digest(settings)
         plan = make_plan(job, recipe, base_digest=digest, data=dataset.digest, num_examples=len(dataset.train))
         resumed = _made(places.directory / "resumed")
+        task = _Task(job, plan, recipe, dataset, checkpoints, places.directory)
         found = _resumable(job, plan, checkpoints, client, resumed)
+        student = _student(task, settings, found, reports)
         # Only now: a job that is refused takes the output from nobody.
         checkpoints.claim()
         if checkpoints.steps()[-1:] > ([] if found is None else [found.manifest.step]):
             found = _resumable(job, plan, checkpoints, client, resumed)  # the last attempt has added one meanwhile
-        run = RunState() if found is None else load_run(found.folder / STATE_FOLDER)
-        if run.step < plan.max_steps or run.needs_evaluation:
-            tuned = tune(settings, plan, None if found is None else found.folder)
-            run = _train(_Task(job, plan, recipe, dataset, checkpoints, found, places.directory), tuned, run, reports)
+            student = _student(task, settings, found, reports)
+        run = _run_of(found) if student is None else _train(task, student, found, reports)
     return _result(run, checkpoints)
 
 
@@ -131,22 +131,47 @@ class _Task:
     recipe: Recipe
     dataset: Dataset
     checkpoints: Checkpoints
-    found: Found | None
     directory: Path
 
 
-def _train(task: _Task, tuned: TunedModel, run: RunState, reports: Reports) -> RunState:
-    """Make the steps that are left; return where the run is then. Raises Stopped when it is not at its end."""
-    plan, loaded, dataset = task.plan, tuned.loaded, task.dataset
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """The model that learns, and what encodes examples for it."""
+
+    tuned: TunedModel
+    encoder: Encoder
+
+
+def _run_of(found: Found | None) -> RunState:
+    return RunState() if found is None else load_run(found.folder / STATE_FOLDER)
+
+
+def _student(task: _Task, settings: WorkerSettings, found: Found | None, reports: Reports) -> _Student | None:
+    """Load the model as the checkpoint left it, and check that it can learn the data set; None: nothing is left to do.
+
+    Raises DatasetBroken, TrainingRefused, CannotStart, and InvalidRequest for a family whose labels are not proven.
+    """
+    run = _run_of(found)
+    if run.step >= task.plan.max_steps and not run.needs_evaluation:
+        return None
+    tuned = tune(settings, task.plan, None if found is None else found.folder)
+    loaded = tuned.loaded
     encoder = encoder_for(
         loaded.processor,
         loaded.model.config,
         task.recipe.name.value,
         eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
     )
-    findings = check_fits(dataset, encoder, reports.stop_or_go_on)
+    findings = check_fits(task.dataset, encoder, reports.stop_or_go_on)
     if findings:
         raise DatasetBroken(findings)
+    return _Student(tuned, encoder)
+
+
+def _train(task: _Task, student: _Student, found: Found | None, reports: Reports) -> RunState:
+    """Make the steps that are left; return where the run is then. Raises Stopped when it is not at its end."""
+    tuned, encoder, run = student.tuned, student.encoder, _run_of(found)
+    plan, loaded, dataset = task.plan, tuned.loaded, task.dataset
     loop = Loop(
         plan,
         tuned,
@@ -157,7 +182,7 @@ def _train(task: _Task, tuned: TunedModel, run: RunState, reports: Reports) -> R
         versions=_versions(loaded),
         directory=task.directory,
         run=run,
-        resumed=None if task.found is None else task.found.folder / STATE_FOLDER,
+        resumed=None if found is None else found.folder / STATE_FOLDER,
     )
     batches = Batches(
         _Encoded(dataset, encoder, tuned, plan.seed),
@@ -169,7 +194,7 @@ def _train(task: _Task, tuned: TunedModel, run: RunState, reports: Reports) -> R
         num_threads=task.job.options.loader_workers or 0,
     )
     if plan.gradient_checkpointing:
-        _checkpoint_gradients(tuned)
+        tuned.checkpoint_gradients()
     facts = {"action": "train.start", "base": plan.base, "step": run.step, "max_steps": plan.max_steps}
     logger.info("training", extra=facts)
     loop.trainer = make_trainer(tuned.model, plan, batches, loop, task.directory, loaded.device)
@@ -251,12 +276,6 @@ def _media(settings: WorkerSettings) -> Iterator[MediaAccess]:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _checkpoint_gradients(tuned: TunedModel) -> None:
-    """Keep fewer activations and compute them again; beside a frozen base the embeddings must ask for gradients."""
-    tuned.loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tuned.loaded.model.enable_input_require_grads()
 
 
 def _require_one_gpu(settings: WorkerSettings) -> None:

@@ -7,7 +7,7 @@ checkpoints. Knows no data and no trainer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,6 +62,11 @@ class TunedModel:
         self.loaded.processor.save_pretrained(folder)
         (folder / _MODEL_CARD).unlink(missing_ok=True)
 
+    def checkpoint_gradients(self) -> None:
+        """Keep fewer activations and compute them again; beside a frozen base the embeddings must ask for gradients."""
+        self.loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.loaded.model.enable_input_require_grads()
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Switch dropout off for a while, and no gradients."""
@@ -99,6 +104,8 @@ def tune(settings: WorkerSettings, plan: Plan, checkpoint: Path | None) -> Tuned
         if getattr(loaded.model, "is_quantized", False):
             raise TrainingRefused(f"method full: the weights of {plan.base} are quantised and cannot learn; use lora")
         loaded.model.requires_grad_(True)
+        for name in _frozen(loaded.model, plan):
+            loaded.model.get_submodule(name).requires_grad_(False)
         return TunedModel(loaded, loaded.model.train(), plan.method)
     if find_spec("peft") is None:
         raise TrainingRefused(f"method {plan.method}: needs peft; install the `train` extra")
@@ -133,7 +140,7 @@ def _with_adapter(loaded: LoadedModel, plan: Plan, checkpoint: Path | None) -> A
         r=plan.lora_rank,
         lora_alpha=plan.lora_alpha,
         lora_dropout=plan.lora_dropout,
-        target_modules=_linear_layers(loaded.model),
+        target_modules=_linear_layers(loaded.model, _frozen(loaded.model, plan)),
         bias="none",
     )
     adapted = peft.get_peft_model(loaded.model, config)
@@ -148,7 +155,25 @@ def _sort_modules(config: Path) -> None:
     config.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _linear_layers(model: PreTrainedModel) -> list[str]:
+def _frozen(model: PreTrainedModel, plan: Plan) -> list[str]:
+    """Return the names of the modules that learn nothing: the vision towers, where the plan says so.
+
+    A tower is told by its configuration. Raises TrainingRefused for a model without one.
+    """
+    if not plan.freeze_vision:
+        return []
+    vision = getattr(model.config, "vision_config", None)
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and vision is not None and isinstance(module.config, type(vision))
+    ]
+    if not towers:
+        raise TrainingRefused(f"options.freeze_vision: {type(model).__name__} has no vision tower of its own")
+    return towers
+
+
+def _linear_layers(model: PreTrainedModel, frozen: Sequence[str]) -> list[str]:
     """Return the full names of all linear layers but the output head, also of those quantised to nf4.
 
     Other subclasses of nn.Linear have a forward of their own or, as in nn.MultiheadAttention, an owner that reads
@@ -159,5 +184,7 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if module is not head and (type(module) is nn.Linear or name in is_quantised)
+        if module is not head
+        and (type(module) is nn.Linear or name in is_quantised)
+        and not any(name.startswith(f"{tower}.") for tower in frozen)
     ]

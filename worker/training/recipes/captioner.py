@@ -20,5 +20,5 @@ CAPTIONER: Final = Recipe(
     eval_every=50,
     eval_examples=200,
     best_metric="wer",
-    max_new_tokens=64,
+    max_new_tokens=128,
 )

@@ -64,7 +64,7 @@ class StandIn:
         checkpoint = None
         for step in (1, 2, 3):
             self.meanwhile(step)
-            progress(Progress(step, 3, loss=1.0 / step, eta_s=math.inf, metrics={"wer": 0.5}))
+            progress(Progress(step, 3, loss=1.0 / step, eta_s=math.inf, metrics={"loss": 2.0, "wer": 0.5}))
             if step == 2:
                 checkpoint = CHECKPOINT
                 committed(step, CHECKPOINT)
@@ -140,7 +140,8 @@ def test_a_training_leaves_its_result_its_progress_and_its_step(trainer: Trainer
     assert [(event.stage, event.done, event.total) for event in progress] == [
         (Stage.PREPARING, 0, 0), (Stage.TRAINING, 1, 3)
     ]  # fmt: skip
-    assert progress[1].metrics == {"loss": 1.0, "learning_rate": 0.0, "examples_per_s": 0.0, "wer": 0.5}
+    figures = {"loss": 1.0, "learning_rate": 0.0, "examples_per_s": 0.0}
+    assert progress[1].metrics == figures | {"validation_loss": 2.0, "wer": 0.5}
 
 
 def test_progress_comes_at_most_once_in_five_seconds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from worker.cli import app
 from worker.models.loader import load
 from worker.settings import WorkerSettings
 from worker.training.dataset import DatasetBroken
+from worker.training.evaluation import Evaluation
 from worker.training.progress import Progress, Stopped, StopReason, TrainingRefused
 from worker.training.run import Places, finetune
 
@@ -142,6 +144,19 @@ def test_what_does_not_fit_the_model_is_found_before_the_first_step(
     with pytest.raises(DatasetBroken, match=r"metadata\.jsonl:5: .* tokens, the model's limit is"):
         attempt.run(make_job(tiny_checkpoint("git"), data, str(tmp_path / "output"), workers=0, accumulation=1))
     assert attempt.told == []
+    assert not (tmp_path / "output").exists(), "another run's output stays its own"
+
+
+def test_an_evaluation_that_is_no_number_ends_the_run_before_a_checkpoint(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a step that was too long: its loss was a number, and the weights that it left make none."""
+    monkeypatch.setattr(Evaluation, "measure", lambda *_: {"loss": math.nan, "wer": 1.0})
+    attempt, output = Attempt(tmp_path / "work"), tmp_path / "output"
+    job = make_job(tiny_checkpoint("git"), make_data(tmp_path / "data"), str(output), workers=0, accumulation=1)
+    with pytest.raises(TrainingRefused, match=r"step 3: validation: the loss is nan; the learning rate of \S+ is too"):
+        attempt.run(job)
+    assert attempt.committed == []
 
 
 def chat_job(base: Path, folder: Path, method: FinetuneMethod, **options: object) -> Finetuning:
