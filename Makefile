@@ -31,7 +31,7 @@ LONG_STAMP := $(VENV)/.installed-long
 PINS := pyproject.toml worker/pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test vision kernels check long audit bench chaos fuzz scale soak
+.PHONY: help demo test vision kernels check long learning audit bench chaos fuzz scale soak
 .PHONY: test-parts test-rest test-chosen test-oldest lint format types floors $(SERVERS:%=long-%)
 
 # Runs every target of $(1), though others before it fail, and says at the end which did. The plus: `--dry-run`, too.
@@ -80,12 +80,15 @@ check: export CHOSEN :=
 check: $(DEV_STAMP) ## lint, types, import floors, known vulnerabilities, all tests
 	$(call each,lint format types floors audit test test-oldest vision)
 
-long: $(LONG_STAMP) ## the tests that depend on Redis, then ten minutes of chaos, on further servers (SERVERS="debian stack")
-	$(call each,$(SERVERS:%=long-%))
+long: $(LONG_STAMP) ## the tests that depend on Redis, then ten minutes of chaos, on further servers (SERVERS="debian stack"); then learning
+	$(call each,$(SERVERS:%=long-%) learning)
 
 $(SERVERS:%=long-%): long-%: $(LONG_STAMP)
 	VISIONQ_TEST_REDIS=$* $(BIN)/python -m pytest $(ON_REDIS) --numprocesses 2 --dist loadfile
 	VISIONQ_TEST_REDIS=$* $(BIN)/python -m tests.chaos $(ARGS)
+
+learning: $(DEV_STAMP) ## fine-tune the shipped models as jobs, serve what comes out, compare with what is promised (ARGS="captioner")
+	$(BIN)/python -m tests.learning $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
