@@ -16,12 +16,12 @@ from worker.training.scores import Answered, score
 NUM_SCENES: Final = 2000
 #: What the run asks of the recipe for a model that small, which has to learn every word anew.
 OPTIONS: Final[dict[str, Any]] = {
-    "max_steps": 3500,
+    "max_steps": 1200,
     "learning_rate": 1e-3,
     "batch_size": 32,
     "gradient_accumulation": 1,
-    "warmup_steps": 100,
-    "eval_every": 1750,
+    "eval_every": 600,
+    "freeze_vision": True,
     "loader_workers": 1,
     "seed": 1,
 }
