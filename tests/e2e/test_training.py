@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from celery import Celery
 from PIL import Image
 
 from api_stub.client.client import Client
@@ -115,3 +116,31 @@ def test_a_broken_data_set_is_reported_before_the_first_step(
         assert [(found.line, found.file) for found in failed.value.details]
         assert {found.line for found in failed.value.details} == {4, 6}
         assert steps_of(job) == []
+
+
+def test_a_plain_celery_producer_has_a_model_fine_tuned(
+    trainer: Trainer, redis_server: RedisServer, s3_server: S3Server
+) -> None:
+    """With Celery alone; what is wrong with a message is said by its field."""
+    dataset = data_set(s3_server.client(), "plain")
+    trainer.wait_ready()
+    celery = Celery("anyone", broker=redis_server.url, backend=redis_server.url, set_as_current=False)
+    asked = {"base": "tiny", "dataset": dataset, "output": "s3://media/training/plain/"}
+    options = {"max_steps": 2, "batch_size": 2, "gradient_accumulation": 1, "eval_examples": 2, "max_new_tokens": 4}
+    try:
+        wrong = celery.send_task(
+            "visionq.finetune", kwargs=asked | {"options": {"max_steps": 0}}, queue="visionq.training"
+        )
+        with pytest.raises(Exception, match=r"options\.max_steps: .*greater than or equal to 1"):
+            wrong.get(timeout=WAIT_S)
+        nowhere = celery.send_task(
+            "visionq.finetune", kwargs=asked | {"output": "s3://elsewhere/x/"}, queue="visionq.training"
+        )
+        with pytest.raises(Exception, match="elsewhere"):
+            nowhere.get(timeout=WAIT_S)
+        right = celery.send_task("visionq.finetune", kwargs=asked | {"options": options}, queue="visionq.training")
+        result = right.get(timeout=WAIT_S)
+    finally:
+        celery.close()
+    assert (result["steps"], result["model"], result["text"]) == (2, "training", "")
+    assert result["output_uri"] == "s3://media/training/plain/checkpoint-2/"

@@ -16,6 +16,7 @@ from tests.killed_training import make_data, make_job
 from worker.cli import app
 from worker.models.loader import load
 from worker.settings import WorkerSettings
+from worker.training.batch import UnsafeTemplate
 from worker.training.dataset import DatasetBroken
 from worker.training.evaluation import Evaluation
 from worker.training.progress import Progress, Stopped, StopReason, TrainingRefused
@@ -145,6 +146,18 @@ def test_what_does_not_fit_the_model_is_found_before_the_first_step(
         attempt.run(make_job(tiny_checkpoint("git"), data, str(tmp_path / "output"), workers=0, accumulation=1))
     assert attempt.told == []
     assert not (tmp_path / "output").exists(), "another run's output stays its own"
+
+
+@pytest.mark.parametrize("family", ["blip2", "paligemma"])
+def test_families_whose_labels_are_not_proven_are_refused_by_name(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, family: str
+) -> None:
+    output, attempt = tmp_path / "output", Attempt(tmp_path / "work")
+    data = make_data(tmp_path / "data")
+    with pytest.raises(UnsafeTemplate, match=r"captions for \w+Processor are not supported: GIT's only"):
+        attempt.run(make_job(tiny_checkpoint(family), data, str(output), workers=0, accumulation=1))
+    assert attempt.told == []
+    assert not output.exists()
 
 
 def test_an_evaluation_that_is_no_number_ends_the_run_before_a_checkpoint(
