@@ -1,9 +1,10 @@
 """Fine-tuning runs undisturbed, and the same runs killed three times: `python -m tests.killed_training DIRECTORY RUN…`.
 
-A run is `PLACE:WORKERS:ACCUMULATION`: `folder` or `s3` (at AWS_ENDPOINT_URL_S3), the loader threads of the run that is
-killed (the other one has none), and the forwards of a step. Every attempt is a process of its own with a folder of its
-own, as on another worker; they share the output alone. Prints one JSON object for each run: the weights' digests, how
-each attempt ended, and the first step that each made.
+A run is `PLACE:WORKERS:ACCUMULATION:KIND`: `folder` or `s3` (at AWS_ENDPOINT_URL_S3), the loader threads of the run
+that is killed (the other one has none), the forwards of a step, and what learns how: `full`, `lora` with dropout, or
+the same with `checkpointing` of the activations. Every attempt is a process of its own with a folder of its own, as on
+another worker; they share the output alone. Prints one JSON object for each run: the weights' digests, how each attempt
+ended, and the first step that each made.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ def make_data(folder: Path, num_examples: int = 12) -> Path:
     return folder
 
 
-def make_job(base: Path, data: Path, output: str, *, workers: int, accumulation: int) -> Finetuning:
+def make_job(base: Path, data: Path, output: str, *, workers: int, accumulation: int, kind: str = "full") -> Finetuning:
     """Eight steps of 4 examples; evaluations and checkpoints after steps 3, 6 and 8."""
+    method = FinetuneMethod.FULL if kind == "full" else FinetuneMethod.LORA
+    adapter = {} if kind == "full" else {"lora_rank": 4, "lora_dropout": 0.1}
     options = FinetuneOptions(
         max_steps=8, batch_size=4 // accumulation, gradient_accumulation=accumulation, learning_rate=1e-3,
         eval_every=3, eval_examples=2, max_new_tokens=4, seed=1, loader_workers=workers,
+        gradient_checkpointing=kind == "checkpointing" or None, **adapter,
     )  # fmt: skip
-    return Finetuning(base=str(base), dataset=str(data), output=output, method=FinetuneMethod.FULL, options=options)
+    return Finetuning(base=str(base), dataset=str(data), output=output, method=method, options=options)
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -146,8 +150,9 @@ def outcome(output: str) -> dict[str, object]:
     assert manifest is not None
     assert latest is not None
     found = json.loads(manifest[0])
+    weights = "model.safetensors" if "model.safetensors" in found["files"] else "adapter_model.safetensors"
     return {
-        "weights": found["files"]["model.safetensors"]["sha256"],
+        "weights": found["files"][weights]["sha256"],
         "state": found["files"]["state/optimizer.safetensors"]["sha256"],
         "run": found["files"]["state/run.json"]["sha256"],
         "best": json.loads(latest[0])["best"],
@@ -156,13 +161,13 @@ def outcome(output: str) -> dict[str, object]:
 
 def compare(directory: Path, base: Path, data: Path, run: str) -> dict[str, object]:
     """Make a run undisturbed and killed; return what it is to print."""
-    place, workers, accumulation = run.split(":")
+    place, workers, accumulation, kind = run.split(":")
     directory.mkdir()
     outputs = [str(directory / name) for name in ("undisturbed", "killed")]
     if place == "s3":
         outputs = [f"s3://{BUCKET}/{directory.name}/{name}/" for name in ("undisturbed", "killed")]
     job, killed = (
-        make_job(base, data, output, workers=num_workers, accumulation=int(accumulation))
+        make_job(base, data, output, workers=num_workers, accumulation=int(accumulation), kind=kind)
         for output, num_workers in zip(outputs, (0, int(workers)), strict=True)
     )
     attempt(job, directory / "work-0", never)

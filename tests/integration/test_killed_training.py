@@ -14,9 +14,12 @@ import pytest
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[2]
-#: Where, with how many loader threads and how many forwards of a step. One process makes them all: its imports and its
-#: base take as long as a run.
-RUNS = ("s3:2:2", "folder:0:1", "folder:2:1", "folder:0:2")
+#: Where, with how many loader threads, how many forwards of a step, and what learns. One process makes them all: its
+#: imports and its base take as long as a run.
+RUNS = (
+    "s3:2:2:full", "folder:0:1:full", "folder:2:1:full", "folder:0:2:full",
+    "folder:2:2:lora", "folder:0:2:checkpointing",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> di
     }  # fmt: skip
     ended = subprocess.run(
         [sys.executable, "-m", "tests.killed_training", str(tmp_path_factory.mktemp("runs")), *RUNS],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=420, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()[-len(RUNS) :]
@@ -43,10 +46,16 @@ def check(report: dict[str, Any]) -> None:
 
 
 def test_a_run_killed_three_times_leaves_equal_weights_in_s3(reports: dict[str, dict[str, Any]]) -> None:
-    check(reports["s3:2:2"])
+    check(reports["s3:2:2:full"])
 
 
 @pytest.mark.check
 @pytest.mark.parametrize("run", RUNS[1:])
 def test_loader_threads_and_accumulation_change_nothing(reports: dict[str, dict[str, Any]], run: str) -> None:
     check(reports[run])
+
+
+@pytest.mark.check
+def test_checkpointed_activations_give_the_weights_of_kept_ones(reports: dict[str, dict[str, Any]]) -> None:
+    kept, again = (reports[run]["undisturbed"]["weights"] for run in RUNS[-2:])
+    assert kept == again

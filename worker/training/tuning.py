@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -63,9 +63,14 @@ class TunedModel:
         (folder / _MODEL_CARD).unlink(missing_ok=True)
 
     def checkpoint_gradients(self) -> None:
-        """Keep fewer activations and compute them again; beside a frozen base the embeddings must ask for gradients."""
+        """Keep fewer activations and compute them again.
+
+        What is not reentrant needs no embeddings that ask for gradients, as transformers makes them beside an adapter;
+        a model that changes them in place (GIT) would fail with them.
+        """
         self.loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.loaded.model.enable_input_require_grads()
+        with suppress(AttributeError):  # earlier versions know none
+            self.loaded.model.disable_input_require_grads()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
