@@ -12,17 +12,17 @@ from tests.learning.stack import ANSWER_S, Stack
 from worker.demo_model.learning.exam import KINDS
 from worker.demo_model.learning.ninth_colour import METADATA, draw_exam, draw_training
 
-NUM_LESSONS, NUM_NEW, NUM_OLD = 3000, 200, 200
+NUM_LESSONS, NUM_NEW, NUM_OLD = 6000, 200, 200
 OPTIONS: Final[dict[str, Any]] = {
     "method": "lora",
-    "max_steps": 250,
+    "max_steps": 500,
     "learning_rate": 2e-3,
     "lora_rank": 16,
     "lora_alpha": 32.0,
     "batch_size": 24,
     "gradient_accumulation": 1,
     "warmup_steps": 20,
-    "eval_every": 125,
+    "eval_every": 250,
     "loader_workers": 1,
     "seed": 1,
 }
