@@ -19,6 +19,8 @@ from typing import Final
 import cv2
 
 from worker.demo_model.learning.conversations import (
+    EVEN,
+    HARD,
     Conversation,
     clip_conversation,
     image_conversation,
@@ -103,13 +105,14 @@ def _lesson(rng: Random) -> Row:
         with nine_colours():
             talk = _about_the_ninth(rng, lambda: image_conversation(rng, 3))
     else:
+        mix = rng.choice((EVEN, HARD))
         talk = rng.choices(
             (
-                lambda: image_conversation(rng, 3),
-                lambda: images_conversation(rng, 2),
-                lambda: clip_conversation(rng, 2),
+                lambda: image_conversation(rng, 3, mix),
+                lambda: images_conversation(rng, 2, mix),
+                lambda: clip_conversation(rng, 2, mix),
             ),
-            (50, 30, 20),
+            (40, 30, 30),
         )[0]()
     pictures = [draw_varied(scene, rng) for turn in talk for scene in turn.scenes]
     return "lesson", pictures, messages(talk)
