@@ -3,7 +3,7 @@
 -- Answers whether more is due, then id, task, model and priority of every job that it rang for.
 -- So many jobs, and so many lists, that a sweep takes at most some milliseconds of Redis' time; the rest is the next one's.
 local BATCH = 100
-local MAX_LISTS = 20
+local MAX_LISTS = 10
 local MAX_DEAD = 10000
 local reply = {0}
 local pause_s = tonumber(ARGV[1])
