@@ -52,7 +52,7 @@ def run(stack: Stack) -> Report:
     report.notes += [
         f"loss {loss:.4f} at step {step}" for step, loss in trained.losses()[:: len(trained.losses()) // 8]
     ]
-    report.notes += [f"wrong: {one['text']!r}, right: {one['references']!r}" for one in after["mistakes"][:5]]
+    report.notes += [f"wrong: {one['answer']!r}, right: {one['references']!r}" for one in after["mistakes"][:5]]
     return report
 
 
