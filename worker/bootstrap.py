@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import redis
 
+from api_stub.contract.serving import Serving
+from api_stub.contract.wish import Wish
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.settings import redis_address
 from worker.engine.config import EngineConfig, PagedConfig, VisionConfig
@@ -19,18 +24,25 @@ from worker.jobs.circuit import Circuit
 from worker.jobs.claim import Claimer
 from worker.jobs.metering import JobMeter, StepMeter
 from worker.jobs.pipeline import Pipeline
+from worker.jobs.served import Served
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
+from worker.lifecycle.engine_slot import EngineSlot
+from worker.lifecycle.exchange import Exchange, check_digest, smoke_questions, wished
 from worker.lifecycle.health import Health
 from worker.lifecycle.heartbeat import Heartbeat
 from worker.lifecycle.process import WorkerProcess
+from worker.lifecycle.rollout import Rollout, fail_wish
 from worker.lifecycle.self_test import Proofs, try_out
+from worker.lifecycle.smoke import ask
 from worker.lifecycle.watchdog import Finding, Trouble
 from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
 from worker.media.collect import MediaCollector, remove_leftovers
 from worker.media_access import media_access
 from worker.models.loader import LoadedModel, load
+from worker.models.manifest import SmokeQuestion
+from worker.models.source import find_model
 from worker.observability.metrics import Metrics
 from worker.prompting.prepare import PromptBuilder, trial_prompts
 from worker.settings import Attention, KVBackend, WorkerSettings
@@ -50,19 +62,25 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
     remove_leftovers()
     ledger = connect(settings)
     make_known(ledger, settings.model_name)
-    loaded = load(settings)
+    wanted = load_wanted(settings, ledger)
+    loaded = wanted.loaded
     worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
     attempts, prompts = Attempts(), prompt_builder(settings, loaded)
+    served = Served(settings.model_name, serving_of(wanted))
     step_meter, job_meter = StepMeter(metrics), JobMeter(metrics)
     publisher = Publisher(ledger, TokenMeter(metrics))
-    engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
-        engine_config(settings, loaded),
-        publisher.put_step,
-        step_meter,
-        trial_prompts(prompts, loaded.capabilities),
-    )
+    trials = trial_prompts(prompts, loaded.capabilities)
+
+    def make_engine(loaded: LoadedModel) -> Engine:
+        config = engine_config(settings, loaded)
+        return Engine(loaded.model, loaded.tokenizer, config, publisher.put_step, step_meter, trials)
+
+    engine = EngineSlot(make_engine, loaded)
+
+    def tries(questions: Sequence[SmokeQuestion]) -> None:
+        try_out(engine, prompts)
+        ask(engine, prompts, questions)
+
     media = media_access(settings)
     media_cache, memory_budget = MediaCache(settings.media_cache_bytes), MemoryBudget(settings.decoded_bytes)
     circuit = Circuit(
@@ -76,7 +94,7 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         engine=engine,
         publisher=publisher,
         pipeline=Pipeline(
-            model=settings.model_name,
+            served=served,
             ledger=ledger,
             attempts=attempts,
             media=MediaCollector(media.fetcher, media.policy, media_cache, media.decoders),
@@ -92,22 +110,88 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         media_cache=media_cache,
         memory_budget=memory_budget,
         decoders=media.decoders,
-        try_out=lambda: try_out(engine, prompts),
+        tries=lambda: tries(wanted.questions),
+        wish=wanted.wish,
+        served=served,
         attempts=attempts,
         consumption=Consumption(settings.concurrency),
         health=health,
         metrics=metrics,
         step_meter=step_meter,
-        claimer=Claimer(ledger, worker=worker_name, model=settings.model_name, on_refusal=job_meter.refused),
+        claimer=Claimer(
+            ledger,
+            worker=worker_name,
+            model=settings.model_name,
+            served=served,
+            on_refusal=job_meter.refused,
+        ),
         circuit=circuit,
         drain=Drain(attempts, settings.drain_s),
-        heartbeat=heartbeat(settings, ledger, attempts, worker_name),
+        heartbeat=heartbeat(settings, ledger, attempts, worker_name, lambda: served.now.to_json()),
     )
+    exchange = Exchange(settings, loaded, engine, process.admission, served, tries)
+    process.rollout = Rollout(ledger, worker_name, served, exchange, process.start_again, process.heartbeat.beat)
     return process
 
 
-def heartbeat(settings: WorkerSettings, ledger: Ledger, attempts: Attempts, worker_name: str) -> Heartbeat:
-    """Return what renews the leases of a process's attempts, on a thread of its own."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a worker has loaded. source: as VISIONQ_MODEL names it. questions: the smoke set that it must answer."""
+
+    wish: Wish
+    source: str
+    loaded: LoadedModel
+    questions: Sequence[SmokeQuestion]
+
+
+def load_wanted(settings: WorkerSettings, ledger: Ledger) -> Wanted:
+    """Load what operators want of this model's workers; without any wish, what the settings say.
+
+    A wish that no worker has fulfilled yet and that this one cannot is given up for the one before. Raises CannotStart.
+    """
+    while True:
+        wish = _wish(ledger, settings.model_name)
+        try:
+            own = wished(settings, wish)
+            questions = smoke_questions(own, find_model(own)) if wish.weights.source else ()
+            loaded = load(own)
+            if wish.weights.source:
+                check_digest(wish, loaded.checkpoint)
+            return Wanted(wish, own.model, loaded, questions)
+        except CannotStart as error:
+            if wish.is_fulfilled or wish.before is None:
+                raise
+            logger.error("what is wanted cannot be served", extra={"action": "load", "error": str(error)})
+            fail_wish(ledger, settings.model_name, wish, str(error))
+
+
+def _wish(ledger: Ledger, model: str) -> Wish:
+    try:
+        return ledger.wish(model)
+    except redis.RedisError as error:
+        raise CannotStart(f"VISIONQ_REDIS_URL: what this worker shall serve cannot be read: {error}") from error
+
+
+def serving_of(wanted: Wanted) -> Serving:
+    """Return what a worker tells about what it has loaded."""
+    return Serving(
+        checkpoint=wanted.loaded.checkpoint,
+        source=wanted.source,
+        adapters={adapter.name: adapter.digest for adapter in wanted.loaded.adapters},
+        since=time.time(),
+        number=wanted.wish.number,
+        scores=wanted.wish.weights.scores,
+    )
+
+
+def heartbeat(
+    settings: WorkerSettings,
+    ledger: Ledger,
+    attempts: Attempts,
+    worker_name: str,
+    serves: Callable[[], str] = lambda: "",
+) -> Heartbeat:
+    """Return what renews the leases of a process's attempts, on a thread of its own. `serves`: see `Heartbeat`."""
     return Heartbeat(
         ledger,
         ledger.client,
@@ -116,6 +200,7 @@ def heartbeat(settings: WorkerSettings, ledger: Ledger, attempts: Attempts, work
         model=settings.model_name,
         beat_s=settings.beat_s,
         lease_s=settings.lease_s,
+        serves=serves,
     )
 
 
@@ -171,6 +256,8 @@ def engine_config(settings: WorkerSettings, loaded: LoadedModel) -> EngineConfig
         max_num_batched_tokens=num_batched,
         paged=None if settings.kv_backend is KVBackend.SLOTS else sizes,
         runs_ahead=settings.run_ahead.choice,
+        adapters=loaded.adapters,
+        checkpoint=loaded.checkpoint,
         vision=VisionConfig(settings.vision_cache_bytes, settings.max_vision_batch or (2 if on_cpu else 8)),
         generation=loaded.generation,
     )

@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -82,6 +82,7 @@ def start(
     from worker.broker.app import make_app, serve
     from worker.broker.link_sender import LinkSender, make_sender
     from worker.broker.tasks import register
+    from worker.lifecycle.exchange import StartAgain
     from worker.lifecycle.job_process import STOP_TIMEOUT_S
 
     try:
@@ -89,12 +90,14 @@ def start(
         process.start()
     except CannotStart as error:
         refuse(redact(str(error)))
+    except StartAgain:
+        _start_again()
     celery_app = make_app(
         consumed,
         process.consumption.received,
         process.metrics.count_dropped,
         process.leave_unanswered,
-        lambda: process.circuit.may_consume,
+        lambda: process.may_consume,
     )
     sender = LinkSender(make_sender(settings), process.ledger)
     register(celery_app, process, sender.wake)
@@ -104,7 +107,14 @@ def start(
     sender.stop(STOP_TIMEOUT_S)
     process.stop()
     _freeze_objects()
+    if process.starts_again and not status:
+        _start_again()
     sys.exit(status)
+
+
+def _start_again() -> NoReturn:
+    """Begin this process anew, with its arguments, environment and process id."""
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "worker.cli", *sys.argv[1:]])
 
 
 def _build(

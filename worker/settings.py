@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -19,64 +18,18 @@ from api_stub.contract.job_fields import ServedName
 from api_stub.contract.media import MAX_PIXELS, MediaOptions
 from api_stub.contract.names import DEFAULT_MODEL_NAME, TRAINING_MODEL_NAME, is_model_name
 from api_stub.ledger.settings import LedgerSettings, ServiceSettings, TrainingSettings
+from worker.choices import Attention as Attention
+from worker.choices import Dtype as Dtype
+from worker.choices import KVBackend as KVBackend
+from worker.choices import LogFormat as LogFormat
+from worker.choices import Quantization as Quantization
+from worker.choices import Switch as Switch
 
 MEBIBYTE = 1024 * 1024
+#: Every token is computed with the ranks of all adapters.
+MAX_ADAPTERS = 8
 #: Read by libraries, not by these settings.
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
-
-
-class Switch(StrEnum):
-    """A setting with an automatic choice."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-
-    @property
-    def choice(self) -> bool | None:
-        """What was chosen, None for automatic."""
-        return None if self is Switch.AUTO else self is Switch.ON
-
-
-class Dtype(StrEnum):
-    """Weights' type; auto is bfloat16 on a GPU and float32 on a CPU."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
-class Attention(StrEnum):
-    """Attention code; auto takes flash-attn when it can be imported and used, else SDPA."""
-
-    AUTO = "auto"
-    SDPA = "sdpa"
-    EAGER = "eager"
-    FLASH = "flash_attention_2"
-
-
-class Quantization(StrEnum):
-    """Weight quantisation at load."""
-
-    NONE = "none"
-    INT8 = "int8"
-    NF4 = "nf4"
-
-
-class KVBackend(StrEnum):
-    """Where keys and values live; auto is paged, and slots for a model that blocks cannot serve."""
-
-    AUTO = "auto"
-    SLOTS = "slots"
-    PAGED = "paged"
-
-
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    JSON = "json"
-    TEXT = "text"
 
 
 class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
@@ -101,6 +54,11 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
     )
     model_name: ServedName = Field(
         default=DEFAULT_MODEL_NAME, description="Model name this worker serves: queue `visionq.<name>`"
+    )
+    adapters: str = Field(
+        default="",
+        description="LoRA adapters that jobs may name as `NAME:ADAPTER`, comma-separated, at most 8: `adapter=uri`, a "
+        "folder or `s3://bucket/prefix/`",
     )
     allowed_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Buckets the worker may read, comma-separated; empty: the media bucket only"
@@ -231,7 +189,14 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
     @field_validator("training_bases")
     @classmethod
     def _are_bases(cls, value: str) -> str:
-        return value if _bases(value) else ""
+        return value if read_pairs(value) else ""
+
+    @field_validator("adapters")
+    @classmethod
+    def _are_adapters(cls, value: str) -> str:
+        if (num := len(read_pairs(value))) > MAX_ADAPTERS:
+            raise ValueError(f"at most {MAX_ADAPTERS} adapters are served, got {num}")
+        return value
 
     @field_validator("beat_s")
     @classmethod
@@ -262,7 +227,12 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
     @property
     def bases(self) -> Mapping[str, str]:
         """Checkpoints by the further names that jobs may give as their base."""
-        return _bases(self.training_bases)
+        return read_pairs(self.training_bases)
+
+    @property
+    def adapter_uris(self) -> Mapping[str, str]:
+        """Where the adapters are, by the names that jobs give."""
+        return read_pairs(self.adapters)
 
     @property
     def of_trainer(self) -> WorkerSettings:
@@ -285,11 +255,14 @@ class WorkerSettings(ServiceSettings, TrainingSettings, LedgerSettings):
         return self.decode_processes or min(8, max(2, os.cpu_count() or 2))
 
 
-def _bases(text: str) -> Mapping[str, str]:
+def read_pairs(text: str) -> Mapping[str, str]:
     """Read `name=checkpoint,…`. Raises ValueError."""
     entries = [entry.strip().partition("=") for entry in text.split(",") if entry.strip()]
     if wrong := [name for name, _, checkpoint in entries if not (is_model_name(name) and checkpoint)]:
         raise ValueError(f"name=checkpoint is required, got {wrong[0][:80]!r}")
+    names = [name for name, _, _ in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is given twice")
     return {name: checkpoint for name, _, checkpoint in entries}
 
 

@@ -48,11 +48,17 @@ class QueuedBody(ReadModel):
 
 
 class StartedBody(ReadModel):
-    """A worker claimed the job; a new attempt begins."""
+    """A worker claimed the job; a new attempt begins.
+
+    checkpoint: digest of the weights that will answer, of a base and an adapter joined by `+`. adapter: the one that
+    the job asks for.
+    """
 
     type: Literal["job.started"] = "job.started"
     worker: str
     model: str
+    checkpoint: str | None = None
+    adapter: str | None = None
 
 
 class ProgressBody(ReadModel):

@@ -26,7 +26,7 @@ from api_stub.contract.error import InvalidJob, explain
 from api_stub.contract.finetune import FinetuneJob as FinetuneJob
 from api_stub.contract.job_fields import DEFAULT_PRIORITY as DEFAULT_PRIORITY
 from api_stub.contract.job_fields import MAX_DEADLINE_S as MAX_DEADLINE_S
-from api_stub.contract.job_fields import NO_JSON, DeadlineS, ServedName, Tenant, as_json, check_metadata
+from api_stub.contract.job_fields import NO_JSON, DeadlineS, RequestedModel, Tenant, as_json, check_metadata
 from api_stub.contract.job_fields import ModelName as ModelName
 from api_stub.contract.job_fields import TaskName as TaskName
 from api_stub.contract.job_fields import Webhook as Webhook
@@ -43,9 +43,12 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class _PromptFields(WireModel):
-    """What every kind of job with a prompt may carry. `deadline_s` counts from submit; priority 0 is served first."""
+    """What every kind of job with a prompt may carry. `deadline_s` counts from submit; priority 0 is served first.
 
-    model: ServedName = DEFAULT_MODEL_NAME
+    model: `NAME`, or `NAME:ADAPTER` for a LoRA adapter that the model's workers serve.
+    """
+
+    model: RequestedModel = DEFAULT_MODEL_NAME
     media: tuple[MediaUri, ...] = Field(default=(), max_length=MAX_MEDIA)
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()

@@ -9,7 +9,12 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, Field, HttpUrl, field_serializer
 
-from api_stub.contract.names import MODEL_NAME_PATTERN, TRAINING_MODEL_NAME
+from api_stub.contract.names import (
+    MODEL_NAME_PATTERN,
+    REQUESTED_MODEL_PATTERN,
+    TRAINING_MODEL_NAME,
+    queue_model,
+)
 from api_stub.contract.wire import WireModel, check_depth
 
 MAX_METADATA_BYTES = 4 * 1024
@@ -20,7 +25,7 @@ NO_JSON: Final = (ValueError, TypeError, RecursionError)
 
 
 def _not_reserved(name: str) -> str:
-    if name == TRAINING_MODEL_NAME:
+    if queue_model(name) == TRAINING_MODEL_NAME:
         raise ValueError(f"{name!r} is the queue of fine-tuning; no model can have this name")
     return name
 
@@ -29,6 +34,8 @@ def _not_reserved(name: str) -> str:
 ModelName = Annotated[str, Field(pattern=MODEL_NAME_PATTERN)]
 #: The name under which a model is served.
 ServedName = Annotated[ModelName, AfterValidator(_not_reserved)]
+#: What a job asks for: a served name, or `NAME:ADAPTER`.
+RequestedModel = Annotated[str, Field(pattern=REQUESTED_MODEL_PATTERN), AfterValidator(_not_reserved)]
 DeadlineS = Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)]
 Tenant = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")]
 

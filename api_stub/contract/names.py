@@ -13,6 +13,8 @@ DEFAULT_MODEL_NAME: Final = "default"
 #: Routes fine-tuning; no model is served under it.
 TRAINING_MODEL_NAME: Final = "training"
 MODEL_NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+#: What a job may give as its model: a model's name, or `NAME:ADAPTER` for one of its adapters.
+REQUESTED_MODEL_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}(:[a-z0-9][a-z0-9._-]{0,62})?$"
 
 #: Celery header that marks a message as a doorbell: the job itself is already in the ledger.
 DOORBELL_HEADER: Final = "visionq-doorbell"
@@ -48,11 +50,28 @@ PROBE_KEY: Final = PREFIX + "probe"  # never there: readiness probes write to it
 CANCEL_CHANNEL: Final = PREFIX + "cancel"  # pub/sub: ids of running jobs that were asked to stop
 
 _MODEL_NAME = re.compile(MODEL_NAME_PATTERN)
+_REQUESTED_MODEL = re.compile(REQUESTED_MODEL_PATTERN)
 
 
 def is_model_name(name: str) -> bool:
     """Tell whether `name` may route jobs (it becomes part of queue and key names)."""
     return _MODEL_NAME.fullmatch(name) is not None  # `$` alone would let a last new line through
+
+
+def is_requested_model(name: str) -> bool:
+    """Tell whether `name` is a model's name or `NAME:ADAPTER`."""
+    return _REQUESTED_MODEL.fullmatch(name) is not None
+
+
+def split_model(name: str) -> tuple[str, str]:
+    """Return the model's name, which routes a job, and the adapter's, which is empty for the base alone."""
+    model, _, adapter = name.partition(":")
+    return model, adapter
+
+
+def queue_model(name: str) -> str:
+    """Return the model's name of `NAME` or `NAME:ADAPTER`: the adapters of a model share its queue."""
+    return split_model(name)[0]
 
 
 def queue(model: str) -> str:
@@ -96,6 +115,21 @@ def depth_key(model: str) -> str:
 def workers_key(model: str) -> str:
     """ZSET worker name -> Redis time until which it counts as alive."""
     return f"{PREFIX}workers:{model}"
+
+
+def serves_key(model: str) -> str:
+    """HASH worker name -> JSON of what it serves, of the workers that beat."""
+    return f"{PREFIX}serves:{model}"
+
+
+def wanted_key(model: str) -> str:
+    """JSON of what operators want the model's workers to serve."""
+    return f"{PREFIX}wanted:{model}"
+
+
+def turn_of_change_key(model: str) -> str:
+    """Name of the worker that changes what it serves at the moment: one at a time."""
+    return f"{PREFIX}turn_of_change:{model}"
 
 
 def list_id(model: str, step: int) -> str:

@@ -49,7 +49,11 @@ class Timings(ReadModel):
 
 
 class Result(ReadModel):
-    """What a completed job leaves: an answer, or, of fine-tuning, the fields of `FinetuneResult` and an empty text."""
+    """What a completed job leaves: an answer, or, of fine-tuning, the fields of `FinetuneResult` and an empty text.
+
+    `checkpoint`: digest of the weights that answered, of a base and its adapter joined by `+`; of fine-tuning, of those
+    that it left.
+    """
 
     job_id: str
     task: TaskName

@@ -16,7 +16,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from api_stub.contract.finetune import s3_prefix
 from api_stub.contract.job import FinetuneJob, Job
 from api_stub.contract.media import S3Object
-from api_stub.contract.names import TRAINING_MODEL_NAME
+from api_stub.contract.names import TRAINING_MODEL_NAME, split_model
+from api_stub.errors import InvalidRequest
 from api_stub.gateway.forwarded import DIRECT_HOST
 from api_stub.gateway.gateway import Gateway
 from api_stub.gateway.keys import ANYBODY, Caller, is_loopback
@@ -152,11 +153,15 @@ def _check_training(caller: Caller, job: FinetuneJob, training_root: str) -> Non
 
 
 async def check_known(gateway: Gateway, model: str) -> None:
-    """Raise Problem (404) for a model name that is not known."""
-    if not await gateway.queues.is_known(model):
-        who = "trains (`visionq-worker start --training`)" if model == TRAINING_MODEL_NAME else "serves it"
+    """Raise Problem (404) for a model name that is not known, InvalidRequest for an adapter that no worker serves."""
+    name, adapter = split_model(model)
+    if not await gateway.queues.is_known(name):
+        who = "trains (`visionq-worker start --training`)" if name == TRAINING_MODEL_NAME else "serves it"
         reason = f"no worker {who} or did in the last day, and VISIONQ_API_MODELS does not list it"
-        raise unknown_model(f"the model {model[:80]!r} is not known: {reason}")
+        raise unknown_model(f"the model {name[:80]!r} is not known: {reason}")
+    if adapter and not await gateway.queues.may_serve(name, adapter):
+        served = ", ".join(f"{name}:{each}" for each in await gateway.queues.adapters(name)) or "none"
+        raise InvalidRequest(f"model: no adapter {adapter[:80]!r} of {name!r} is served; served are: {served}")
 
 
 def unknown_model(message: str) -> Problem:

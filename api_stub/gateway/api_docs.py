@@ -19,6 +19,7 @@ from api_stub.gateway.api_examples import (
     CANCEL_EXAMPLE,
     EVENT_EXAMPLE,
     JOB_EXAMPLES,
+    PROMOTE_EXAMPLE,
     UPLOAD_EXAMPLE,
     problem_example,
 )
@@ -113,9 +114,9 @@ def _problems(path: str, method: str, operation: dict[str, Any]) -> Iterable[HTT
     yield HTTPStatus.SERVICE_UNAVAILABLE
     if "{job_id}" in path or (method, path) == ("post", "/v1/jobs"):  # no such job, or no such model
         yield HTTPStatus.NOT_FOUND
-    if path.endswith("/retry") or (method == "delete" and path == "/v1/jobs/{job_id}"):
+    if path.endswith(("/retry", "/promote", "/rollback")) or (method == "delete" and path == "/v1/jobs/{job_id}"):
         yield HTTPStatus.CONFLICT
-    if method == "post" and path in _WITH_BODY:
+    if method == "post" and (path in _WITH_BODY or path.endswith("/promote")):
         yield from (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         yield from (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, HTTPStatus.BAD_GATEWAY)
 
@@ -160,6 +161,8 @@ def _event() -> dict[str, Any]:
 def _describe_others(paths: dict[str, Any]) -> None:
     paths["/v1/uploads"]["post"]["requestBody"]["content"]["application/json"]["example"] = UPLOAD_EXAMPLE
     paths["/v1/jobs/cancel"]["post"]["requestBody"]["content"]["application/json"]["example"] = CANCEL_EXAMPLE
+    promote = paths["/v1/models/{model}/promote"]["post"]
+    promote["requestBody"]["content"]["application/json"]["example"] = PROMOTE_EXAMPLE
     absent = {"schema": {"$ref": _SCHEMAS + "Health"}, "example": {"status": "redis does not answer"}}
     paths["/readyz"]["get"]["responses"]["503"] = {
         "description": "Redis does not answer",

@@ -38,6 +38,7 @@ JOB_EXAMPLES: Final[dict[str, dict[str, Any]]] = {
     },
 }
 
+PROMOTE_EXAMPLE: Final = {"checkpoint": "s3://models/mine/checkpoint-1200/"}
 CANCEL_EXAMPLE: Final[dict[str, Any]] = {"status": "queued", "model": "default", "metadata": {"run": 7}}
 UPLOAD_EXAMPLE: Final = {"content_type": "image/png", "num_bytes": 48213}
 #: One event as a reader of server-sent events gets it.
@@ -115,6 +116,13 @@ ANSWERS: Final[Mapping[str, dict[str, Any]]] = {
     "CancelReply": {"cancelled": 12, "cancelling": 2},
     "QueueReply": {"model": "default", "paused": True, "changed": True, "depth": 5, "num_workers": 2},
     "PurgeReply": {"model": "default", "cancelled": 12},
+    "ModelReply": {
+        "model": "default",
+        "number": 1,
+        "source": "s3://models/mine/checkpoint-1200/",
+        "adapters": {},
+        "workers": [{"worker": "visionq-default@host-7", "checkpoint": "3589becd", "source": "demo"}],
+    },
     "Health": {"status": "ok"},
 }
 

@@ -41,6 +41,7 @@ ROUTERS = (
     openai_routes.router,
     operations.router,
     operations.queues_router,
+    operations.models_router,
     operations.page_router,
 )
 

@@ -16,6 +16,7 @@ from anyio import CapacityLimiter, to_thread
 
 from api_stub import connections
 from api_stub.contract.job import Job
+from api_stub.contract.names import queue_model
 from api_stub.gateway.abandoned import Abandoned
 from api_stub.gateway.broadcaster import EventBroadcaster
 from api_stub.gateway.keys import KeyRing, Limits
@@ -117,7 +118,7 @@ class Gateway:
         """
         with submit_errors():
             await self.ledger.submit(job_id, job)
-        self.metrics.submitted(job.model)
+        self.metrics.submitted(queue_model(job.model))
 
     async def in_storage(self, call: Callable[[], T]) -> T:
         """Run a call of `storage` in a thread."""

@@ -23,7 +23,7 @@ from typing import Final
 import redis.asyncio
 
 from api_stub.contract import names
-from api_stub.contract.names import is_model_name
+from api_stub.contract.names import is_requested_model, queue_model
 from api_stub.contract.status import JobStatus
 from api_stub.errors import InvalidSettings
 from api_stub.gateway.problems import too_many
@@ -68,8 +68,12 @@ class Caller:
         return self.is_anonymous or self.role == OPERATOR
 
     def may_use(self, model: str) -> bool:
-        """Tell whether the key's list of models, if it has one, names this one."""
-        return self.models is None or model in self.models
+        """Tell whether the key's list of models, if it has one, names this one: `NAME` stands for its adapters, too."""
+        return self.models is None or bool({model, queue_model(model)} & self.models)
+
+    def may_see(self, model: str) -> bool:
+        """Tell whether the key may use the model or one of its adapters."""
+        return self.models is None or model in map(queue_model, self.models)
 
     def sees(self, tenant: str) -> bool:
         """Tell whether a job of `tenant` exists for this caller."""
@@ -188,7 +192,7 @@ def _entry(variable: str, number: int, line: str, settings: GatewaySettings) -> 
     options = dict(_option(variable, name, word) for word in rest)
     models, buckets = _names(options.get("models")), _names(options.get("buckets"))
     for model in models or ():
-        if not is_model_name(model):
+        if not is_requested_model(model):
             raise InvalidSettings(f"{variable}: key {name!r}: not a model name: {model!r}")
     caller = Caller(
         tenant=name,

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from api_stub.contract.error import ErrorCode, ErrorInfo
 
 PREFIXES: Final = ("/v1/chat/", "/v1/models", "/v1/files", "/v1/batches")
+#: For operators, below an address of OpenAI's.
+_OUR_OWN: Final = ("/promote", "/rollback")
 _KINDS: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _STATUS: Final = {
     ErrorCode.STORAGE_UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -47,7 +49,7 @@ class OpenAIErrorBody(BaseModel):
 
 def speaks_openai(path: str) -> bool:
     """Tell whether an address is one of OpenAI's API."""
-    return path.startswith(PREFIXES)
+    return path.startswith(PREFIXES) and not path.endswith(_OUR_OWN)
 
 
 def status_for(status: int) -> HTTPStatus:

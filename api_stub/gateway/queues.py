@@ -11,6 +11,7 @@ import redis.asyncio
 from api_stub.contract import names
 from api_stub.contract.wire import WireModel
 from api_stub.gateway.keys import Caller
+from api_stub.gateway.schemas import WorkerReply
 from api_stub.ledger.aio import AsyncLedger
 
 #: What was read about names is used this long. A name that is not among them is asked for by itself.
@@ -22,7 +23,7 @@ class QueueView(WireModel):
     """One model's queue. `depth`: queued and running jobs; `waiting`: those queued, with a doorbell.
 
     A key that is no operator's sees its own jobs only; the workers are everybody's.
-    `paused`: true when an operator has paused it, else absent.
+    `paused`: true when an operator has paused it, else absent. `serving`: for operators, what each worker serves.
     """
 
     model: str
@@ -30,6 +31,7 @@ class QueueView(WireModel):
     waiting: int
     num_workers: int
     paused: Literal[True] | None = None
+    serving: tuple[WorkerReply, ...] | None = None
 
 
 class Queues:
@@ -57,6 +59,15 @@ class Queues:
             return False
         return model in self._listed or model in await self.models() or model in await self._ledger.known(model)
 
+    async def adapters(self, model: str) -> list[str]:
+        """Return the names of the adapters that any worker of a model serves, sorted."""
+        return sorted({name for serving in (await self._ledger.serving(model)).values() for name in serving.adapters})
+
+    async def may_serve(self, model: str, adapter: str) -> bool:
+        """Tell whether some worker of a model serves an adapter, or no worker is there that tells."""
+        serving = (await self._ledger.serving(model)).values()
+        return not serving or any(adapter in each.adapters for each in serving)
+
     def forget(self) -> None:
         """Look for models anew at the next question."""
         self._found_at = float("-inf")
@@ -72,7 +83,7 @@ class Queues:
         models = await self.models()
         if caller.is_operator:
             return await self._all(sorted({*models, *paused}), paused)
-        return await self._own([model for model in models if caller.may_use(model)], caller.tenant, paused)
+        return await self._own([model for model in models if caller.may_see(model)], caller.tenant, paused)
 
     async def _all(self, models: Sequence[str], paused: Collection[str]) -> list[QueueView]:
         now = await self._now()
@@ -80,9 +91,10 @@ class Queues:
             for model in models:
                 reads.get(names.depth_key(model))
                 reads.zcount(names.workers_key(model), f"({now}", "+inf")
+                reads.hgetall(names.serves_key(model))
                 for list_id in _lists(model):
                     reads.zcard(names.waiting_key(list_id))
-            replies = _rows(await reads.execute(), 2 + _STEPS)
+            replies = _rows(await reads.execute(), 3 + _STEPS)
         return [
             QueueView(
                 model=model,
@@ -90,8 +102,9 @@ class Queues:
                 waiting=sum(waiting),
                 num_workers=num_workers,
                 paused=True if model in paused else None,
+                serving=WorkerReply.all_of(told) or None,
             )
-            for model, (depth, num_workers, *waiting) in zip(models, replies, strict=True)
+            for model, (depth, num_workers, told, *waiting) in zip(models, replies, strict=True)
         ]
 
     async def _own(self, models: Sequence[str], tenant: str, paused: Collection[str]) -> list[QueueView]:

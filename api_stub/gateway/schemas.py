@@ -9,8 +9,10 @@ from pydantic import Field
 from starlette.responses import Response
 
 from api_stub.contract.job import MAX_MEDIA, ModelName
+from api_stub.contract.serving import Serving, read_all_serving
 from api_stub.contract.view import JobView, Scalar
 from api_stub.contract.wire import WholeNumber, WireModel
+from api_stub.contract.wish import Wish
 
 ContentType = Annotated[str, Field(pattern=r"^(image|video)/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$")]
 MAX_FILES = MAX_MEDIA
@@ -79,6 +81,45 @@ class QueueReply(WireModel):
     changed: bool
     depth: int
     num_workers: int
+
+
+class WorkerReply(Serving):
+    """What one worker serves."""
+
+    worker: str
+
+    @classmethod
+    def all_of(cls, told: Mapping[str, str]) -> tuple[Self, ...]:
+        """Return what all workers of a model told, by their names."""
+        return tuple(cls(worker=worker, **dict(each)) for worker, each in read_all_serving(told).items())
+
+
+class ModelReply(WireModel):
+    """What operators want a model's workers to serve, and what they do serve.
+
+    number: of this wish; a worker that tells it fulfils it. source: as VISIONQ_MODEL would name it, absent: each
+    worker's own. problem: why the last wish was given up.
+    """
+
+    model: str
+    number: int
+    source: str | None = None
+    adapters: dict[str, str]
+    problem: str | None = None
+    workers: tuple[WorkerReply, ...]
+
+    @classmethod
+    def of(cls, model: str, wish: Wish, serving: Mapping[str, Serving]) -> Self:
+        """Put wish and workers together."""
+        workers = tuple(WorkerReply(worker=worker, **dict(each)) for worker, each in serving.items())
+        return cls(
+            model=model,
+            number=wish.number,
+            source=wish.weights.source or None,
+            adapters=dict(wish.adapters),
+            problem=wish.problem,
+            workers=workers,
+        )
 
 
 class PurgeReply(WireModel):

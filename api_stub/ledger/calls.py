@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -19,7 +19,7 @@ from api_stub.contract.event import (
     body_fragment,
 )
 from api_stub.contract.job import Job, TaskName, digest, earlier_json
-from api_stub.contract.names import list_id, priority_step
+from api_stub.contract.names import list_id, priority_step, queue_model, split_model
 from api_stub.contract.result import celery_failure
 from api_stub.contract.status import JobStatus
 from api_stub.ledger.lua import Transition
@@ -63,7 +63,7 @@ RETRY_AFTER_S: Final = 5.0
 
 def submit(job_id: str, job: Job) -> Call[Submission]:
     """Write a new job and its doorbell. Raises JobConflict, LedgerFull, StrangeModel."""
-    return _create(job_id, job.resolved(job_id), job.task, job.model, job.priority, "client")
+    return _create(job_id, job.resolved(job_id), job.task, queue_model(job.model), job.priority, "client")
 
 
 def adopt(
@@ -88,6 +88,7 @@ def _create(
     body, mark = (job.to_json(), digest(job)) if job else ("", "")
     former = hashlib.sha1(earlier_json(job).encode(), usedforsecurity=False).hexdigest() if job else ""
     tenant, deadline_s = (job.tenant, job.deadline_s) if job else ("", None)
+    _, adapter = split_model(job.model) if job else ("", "")
     where = list_id(model, priority_step(priority))
     return Call(
         Transition.SUBMIT,
@@ -105,6 +106,7 @@ def _create(
             *_hook(job),
             former,
             links,
+            adapter,
         ),
         parse,
     )
@@ -117,8 +119,13 @@ def _hook(job: Job | None) -> tuple[str, str]:
     return str(job.webhook.url), f",{','.join(job.webhook.events)},"
 
 
-def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
-    """Take a queued job. `token` is new for each delivery of a doorbell; a repeated call carries the same."""
+def claim(
+    job_id: str, worker: str, token: str, checkpoint: str = "", adapters: Mapping[str, str] | None = None
+) -> Call[Claim | Refusal]:
+    """Take a queued job. `token` is new for each delivery of a doorbell; a repeated call carries the same.
+
+    checkpoint: digest of the weights that will answer, for `job.started`. adapters: digests of the adapters, by name.
+    """
 
     def parse(reply: list[str]) -> Claim | Refusal:
         if reply[0] != "claimed":
@@ -137,13 +144,17 @@ def claim(job_id: str, worker: str, token: str) -> Call[Claim | Refusal]:
             num_retries=int(retries),
         )
 
-    return Call(Transition.CLAIM, (job_id, worker, token), parse)
+    pairs = (text for pair in (adapters or {}).items() for text in pair)
+    return Call(Transition.CLAIM, (job_id, worker, token, checkpoint, *pairs), parse)
 
 
-def beat(worker: str, model: str, held: Sequence[tuple[str, int]]) -> Call[tuple[Hold, ...]]:
-    """Prove that a worker lives and extend the leases of the (job id, fence) pairs it holds."""
+def beat(worker: str, model: str, held: Sequence[tuple[str, int]], serves: str = "") -> Call[tuple[Hold, ...]]:
+    """Prove that a worker lives and extend the leases of the (job id, fence) pairs it holds.
+
+    serves: JSON of what it serves, for `names.serves_key`; empty: nothing to tell.
+    """
     pairs = (field for pair in held for field in pair)
-    return Call(Transition.BEAT, (worker, model, *pairs), lambda reply: tuple(Hold(answer) for answer in reply))
+    return Call(Transition.BEAT, (worker, model, serves, *pairs), lambda reply: tuple(Hold(answer) for answer in reply))
 
 
 def loading(model: str) -> Call[None]:

@@ -7,15 +7,18 @@ again after one, with the same arguments and without a double effect.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeVar, cast
 
 import redis
 
+from api_stub.contract import names
 from api_stub.contract.event import FinalBody, RetryReason
 from api_stub.contract.job import Job, TaskName
+from api_stub.contract.serving import Serving, read_all_serving
 from api_stub.contract.status import JobStatus
 from api_stub.contract.view import JobSelection, JobView
+from api_stub.contract.wish import Wish, read_wish
 from api_stub.ledger import calls, operations, pools, views
 from api_stub.ledger.calls import Call
 from api_stub.ledger.lua import Transition, script
@@ -88,17 +91,25 @@ class Ledger:
         """
         return self._run(calls.adopt(job_id, task=task, model=model, job=job, priority=priority, links=links))
 
-    def claim(self, job_id: str, worker: str, token: str | None = None) -> Claim | Refusal:
+    def claim(
+        self,
+        job_id: str,
+        worker: str,
+        token: str | None = None,
+        checkpoint: str = "",
+        adapters: Mapping[str, str] | None = None,
+    ) -> Claim | Refusal:
         """Take a queued job for one lease: a new attempt with a new fence. Expired jobs end here instead.
 
         To repeat the call after a redis error pass a `token`, unique per delivery of a doorbell: without one, a claim
-        whose reply was lost looks like another worker's and costs the job a lease.
+        whose reply was lost looks like another worker's and costs the job a lease. `checkpoint`: digest of the weights
+        that will answer; `adapters`: of the adapters, by name.
         """
-        return self._run(calls.claim(job_id, worker, token or uuid.uuid4().hex))
+        return self._run(calls.claim(job_id, worker, token or uuid.uuid4().hex, checkpoint, adapters))
 
-    def beat(self, worker: str, model: str, held: Sequence[tuple[str, int]]) -> tuple[Hold, ...]:
+    def beat(self, worker: str, model: str, held: Sequence[tuple[str, int]], serves: str = "") -> tuple[Hold, ...]:
         """Extend the leases of all held (job id, fence) pairs and keep the worker listed; one answer per pair."""
-        return self._run(calls.beat(worker, model, held))
+        return self._run(calls.beat(worker, model, held, serves))
 
     def loading(self, model: str) -> None:
         """Make the name of a model known that a worker is about to load."""
@@ -198,6 +209,23 @@ class Ledger:
             step = self._run(operations.cancel_jobs(tenant, wanted, step))
             done += step.done
         return done
+
+    def wish(self, model: str) -> Wish:
+        """Read what operators want a model's workers to serve."""
+        return read_wish(cast("str | None", self.client.get(names.wanted_key(model))))
+
+    def change_wish(self, model: str, change: Callable[[Wish], Wish]) -> Wish:
+        """Change what is wanted; `change` is called again when somebody else was faster. Raises what it raises."""
+        while True:
+            former = cast("str | None", self.client.get(names.wanted_key(model))) or ""
+            wanted = change(read_wish(former))
+            if self._run(operations.wish(model, former, wanted.to_json())):
+                return wanted
+
+    def serving(self, model: str) -> dict[str, Serving]:
+        """Return what each worker of a model serves, by the worker's name; those of 0.1.0 do not tell."""
+        told = cast("dict[str, str]", self.client.hgetall(names.serves_key(model)))
+        return read_all_serving(told)
 
     def delete(self, job_id: str) -> Deleted:
         """Remove row, events and result of a final job, and the delivery of its end to a webhook."""

@@ -91,6 +91,7 @@ class Transition(StrEnum):
     SETTLE_DELIVERY = "settle_delivery"
     TAKE_LINKED = "take_linked"
     SETTLE_LINKED = "settle_linked"
+    WISH = "wish"
 
 
 #: Parts that some scripts share, read behind what all of them share.
@@ -169,6 +170,8 @@ def _constants(config: LedgerConfig, text: str) -> str:
         "given_up": names.GIVEN_UP_KEY,
         "gone": names.gone_key(""),
         "linked": names.LINKED_KEY,
+        "serves": names.serves_key(""),
+        "wanted": names.wanted_key(""),
     }
     tables = {
         "KEY": keys,

@@ -76,6 +76,11 @@ def cancel_jobs(tenant: str, wanted: JobSelection, former: CancelStep | None) ->
     return Call(Transition.CANCEL_JOBS, (*where, cursor), parse)
 
 
+def wish(model: str, former: str, new: str) -> Call[bool]:
+    """Replace what operators want of a model's workers; False: it is not `former` any more."""
+    return Call(Transition.WISH, (model, former, new), lambda reply: bool(reply == 1))
+
+
 def delete(job_id: str) -> Call[Deleted]:
     """Remove row, events and result of a final job."""
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from api_stub.client.client import Client
+from api_stub.contract import names
 from api_stub.errors import JobFailed
 from tests.compat.earlier import WHEEL, Earlier, environment
 from tests.e2e.conftest import demo_worker
@@ -164,7 +165,10 @@ def _answers(url: str) -> bool:
 def ways(
     process: Earlier, earlier_gateway: str, redis_server: RedisServer, s3_server: S3Server, demo_worker: WorkerProcess
 ) -> Iterator[dict[str, Way]]:
-    """Both releases' clients to Redis and to both releases' gateways."""
+    """Both releases' clients to Redis and to both releases' gateways, some of which have handed a job in before.
+
+    A process of the last release that only reads cannot be noticed: docs/operate.md says to replace it before workers.
+    """
     s3_server.client()
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -176,6 +180,9 @@ def ways(
         for name, url in addresses.items():
             made[f"ours to {name}"] = OurWay(stack.enter_context(Client(url)))
             made[f"theirs to {name}"] = EarlierWay(process, url)
+        made["theirs to redis"].submit({"task": "visionq.vqa", "question": "hello"}, str(uuid.uuid4()))
+        with redis_server.client() as raw:
+            eventually(lambda: raw.hexists(names.WATCH_KEY, "older"), 30.0, "the last release is noticed")
         yield made
 
 

@@ -14,11 +14,14 @@ from PIL import Image
 
 from api_stub.client.client import Client
 from api_stub.contract import names
+from api_stub.contract.event import JobStarted
 from tests.e2e.scenes import Question, stored_questions
 from tests.processes import WorkerProcess
 from tests.servers import RedisServer, S3Server, eventually
 from tests.tiny.reference import Reference
 from worker.demo_model import CHECKPOINT
+from worker.models.digests import folder_digest
+from worker.models.source import SHIPPED
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -78,6 +81,13 @@ def test_each_of_200_concurrent_jobs_gets_the_answer_of_its_own_scene(
             assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
             assert [event["type"] for event in events].count("job.completed") == 1
             assert events[-1]["type"] == "job.completed"
+
+
+def test_result_and_event_name_the_weights_that_answered(demo_worker: WorkerProcess, client: Client) -> None:
+    job = client.vqa(question="hello")
+    checkpoint = job.result(timeout=60).checkpoint
+    assert checkpoint == folder_digest(SHIPPED["demo"])
+    assert [event.checkpoint for event in job.events() if isinstance(event, JobStarted)] == [checkpoint]
 
 
 def test_a_reader_that_loses_its_connection_gets_the_same_text(

@@ -187,6 +187,8 @@ def ask_operator(call: Caller, done: str) -> None:
     call("POST", f"/v1/queues/{UNSERVED}/purge")
     assert call.json("GET", f"/v1/jobs/{other}")["status"] == "cancelled"
     call("POST", f"/v1/queues/{UNSERVED}/resume")
+    call("POST", "/v1/models/default/promote", json={"checkpoint": "demo"})
+    call("POST", "/v1/models/default/rollback")
     call("DELETE", f"/v1/jobs/{done}")
     assert done not in [job["job_id"] for job in call.json("GET", "/v1/jobs")["jobs"]]
 

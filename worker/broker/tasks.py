@@ -70,6 +70,16 @@ class _JobTask(Task[Any, Any]):
             logger.info("message put back", extra={"action": "drain", "job_id": entry.job_id})
             self._put_back(entry)
             return
+        if not self._process.admission.enter():
+            logger.info("message put back", extra={"action": "exchange", "job_id": entry.job_id})
+            self._put_back(entry)
+            return
+        try:
+            self._handle_inside(entry)
+        finally:
+            self._process.admission.leave()
+
+    def _handle_inside(self, entry: Entry) -> None:
         name = entry.job_id or ""
         if not self._process.circuit.begin(name):
             logger.info("message put back", extra={"action": "circuit", "job_id": entry.job_id})

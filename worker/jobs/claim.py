@@ -17,11 +17,13 @@ import redis
 
 from api_stub.contract.error import InvalidJob
 from api_stub.contract.job import Job, parse_job
+from api_stub.contract.serving import Serving
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim, JobConflict, Refusal, RefusalReason
 from api_stub.ledger.verdicts import is_passing
 from worker.jobs.entry import DropReason, Unreadable
 from worker.jobs.message import JobMessage
+from worker.jobs.served import Served
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +45,20 @@ class ClaimedJob:
 class Claimer:
     """Claims jobs for one worker that serves one model name. Any thread.
 
+    served: what answers; None where nothing does.
     on_refusal: called with the ledger's reason whenever a job cannot be claimed (taken, finished, unknown, …).
     """
 
     def __init__(
-        self, ledger: Ledger, *, worker: str, model: str, on_refusal: Callable[[RefusalReason], None] | None = None
+        self,
+        ledger: Ledger,
+        *,
+        worker: str,
+        model: str,
+        served: Served | None = None,
+        on_refusal: Callable[[RefusalReason], None] | None = None,
     ) -> None:
-        self._ledger, self._worker, self._model = ledger, worker, model
+        self._ledger, self._worker, self._model, self._served = ledger, worker, model, served
         self._on_refusal = on_refusal
         self._stopping = threading.Event()
 
@@ -64,7 +73,10 @@ class Claimer:
             job, problem = self._read(message, message.fields)
             self._adopt(message, job)
         token = uuid.uuid4().hex  # makes a repeated claim, whose first reply was lost, the same claim
-        claim = self._again(lambda: self._ledger.claim(message.job_id, self._worker, token))
+        serving = Serving() if self._served is None else self._served.now
+        claim = self._again(
+            lambda: self._ledger.claim(message.job_id, self._worker, token, serving.checkpoint, serving.adapters)
+        )
         if isinstance(claim, Refusal):
             logger.info(
                 "claim refused", extra={"action": "claim", "job_id": message.job_id, "reason": claim.reason.value}

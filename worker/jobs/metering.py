@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from api_stub.contract.error import ErrorCode
 from api_stub.contract.event import CompletedBody, FinalBody, RetryReason
 from api_stub.contract.result import FinishReason
 from api_stub.ledger.rows import RefusalReason
-from worker.engine.batch import Chunk
-from worker.engine.engine import Engine
+from worker.engine.batch import Chunk, PrefixStats, VisionStats
 from worker.engine.step_times import StepClock, StepStage
 from worker.errors import Component
 from worker.jobs.attempt import Attempt, StopReason, Stopwatch
@@ -110,7 +110,21 @@ class JobMeter:
             metrics.request_failure.labels(body.error.code.value).inc()
 
 
-def engine_readings(engine: Engine) -> Mapping[str, float]:
+class CountingEngine(Protocol):
+    """What is read of an engine at scrape time."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_preempted(self) -> int: ...
+    def kv_usage(self) -> float: ...
+    def prefix_stats(self) -> PrefixStats: ...
+    def vision_stats(self) -> VisionStats: ...
+
+
+def engine_readings(engine: CountingEngine) -> Mapping[str, float]:
     """Return what the engine counts itself."""
     prefix, vision = engine.prefix_stats(), engine.vision_stats()
     return {

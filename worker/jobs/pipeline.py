@@ -30,6 +30,7 @@ from worker.jobs.outcome import (
     stopped_body,
     used,
 )
+from worker.jobs.served import Served
 from worker.jobs.settle import FLUSH_TIMEOUT_S, EventPublisher, Settler, facts_of
 from worker.media.budget import MemoryBudget
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
@@ -60,7 +61,7 @@ class Pipeline:
     def __init__(
         self,
         *,
-        model: str,
+        served: Served,
         ledger: Ledger,
         attempts: Attempts,
         media: MediaCollector,
@@ -73,7 +74,7 @@ class Pipeline:
         on_engine_dead: Callable[[], None],
         max_retries: int = MAX_RETRIES,
     ) -> None:
-        self._model = model
+        self._served = served
         self._settler = Settler(ledger, attempts, publisher)
         self._attempts = attempts
         self._media = media
@@ -113,13 +114,14 @@ class Pipeline:
         """Return how the job ends: a final body, a give-back, or None when it is no longer ours."""
         usage = Usage()
         try:
-            job = self._read(attempt, problem)
+            job, adapter = self._read(attempt, problem)
+            checkpoint = self._served.checkpoint_of(adapter)
             inputs = self._prepare(attempt, job, watch)
             usage = used(job, inputs, 0)
-            finish = self._generate(attempt, job, inputs, output, watch)
+            finish = self._generate(attempt, job, inputs, adapter, output, watch)
             self._circuit.success(Component.ENGINE, Component.PROGRAM)
             self._meter.answered(watch.first_token_s(finish))
-            return CompletedBody(result=self._result(attempt, job, inputs, finish, output, watch))
+            return CompletedBody(result=self._result(attempt, job, inputs, checkpoint, finish, output, watch))
         except Stopped as stopped:
             return stopped_body(stopped.reason, output, usage)
         except EngineDead as error:
@@ -134,16 +136,17 @@ class Pipeline:
                 return outcome_while_circuit_is_open(attempt.claim, fault, output, usage)
         return retried_or_failed(attempt.claim, fault, output, usage, self._max_retries)
 
-    def _read(self, attempt: Attempt, problem: str | None) -> PromptJob:
+    def _read(self, attempt: Attempt, problem: str | None) -> tuple[PromptJob, str]:
+        """Return the job and the adapter that it asks for."""
         if problem is not None or not attempt.claim.body:
             raise InvalidRequest(problem or "job: the message was no valid job")
         try:
             job = parse_job(attempt.claim.body)
         except InvalidJob as error:
             raise InvalidRequest(str(error)) from error
-        if isinstance(job, FinetuneJob) or job.model != self._model:
-            raise ModelMismatch(f"model: the job says {job.model!r}, its queue serves {self._model!r}")
-        return job
+        if isinstance(job, FinetuneJob):
+            raise ModelMismatch(f"model: the job says {job.model!r}, its queue serves {self._served.model!r}")
+        return job, self._served.adapter_of(job.model)
 
     def _prepare(self, attempt: Attempt, job: PromptJob, watch: Stopwatch) -> ModelInputs:
         turns = self._prompts.turns(job)
@@ -179,12 +182,18 @@ class Pipeline:
         return collected
 
     def _generate(
-        self, attempt: Attempt, job: PromptJob, inputs: ModelInputs, output: AttemptOutput, watch: Stopwatch
+        self,
+        attempt: Attempt,
+        job: PromptJob,
+        inputs: ModelInputs,
+        adapter: str,
+        output: AttemptOutput,
+        watch: Stopwatch,
     ) -> Finish:
         """Wait for the engine. Raises Stopped when the attempt was stopped, the request's own error when it failed."""
         self._progress(attempt, Stage.PREFILL, 0, inputs.num_prompt_tokens)
         with watch.generate:
-            self._engine.submit(GenerationRequest(attempt.request_id, inputs, job.sampling))
+            self._engine.submit(GenerationRequest(attempt.request_id, inputs, job.sampling, adapter))
             attempt.when_stopped(lambda: self._engine.cancel(attempt.request_id))
             finish = self._wait(attempt, output)
         if not isinstance(finish.reason, FinishReason):
@@ -211,6 +220,7 @@ class Pipeline:
         attempt: Attempt,
         job: PromptJob,
         inputs: ModelInputs,
+        checkpoint: str | None,
         finish: Finish,
         output: AttemptOutput,
         watch: Stopwatch,
@@ -226,6 +236,7 @@ class Pipeline:
             timings=watch.timings(finish),
             attempt=attempt.claim.attempt,
             metadata=job.metadata,
+            checkpoint=checkpoint,
         )
 
     def _progress(self, attempt: Attempt, stage: Stage, done: int, total: int) -> None:

@@ -29,7 +29,10 @@ SELF_FENCE: Final = 0.9
 
 
 class Heartbeat:
-    """The heartbeat of one worker. `client` is the ledger's; it is used for the cancel channel and the write probe."""
+    """The heartbeat of one worker. `client` is the ledger's; it is used for the cancel channel and the write probe.
+
+    serves: returns the JSON of what the worker serves, which every beat tells; empty where there is nothing.
+    """
 
     def __init__(
         self,
@@ -41,11 +44,13 @@ class Heartbeat:
         model: str,
         beat_s: float,
         lease_s: float,
+        serves: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger, self._client, self._attempts = ledger, client, attempts
         self._worker, self._model = worker, model
         self._beat_s, self._lease_s, self._clock = beat_s, lease_s, clock
+        self._serves = serves
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.last_beat_at = clock()
@@ -72,7 +77,10 @@ class Heartbeat:
         sent_at = self._clock()
         try:
             answers = self._ledger.beat(
-                self._worker, self._model, [(attempt.claim.job_id, attempt.claim.fence) for attempt in attempts]
+                self._worker,
+                self._model,
+                [(attempt.claim.job_id, attempt.claim.fence) for attempt in attempts],
+                self._serves(),
             )
         except redis.RedisError as error:
             self._note(error)

@@ -23,6 +23,7 @@ from api_stub.ledger.reaper import Reaper
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit
 from worker.jobs.claim import ClaimedJob, Claimer
+from worker.lifecycle.admission import Admission
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.health import Health
@@ -60,7 +61,10 @@ class JobRunner(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class JobProcess:
-    """The components of a process that takes jobs. `exit_status` is not 0 after `fail`."""
+    """The components of a process that takes jobs.
+
+    exit_status: not 0 after `fail`. starts_again: the process shall begin anew when it has ended.
+    """
 
     worker_name: str
     settings: WorkerSettings
@@ -76,6 +80,8 @@ class JobProcess:
     health: Health
     metrics: Metrics
     exit_status: int = 0
+    starts_again: bool = False
+    admission: Admission = field(default_factory=Admission)
     watchdog: Watchdog = field(init=False)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -133,6 +139,17 @@ class JobProcess:
         if not was_draining:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    @property
+    def may_consume(self) -> bool:
+        """Whether messages may be received now."""
+        return self.circuit.may_consume and self.admission.is_open
+
+    def start_again(self) -> None:
+        """End the process as SIGTERM does, so that it begins anew in its place. Any thread."""
+        self.starts_again = True
+        self.drain.begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def stop(self) -> None:
         """Stop all components, those that pass work on before those that receive it."""
         self._stopping.set()
@@ -161,8 +178,8 @@ class JobProcess:
         return time.monotonic() - self.heartbeat.last_beat_at < self.settings.lease_s
 
     def _num_consumable(self) -> int:
-        if not self.circuit.may_consume:
-            return 0  # an open circuit breaker leaves the queue to other workers
+        if not self.may_consume:
+            return 0  # an open circuit breaker, and a worker that changes what it serves, leave the queue to others
         return num_consumable(self.ledger.client, self.settings.model_name, self.drain)
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from worker.engine.engine import Engine
+from api_stub.contract.wish import Wish
 from worker.errors import CannotStart, WorkerError
 from worker.jobs.metering import StepMeter, engine_readings, media_readings
+from worker.jobs.served import Served
+from worker.lifecycle.engine_slot import EngineSlot
+from worker.lifecycle.exchange import StartAgain
 from worker.lifecycle.health import Vitals
 from worker.lifecycle.job_process import STOP_TIMEOUT_S, JobProcess
-from worker.lifecycle.self_test import TriedOut
+from worker.lifecycle.rollout import Rollout, fail_wish, fulfil_wish
 from worker.lifecycle.watchdog import EngineWatch, Watch
 from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
@@ -23,14 +26,20 @@ from worker.media.decoders import Decoders
 
 @dataclass(slots=True, kw_only=True)
 class WorkerProcess(JobProcess):
-    """The components of one worker process."""
+    """The components of one worker process.
 
-    engine: Engine
+    tries: asks the model what it must answer before it serves. wish: what the process was started to serve.
+    """
+
+    engine: EngineSlot
     media_cache: MediaCache
     memory_budget: MemoryBudget
     decoders: Decoders
-    try_out: Callable[[], TriedOut]
+    tries: Callable[[], None]
+    wish: Wish
+    served: Served
     step_meter: StepMeter
+    rollout: Rollout = field(init=False)
 
     def watches(self) -> tuple[Watch, ...]:
         """Return what the watchdog looks at."""
@@ -39,14 +48,18 @@ class WorkerProcess(JobProcess):
     def start(self) -> None:
         """Start decoders, engine and publisher, and answer one prompt, so that the first job finds everything warm.
 
-        Raises CannotStart when the model cannot answer or media cannot be decoded.
+        Raises CannotStart when the model cannot answer or media cannot be decoded, StartAgain when what operators want
+        cannot be served: then something else is wanted now.
         """
         self.decoders.start()
         self.engine.start()
         self.publisher.start()
         try:
-            self.try_out()
+            self.tries()
         except WorkerError as error:
+            if self._gives_up_wish(f"the model does not answer: {error}"):
+                self.stop_work()
+                raise StartAgain(str(error)) from error
             raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
         self.decoders.wait_ready()
         self.step_meter.is_on = True
@@ -73,7 +86,21 @@ class WorkerProcess(JobProcess):
         media = media_readings(self.media_cache.stats(), self.memory_budget.stats())
         return dict(self.own_readings()) | dict(engine_readings(self.engine)) | dict(media)
 
+    def on_ready(self) -> None:
+        """Start what every process has, and look what operators want."""
+        JobProcess.on_ready(self)
+        if self.wish.number and not self.wish.is_fulfilled:
+            fulfil_wish(self.ledger, self.served.model, self.wish, self.served.now.checkpoint)
+        self.rollout.start()
+
+    def _gives_up_wish(self, problem: str) -> bool:
+        if self.wish.is_fulfilled or self.wish.before is None:
+            return False
+        fail_wish(self.ledger, self.served.model, self.wish, problem)
+        return True
+
     def stop_work(self) -> None:
         """Stop decoders, then the engine."""
+        self.rollout.stop()
         self.decoders.close()
         self.engine.stop(STOP_TIMEOUT_S)

@@ -8,16 +8,15 @@ No job, no ledger, no events.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from PIL import Image
 
 from api_stub.contract.job import CaptionJob
 from api_stub.contract.sampling import SamplingParams
-from worker.engine.engine import Engine
-from worker.engine.request import Ended, Finish, GenerationRequest
+from worker.engine.request import Ended, Finish, GenerationRequest, RequestOutput
 from worker.errors import Component, EngineDead, GenerationFailed
 from worker.media.collect import job_directory
 from worker.media.decoders import Decoders
@@ -46,7 +45,13 @@ class TriedOut:
     num_media_tokens: int
 
 
-def try_out(engine: Engine, prompts: PromptBuilder, timeout_s: float = TIMEOUT_S) -> TriedOut:
+class Answering(Protocol):
+    """What is asked: an engine, or what stands for it."""
+
+    def generate(self, requests: Sequence[GenerationRequest], timeout_s: float) -> Iterator[RequestOutput]: ...
+
+
+def try_out(engine: Answering, prompts: PromptBuilder, timeout_s: float = TIMEOUT_S) -> TriedOut:
     """Ask once and wait. One caller at a time. Raises the WorkerError that prevents an answer."""
     turns = prompts.turns(CaptionJob(media=("s3://try-out/picture",)))
     picture = DecodedImage(Image.new("RGB", (PLAIN_SIZE, PLAIN_SIZE), PICTURE_COLOUR))

@@ -24,10 +24,9 @@ from transformers import PreTrainedModel
 from worker.errors import CannotStart
 from worker.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from worker.models.inputs import LoadedAdapter
+from worker.models.manifest import MANIFEST
 from worker.models.quantized_base import QuantizedBase, read_quantized_base
 
-#: What fine-tuning writes beside a checkpoint.
-MANIFEST: Final = "manifest.json"
 _KEY: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 #: A module's name, or its end; PEFT would take anything else for a regular expression.
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.]+")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ from worker.models import checkpoint
 from worker.models.capabilities import Capabilities, probe
 from worker.models.context import max_context, max_positions
 from worker.models.generation_defaults import NEUTRAL, GenerationDefaults, eos_token_ids, read_generation_defaults
+from worker.models.inputs import LoadedAdapter
 from worker.models.placement import Placement, attention_name, free_gpu_bytes, place, require_on_gpus
 from worker.models.quantization import choose_layers, expected_bytes, guard_inputs, quantization_config
+from worker.models.served_adapters import read_adapters
 from worker.models.source import Source, find_checkpoint, find_model
 from worker.models.templates import ChatTemplate, settle_template
 from worker.settings import Dtype, Quantization, Switch, WorkerSettings, export
@@ -55,7 +58,8 @@ class LoadedModel:
 
     attention: transformers' name of the attention implementation.
     max_context: tokens of prompt and answer that the text model's positions allow.
-    generation: the checkpoint's defaults for what a job leaves open.
+    generation: the checkpoint's defaults for what a job leaves open. checkpoint: digest of the weights. adapters: those
+    that are served beside it.
     """
 
     model: PreTrainedModel
@@ -67,6 +71,8 @@ class LoadedModel:
     attention: str
     max_context: int
     generation: GenerationDefaults = NEUTRAL
+    checkpoint: str = ""
+    adapters: tuple[LoadedAdapter, ...] = ()
 
 
 def load(settings: WorkerSettings) -> LoadedModel:
@@ -91,7 +97,9 @@ def load(settings: WorkerSettings) -> LoadedModel:
     processor = _load_processor(settings, found.processor, found.processor_revision)
     template = settle_template(settings, processor, found.processor)
     _check_generation_config(settings, source, revision)
-    model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
+    with ThreadPoolExecutor(1, "digest") as pool:  # beside the loading: both read all weights
+        digest = pool.submit(found.digest, settings.model)
+        model = _load_model(settings, source, revision, architecture, empty, placement, dtype)
     checkpoint.refuse_integer_weights(settings.model, source, revision, config)
     if found.adapter is not None:
         found.adapter.merge_into(model)
@@ -105,6 +113,8 @@ def load(settings: WorkerSettings) -> LoadedModel:
         attention=str(model.config._attn_implementation),
         max_context=_max_context(settings, model),
         generation=_generation(settings, model, processor),
+        checkpoint=digest.result(),
+        adapters=read_adapters(settings, settings.adapter_uris, model, digest.result()),
     )
 
 
@@ -132,12 +142,8 @@ def _dtype(settings: WorkerSettings, found: Source, *, is_on_gpu: bool) -> torch
         wanted = needed
     if wanted is Dtype.AUTO:
         return torch.bfloat16 if is_on_gpu and settings.device != "cpu" else torch.float32
-    named: dict[Dtype, torch.dtype] = {
-        Dtype.FLOAT32: torch.float32,
-        Dtype.FLOAT16: torch.float16,
-        Dtype.BFLOAT16: torch.bfloat16,
-    }
-    return named[wanted]
+    named: torch.dtype = getattr(torch, wanted.value)
+    return named
 
 
 def _read_config(settings: WorkerSettings, source: str | Path, revision: str | None) -> PreTrainedConfig:

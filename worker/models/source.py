@@ -13,7 +13,7 @@ from typing import Final
 from worker.errors import CannotStart
 from worker.models import checkpoint
 from worker.models.adapter import Adapter, read_adapter
-from worker.models.digests import checkpoint_digest
+from worker.models.digests import checkpoint_digest, folder_digest
 from worker.models.remote import download
 from worker.settings import Quantization, WorkerSettings
 
@@ -35,6 +35,14 @@ class Source:
     place: str | Path
     revision: str | None
     adapter: Adapter | None = None
+
+    def digest(self, name: str) -> str:
+        """Return the digest of the weights, of a base and its adapter joined by `+`. Reads all of them.
+
+        name: as VISIONQ_MODEL names them. Raises CannotStart where there are none.
+        """
+        whole = checkpoint_digest(name, self.place, self.revision)
+        return whole if self.adapter is None else f"{whole}+{folder_digest(self.adapter.folder)}"
 
     @property
     def processor(self) -> str | Path:
@@ -69,6 +77,14 @@ def find_model(settings: WorkerSettings) -> Source:
         raise CannotStart(f"VISIONQ_MODEL={settings.model}: the base of the adapter is not served: {error}") from error
     _refuse_other_base(adapter, base, base_revision)
     return Source(base, base_revision, adapter)
+
+
+def find_adapter(settings: WorkerSettings) -> Adapter:
+    """Return the LoRA adapter that the settings name as their model; one in S3 is downloaded. Raises CannotStart."""
+    place, _ = _find(settings)
+    if not isinstance(place, Path) or not _is_adapter(settings.model, place):
+        raise CannotStart(f"VISIONQ_MODEL={settings.model}: no {checkpoint.ADAPTER_CONFIG}, so it is no adapter")
+    return read_adapter(settings.model, place)
 
 
 def _refuse_other_base(adapter: Adapter, base: str | Path, revision: str | None) -> None:

@@ -6,8 +6,10 @@ equal shape are generated together, so that no padding can change an answer.
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -16,14 +18,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from worker.media.types import DecodedMedia
+from api_stub.contract.conversation import Turn
+from worker.media.types import DecodedImage, DecodedMedia
 from worker.prompting.prepare import PromptBuilder
 from worker.prompting.processors import cast
 from worker.training.dataset import Dataset, Example
 from worker.training.labels import Encoder, encode
-from worker.training.manifest import Plan
+from worker.training.manifest import Plan, SmokeQuestion
 from worker.training.question import question_of
-from worker.training.scores import Answered, score
+from worker.training.scores import Answered, normalise, score
 from worker.training.trainer import num_learnt
 from worker.training.tuning import TunedModel
 
@@ -31,12 +34,17 @@ logger = logging.getLogger(__name__)
 
 #: Examples of one forward of an evaluation.
 _BATCH_SIZE: Final = 16
+#: Of a checkpoint's manifest, which is read as one file.
+NUM_SMOKE_QUESTIONS: Final = 4
+MAX_SMOKE_CHARS: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
     """One example's prompt and what would be right."""
 
+    turns: tuple[Turn, ...]
+    media: tuple[DecodedMedia, ...]
     prompt: Mapping[str, Tensor]
     references: tuple[str, ...]
     kind: str | None
@@ -61,6 +69,8 @@ class Evaluation:
         shuffled = list(dataset.validation)
         Random(f"{plan.seed} validation").shuffle(shuffled)
         self._examples = shuffled[: plan.eval_examples]
+        #: Questions that were answered right in the last measurement, for the checkpoint's manifest.
+        self.smoke: tuple[SmokeQuestion, ...] = ()
         self._warn_of_cut_answers()
 
     def _warn_of_cut_answers(self) -> None:
@@ -78,13 +88,17 @@ class Evaluation:
         """Return `loss` and the scores by name. `should_stop` is called between batches and raises to abort."""
         loss, num_tokens = 0.0, 0
         answers: list[Answered] = []
+        smoke: list[SmokeQuestion] = []
         with self._tuned.evaluating():
             for examples in _chunks(self._examples, _BATCH_SIZE):
                 should_stop()
                 media = [self._dataset.media(example) for example in examples]
                 batch_loss, learnt = self._loss(examples, media)
                 loss, num_tokens = loss + batch_loss * learnt, num_tokens + learnt
-                answers += self._answers([self._question(*pair) for pair in zip(examples, media, strict=True)])
+                asked = self._answers([self._question(*pair) for pair in zip(examples, media, strict=True)])
+                answers += [answer for _, answer in asked]
+                smoke += islice(self._smoke_of(asked), NUM_SMOKE_QUESTIONS - len(smoke))
+        self.smoke = tuple(smoke)
         report = score(answers)
         by_kind = {
             f"{kind}/{name}": value
@@ -103,15 +117,30 @@ class Evaluation:
 
     def _question(self, example: Example, media: tuple[DecodedMedia, ...]) -> _Question:
         turns, references = question_of(self._prompts, example)
-        return _Question(self._prompts.prepare(turns, media).tensors, references, example.kind)
+        return _Question(tuple(turns), media, self._prompts.prepare(turns, media).tensors, references, example.kind)
 
-    def _answers(self, questions: Sequence[_Question]) -> list[Answered]:
+    def _answers(self, questions: Sequence[_Question]) -> list[tuple[_Question, Answered]]:
         groups: dict[object, list[_Question]] = {}
         for question in questions:
             groups.setdefault(question.shape, []).append(question)
         return [answer for group in groups.values() for answer in self._generate(group)]
 
-    def _generate(self, questions: Sequence[_Question]) -> list[Answered]:
+    def _smoke_of(self, asked: Sequence[tuple[_Question, Answered]]) -> Iterator[SmokeQuestion]:
+        """Yield the questions about pictures alone that were answered right, unless the pictures are large."""
+        for question, answer in asked:
+            if normalise(answer.text) not in map(normalise, answer.references):
+                continue
+            stills = [medium for medium in question.media if isinstance(medium, DecodedImage)]
+            pictures = [_png(still) for still in stills]
+            if len(stills) == len(question.media) and sum(map(len, pictures)) <= MAX_SMOKE_CHARS:
+                yield SmokeQuestion(
+                    turns=question.turns,
+                    pictures=tuple(pictures),
+                    answers=question.references,
+                    max_new_tokens=self._max_new_tokens,
+                )
+
+    def _generate(self, questions: Sequence[_Question]) -> list[tuple[_Question, Answered]]:
         """Generate the answers to prompts of one shape."""
         tokenizer = self._tuned.loaded.tokenizer
         prompts = [question.prompt for question in questions]
@@ -128,12 +157,19 @@ class Evaluation:
         )
         texts = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
         return [
-            Answered(text.lstrip(), question.references, question.kind)
+            (question, Answered(text.lstrip(), question.references, question.kind))
             for text, question in zip(texts, questions, strict=True)
         ]
 
     def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: tensor.to(self._tuned.loaded.device) for name, tensor in tensors.items()}
+
+
+def _png(still: DecodedImage) -> str:
+    """Return the pixels that the model was shown, as a PNG file in base64."""
+    content = io.BytesIO()
+    still.pixels.save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def _chunks(examples: Sequence[Example], size: int) -> Sequence[Sequence[Example]]:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from worker.training.checkpoints import Checkpoints, name_of
 from worker.training.evaluation import Evaluation
-from worker.training.manifest import STATE_FOLDER, Manifest, Plan, describe_files, digest_of
+from worker.training.manifest import STATE_FOLDER, Manifest, Plan, SmokeQuestion, describe_files, digest_of
 from worker.training.progress import (
     AskStop,
     Progress,
@@ -89,6 +89,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         self._began_at = 0.0
         self._training_s = 0.0
         self._num_steps = 0
+        self._smoke: tuple[SmokeQuestion, ...] = ()  # of these very weights
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Go on from the state, and make up for an evaluation that the last attempt was stopped in."""
@@ -114,6 +115,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         self._training_s += time.monotonic() - self._began_at
         self._num_steps += 1
         step = state.global_step
+        self._smoke = ()
         self.run = self.run.model_copy(update={"step": step})
         loss = self._loss()
         if step % self._point_every == 0 or step == 1:
@@ -168,6 +170,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         except Stopped as stopped:
             self.stop_reason = stopped.reason
             return
+        self._smoke = self._evaluation.smoke
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise self._not_finite(f"validation: the {name} is {value}")
@@ -196,6 +199,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
             files=files,
             plan=self._plan,
             metrics=self.run.metrics,
+            smoke=self._smoke,
             versions=self._versions,
         )
         best_step = None if self.run.best is None else self.run.best.step

@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from api_stub.contract.finetune import FinetuneMethod, FinetuneRecipe
 from api_stub.contract.wire import ReadModel
 from worker.models.digests import sha256_of, weights_digest
+from worker.models.manifest import MANIFEST as MANIFEST
+from worker.models.manifest import FileEntry as FileEntry
+from worker.models.manifest import SmokeQuestion as SmokeQuestion
 
-MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"
 #: Optimizer, scheduler and place in the data: below this folder of a checkpoint, which serving does not read.
 STATE_FOLDER: Final = "state"
@@ -71,17 +73,11 @@ KEPT_FIELDS: Final = (
 )
 
 
-class FileEntry(ReadModel):
-    """One file of a checkpoint."""
-
-    num_bytes: int
-    sha256: str
-
-
 class Manifest(ReadModel):
     """What a checkpoint is.
 
-    checkpoint: digest of the weights. metrics: of the last evaluation at or before this step. versions: of the
+    checkpoint: digest of the weights. metrics: of the last evaluation at or before this step. smoke: questions that
+    these weights answered right in it. versions: of the
     libraries, the device and the number of threads, on which equal weights after a resume depend.
     """
 
@@ -91,6 +87,7 @@ class Manifest(ReadModel):
     files: Mapping[str, FileEntry]
     plan: Plan
     metrics: Mapping[str, float] = {}
+    smoke: tuple[SmokeQuestion, ...] = ()
     versions: Mapping[str, str] = {}
 
 

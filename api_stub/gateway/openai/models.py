@@ -12,7 +12,7 @@ import time
 import redis
 
 from api_stub.contract.error import ErrorCode, ErrorInfo
-from api_stub.contract.names import TRAINING_MODEL_NAME
+from api_stub.contract.names import TRAINING_MODEL_NAME, queue_model
 from api_stub.contract.status import JobStatus
 from api_stub.errors import JobFailed
 from api_stub.gateway.access import check_known, unknown_model
@@ -82,12 +82,16 @@ def no_worker(model: str, timeout_s: float) -> ErrorInfo:
 
 async def known_models(gateway: Gateway, caller: Caller) -> list[ModelObject]:
     """Return the models that the caller may ask, by name."""
-    models = await gateway.queues.models()
-    return [ModelObject(id=name) for name in models if name != TRAINING_MODEL_NAME and caller.may_use(name)]
+    listed = []
+    for name in await gateway.queues.models():
+        if name != TRAINING_MODEL_NAME and caller.may_see(name):
+            adapters = await gateway.queues.adapters(name)
+            listed += [name, *(f"{name}:{adapter}" for adapter in adapters)]
+    return [ModelObject(id=name) for name in listed if caller.may_use(name)]
 
 
 async def check_model(gateway: Gateway, caller: Caller, model: str) -> None:
     """Raise Problem (404) for a model that does not exist, for this caller at least."""
-    if model == TRAINING_MODEL_NAME or not caller.may_use(model):
+    if queue_model(model) == TRAINING_MODEL_NAME or not caller.may_use(model):
         raise unknown_model(f"the model {model[:80]!r} does not exist, or this key may not use it")
     await check_known(gateway, model)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Form, Header, Path, Query, Request, Response, Upl
 from starlette.responses import StreamingResponse
 
 from api_stub.contract.error import ErrorCode
+from api_stub.contract.names import queue_model
 from api_stub.gateway.abandoned import question_of
 from api_stub.gateway.access import CallerHere, GatewayHere
 from api_stub.gateway.gateway import Gateway
@@ -66,7 +67,7 @@ async def complete_chat(
     question = None if chat.stream or keyed else await to_thread.run_sync(question_of, await request.body())
     kept = None if question is None else await gateway.abandoned.take(caller.tenant, question)
     if kept is None and (keyed is None or await gateway.ledger.view(keyed) is None):
-        await _check_running(gateway, chat.model)
+        await _check_running(gateway, queue_model(chat.model))
     job_id = kept or await _submitted(request, gateway, caller, chat, idempotency_key)
     asked = Asked(job_id, caller.tenant, question, keyed is not None)
     if chat.stream:

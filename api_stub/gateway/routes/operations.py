@@ -20,10 +20,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from api_stub.contract.job import ModelName
+from api_stub.contract.promotion import NotBetter, Promotion
 from api_stub.contract.wire import WireModel
+from api_stub.contract.wish import NothingToChange, Wish
+from api_stub.errors import InvalidRequest
 from api_stub.gateway.access import CallerHere, GatewayHere, MaybeCaller, OperatorHere
+from api_stub.gateway.gateway import Gateway
+from api_stub.gateway.problems import Problem
 from api_stub.gateway.queues import QueueView
-from api_stub.gateway.schemas import PurgeReply, QueueReply, answer
+from api_stub.gateway.schemas import ModelReply, PurgeReply, QueueReply, answer
 from api_stub.ledger import writable
 from api_stub.ledger.rows import QueueChange
 
@@ -130,6 +135,41 @@ def _reply(model: str, change: QueueChange, *, paused: bool) -> Response:
         num_workers=change.num_workers,
     )
     return answer(reply)
+
+
+models_router = APIRouter(prefix="/v1/models", tags=["operations"])
+
+
+@models_router.post("/{model}/promote", response_model=ModelReply, status_code=HTTPStatus.ACCEPTED)
+async def promote_model(gateway: GatewayHere, caller: OperatorHere, model: Model, promotion: Promotion) -> Response:
+    """Have all workers of a model serve another checkpoint, one after the other; no job fails for it.
+
+    Each answers the checkpoint's smoke set first; the first that cannot brings all back. With `if_better` only if
+    `record` is better in that metric than `baseline`; else 409.
+    """
+    served = {serving.checkpoint for serving in (await gateway.ledger.serving(model)).values()}
+    try:
+        weights = promotion.weights(served)
+        wish = await gateway.ledger.change_wish(model, lambda wish: wish.promoted(weights))
+    except (NotBetter, NothingToChange) as error:
+        raise Problem(HTTPStatus.CONFLICT, "not_promoted", str(error)) from error
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return await _model_reply(gateway, model, wish)
+
+
+@models_router.post("/{model}/rollback", response_model=ModelReply, status_code=HTTPStatus.ACCEPTED)
+async def roll_model_back(gateway: GatewayHere, caller: OperatorHere, model: Model) -> Response:
+    """Have all workers of a model serve the checkpoint before the last promotion again."""
+    try:
+        wish = await gateway.ledger.change_wish(model, Wish.rolled_back)
+    except NothingToChange as error:
+        raise Problem(HTTPStatus.CONFLICT, "not_promoted", str(error)) from error
+    return await _model_reply(gateway, model, wish)
+
+
+async def _model_reply(gateway: Gateway, model: str, wish: Wish) -> Response:
+    return answer(ModelReply.of(model, wish, await gateway.ledger.serving(model)), HTTPStatus.ACCEPTED)
 
 
 FILES: Final = Path(__file__).parent.parent / "static"

@@ -41,16 +41,30 @@ export function watch(page, api, speed, onTrouble) {
 
 function showQueues(page, queues) {
   const model = page.model.value || "default";
-  const names = new Set(["default", ...queues.map((queue) => queue.model)]);
+  const names = new Set(["default", ...queues.flatMap((queue) => [queue.model, ...adaptersOf(queue)])]);
   if (names.size !== page.model.options.length) {
     page.model.replaceChildren(...[...names].sort().map((name) => new Option(name, name)));
     page.model.value = names.has(model) ? model : "default";
   }
-  const queue = queues.find((one) => one.model === page.model.value) || { depth: 0, waiting: 0, num_workers: 0 };
+  const queue = queues.find((one) => one.model === page.model.value.split(":")[0]) || { depth: 0, waiting: 0, num_workers: 0 };
   page.live("queued").textContent = queue.paused ? `${queue.waiting}, paused` : queue.waiting;
   page.live("queued").title = queue.paused ? "An operator has paused this queue: jobs wait until it is resumed" : "";
   page.live("running").textContent = Math.max(queue.depth - queue.waiting, 0);
   page.live("workers").textContent = queue.num_workers;
+  page.live("workers").title = (queue.serving || []).map(servedBy).join("\n");
+}
+
+function adaptersOf(queue) {
+  const names = (queue.serving || []).flatMap((worker) => Object.keys(worker.adapters || {}));
+  return [...new Set(names)].map((name) => `${queue.model}:${name}`);
+}
+
+// What a worker serves, since when, with which scores: for operators.
+function servedBy(worker) {
+  const since = new Date(worker.since * 1000).toLocaleString();
+  const adapters = Object.keys(worker.adapters || {}).map((name) => ` +${name}`).join("");
+  const scores = Object.entries(worker.scores || {}).map(([name, value]) => ` ${name} ${value.toFixed(3)}`).join("");
+  return `${worker.worker}: ${worker.source}${adapters}, ${worker.checkpoint.slice(0, 12)} since ${since}${scores}`;
 }
 
 function showJobs(page, jobs) {

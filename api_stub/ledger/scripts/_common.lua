@@ -3,7 +3,7 @@
 --
 -- Row (HASH, all strings; absent means none): status task model priority list tenant body digest created queued_at deadline seq
 -- attempt losses retries fence worker token lease number cancel started started_seq place order bell alarm not_before finished
--- finished_by final retried_as hook_url hook_events links kept kept_by.
+-- finished_by final retried_as hook_url hook_events links kept kept_by adapter v.
 --   list     which priority list of which queue carries its doorbell
 --   place    its place among the held jobs of its tenant; absent without a tenant, `order` counts then
 --   order    number of its first doorbell; raises the list's watermark when the job is claimed (0: never, absent: not rung yet)
@@ -13,6 +13,7 @@
 --   lease    until when its worker may be silent, on the clock of `watched`
 --   kept     the newest step that training can go on from; kept_by: the attempt that made it
 --   links    what a plain message's producer wants sent by Celery when the job is over, until it is sent
+--   adapter  the one that the job asks for; v: 2 when a release that ignores unknown fields has written the row
 --   hook_url, hook_events   where its webhook goes, and the types of event that it gets, each between commas
 
 local quote = cjson.encode
@@ -36,6 +37,11 @@ end
 
 local function is_beside_older()
   return older and wall - tonumber(older) < OLDER_S
+end
+
+-- Readers of 0.1.0 refuse fields that they do not know, so neither their own jobs (rows without `v`) get any, nor others beside them.
+local function may_tell_checkpoint(row)
+  return row.v and not is_beside_older()
 end
 
 -- How far `now` is ahead of Redis' clock: `now` never goes back. It stands still when Redis' clock is set back, and what is due in a

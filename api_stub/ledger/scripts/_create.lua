@@ -33,14 +33,14 @@ local function announce(id)
   enqueue_delivery(id, 1, event, fragment)
 end
 
--- `job` needs: digest body task model priority list tenant deadline_s (empty: none) hook_url hook_events (empty: none).
+-- `job` needs: digest body task model priority list tenant deadline_s (empty: none) hook_url hook_events adapter (empty: none).
 local function create(id, job)
   local row = {list = job.list, model = job.model, tenant = job.tenant, task = job.task, priority = job.priority,
     deadline = job.deadline_s ~= '' and moment(now + tonumber(job.deadline_s)) or nil,
     place = next_number()}
   redis.call('HSET', KEY.job .. id, 'status', 'queued', 'task', job.task, 'model', job.model, 'priority', job.priority,
     'list', job.list, 'tenant', job.tenant, 'body', job.body, 'digest', job.digest, 'created', stamp, 'queued_at', stamp,
-    'seq', 1, 'attempt', 0, 'losses', 0, 'retries', 0)
+    'seq', 1, 'attempt', 0, 'losses', 0, 'retries', 0, 'v', 2)
   if job.tenant ~= '' then
     redis.call('HSET', KEY.job .. id, 'place', row.place)
   end
@@ -49,6 +49,9 @@ local function create(id, job)
   end
   if (job.hook_url or '') ~= '' then
     redis.call('HSET', KEY.job .. id, 'hook_url', job.hook_url, 'hook_events', job.hook_events)
+  end
+  if (job.adapter or '') ~= '' then
+    redis.call('HSET', KEY.job .. id, 'adapter', job.adapter)
   end
   redis.call('DEL', KEY.events .. id, KEY.result .. id) -- left over from a job of this id whose row has expired
   redis.call('INCR', KEY.depth .. job.model)

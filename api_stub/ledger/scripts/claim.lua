@@ -1,7 +1,7 @@
 -- queued -> in_progress for one worker. `token` names this call: asked again with it, the same claim is answered again.
-local id, worker, token = unpack(ARGV)
+local id, worker, token, checkpoint = unpack(ARGV)
 local row = read(id, 'status', 'task', 'model', 'list', 'body', 'created', 'queued_at', 'deadline', 'attempt', 'fence', 'token',
-  'started', 'started_seq', 'order', 'not_before', 'tenant', 'losses', 'retries', 'place')
+  'started', 'started_seq', 'order', 'not_before', 'tenant', 'losses', 'retries', 'place', 'adapter', 'v')
 
 local function claimed()
   return {'claimed', row.task, row.model, row.body, row.attempt, row.fence,
@@ -41,7 +41,20 @@ leave_line(id, row)
 
 row.attempt = tonumber(row.attempt) + 1
 row.started = stamp
-local _, seq = emit(id, row.attempt, '"type":"job.started","worker":' .. quote(worker) .. ',"model":' .. quote(row.model))
+local function weights()
+  if not may_tell_checkpoint(row) then
+    return ''
+  end
+  local asked = row.adapter and ',"adapter":' .. quote(row.adapter) or ''
+  local digest = checkpoint
+  for i = 5, row.adapter and #ARGV or 0, 2 do
+    digest = ARGV[i] == row.adapter and checkpoint .. '+' .. ARGV[i + 1] or digest
+  end
+  local is_unserved = row.adapter and digest == checkpoint
+  return (digest ~= '' and not is_unserved and ',"checkpoint":' .. quote(digest) or '') .. asked
+end
+local _, seq = emit(id, row.attempt,
+  '"type":"job.started","worker":' .. quote(worker) .. ',"model":' .. quote(row.model) .. weights())
 redis.call('HSET', KEY.job .. id, 'status', 'in_progress', 'attempt', row.attempt, 'fence', row.fence, 'worker', worker,
   'token', token, 'lease', moment(watched() + CONFIG.lease_s), 'number', 0, 'started', stamp, 'started_seq', seq)
 redis.call('HDEL', KEY.job .. id, 'alarm', 'not_before')

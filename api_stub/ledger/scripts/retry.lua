@@ -2,7 +2,7 @@
 -- one.
 local id, new_id = unpack(ARGV)
 local row = read(id, 'status', 'final', 'digest', 'body', 'task', 'model', 'priority', 'tenant', 'created', 'deadline', 'retried_as',
-  'hook_url', 'hook_events')
+  'hook_url', 'hook_events', 'adapter')
 if not row.status then
   return {'unknown'}
 elseif not row.final then
@@ -20,7 +20,7 @@ end
 local list = row.model .. ':' .. step_of(row.priority)
 local new = create(new_id, {digest = row.digest, body = row.body, task = row.task, model = row.model, priority = row.priority,
   list = list, tenant = row.tenant, deadline_s = row.deadline and moment(tonumber(row.deadline) - tonumber(row.created)) or '',
-  hook_url = row.hook_url, hook_events = row.hook_events})
+  hook_url = row.hook_url, hook_events = row.hook_events, adapter = row.adapter})
 redis.call('HSET', KEY.job .. id, 'retried_as', new_id)
 redis.call('LREM', KEY.dead, 1, id)
 count('retried')

@@ -1,6 +1,6 @@
 -- Writes a new job: from our client, with its doorbell unless the job is held, or adopted from a plain Celery message, which is its
 -- doorbell. `former`: SHA-1 of the body as 0.1.0 wrote it, whose digests distinguish fewer bodies.
-local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events, former, links
+local id, digest, body, task, model, priority, list, tenant, deadline_s, origin, hook_url, hook_events, former, links, adapter
   = unpack(ARGV)
 
 local known, stored = unpack(redis.call('HMGET', KEY.job .. id, 'digest', 'body'))
@@ -50,7 +50,7 @@ if origin == 'client' and tenant ~= '' and not may_name(model, tenant) then
 end
 
 local row = create(id, {digest = digest, body = body, task = task, model = model, priority = priority, list = list,
-  tenant = tenant, deadline_s = deadline_s, hook_url = hook_url, hook_events = hook_events})
+  tenant = tenant, deadline_s = deadline_s, hook_url = hook_url, hook_events = hook_events, adapter = adapter})
 count(origin == 'client' and 'submitted' or 'adopted')
 
 if origin ~= 'client' then

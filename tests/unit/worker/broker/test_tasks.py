@@ -33,6 +33,7 @@ from worker.jobs.claim import ClaimedJob, Claimer
 from worker.jobs.entry import Entry
 from worker.jobs.message import JobMessage
 from worker.jobs.pipeline import Pipeline
+from worker.lifecycle.admission import Admission
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.process import WorkerProcess
 
@@ -49,6 +50,7 @@ class FakeProcess:
         self.consumption = Consumption(2)
         self.drain = worker.drain
         self.circuit = worker.circuit
+        self.admission = Admission()
         self.metrics = worker.metrics
         self.refusals: list[str] = []
         self.claimer = Claimer(

@@ -20,6 +20,7 @@ from api_stub.contract.event import FinalBody, OutputDelta, RetryReason, parse_e
 from api_stub.contract.job import Job, TaskName, VqaJob
 from api_stub.contract.media import MediaOptions
 from api_stub.contract.result import FinishReason
+from api_stub.contract.serving import Serving
 from api_stub.contract.view import JobView
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.rows import Claim, Finished, Publication
@@ -32,6 +33,7 @@ from worker.jobs.circuit import MAX_PAUSE_S, Circuit
 from worker.jobs.claim import ClaimedJob
 from worker.jobs.metering import JobMeter
 from worker.jobs.pipeline import Pipeline
+from worker.jobs.served import Served
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.heartbeat import Heartbeat
 from worker.media.budget import MemoryBudget
@@ -190,7 +192,7 @@ class Worker:
         self.clock_s = 0.0
         self.circuit = Circuit(self._proves, meter.fell_sick, clock=lambda: self.clock_s)
         self.pipeline = Pipeline(
-            model="default",
+            served=Served("default", Serving()),
             ledger=ledger,
             attempts=self.attempts,
             media=self.media,

@@ -117,7 +117,7 @@ def test_an_adapter_is_served_on_the_weights_that_it_was_trained_on_only(adapter
     """As far as its manifest says; else the log tells that nobody knows."""
     manifest = adapter / "manifest.json"
     manifest.write_text(json.dumps({"v": 1, "plan": {"base": str(base), "base_digest": folder_digest(base)}}))
-    assert load(WorkerSettings(model=str(adapter))).model is not None
+    assert load(WorkerSettings(model=str(adapter))).checkpoint == f"{folder_digest(base)}+{folder_digest(adapter)}"
     manifest.write_text(json.dumps({"v": 1, "plan": {"base": str(base), "base_digest": "ab" * 32}}))
     assert re.search(
         rf"was trained on other weights of {base}: their digest was (ab)+, it is \w+ now", refusal(adapter)
