@@ -130,7 +130,9 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         heartbeat=heartbeat(settings, ledger, attempts, worker_name, lambda: served.now.to_json()),
     )
     exchange = Exchange(settings, loaded, engine, process.admission, served, tries)
-    process.rollout = Rollout(ledger, worker_name, served, exchange, process.start_again, process.heartbeat.beat)
+    process.rollout = Rollout(
+        ledger, worker_name, served, wanted.wish, exchange, process.start_again, process.heartbeat.beat
+    )
     return process
 
 

@@ -79,8 +79,8 @@ class Wish(ReadModel):
         )
 
     def fulfilled(self, digest: str) -> Wish:
-        """Note that a worker serves what is wanted, and the digest of its weights. The number stays."""
-        weights = self.weights.model_copy(update={"digest": digest})
+        """Note that a worker serves what is wanted, and the digest of promoted weights. The number stays."""
+        weights = self.weights.model_copy(update={"digest": digest if self.weights.source else ""})
         return self.model_copy(update={"is_fulfilled": True, "weights": weights})
 
     def _next(self, **changed: object) -> Wish:

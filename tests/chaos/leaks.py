@@ -119,7 +119,8 @@ def key_problems(direct: redis.Redis) -> list[str]:
 
 def passing_keys(direct: redis.Redis) -> list[str]:
     """Return the keys of jobs; those of workers and tenants are few, and renewed as long as there are any."""
-    lasting = (names.workers_key(""), names.suspects_key(""), names.jobs_key(""), "_kombu", "unacked")
+    of_workers = (names.workers_key(""), names.suspects_key(""), names.serves_key(""))
+    lasting = (*of_workers, names.jobs_key(""), "_kombu", "unacked")
     return [key for key in direct.scan_iter(count=1000) if key not in SINGLETONS and not key.startswith(lasting)]
 
 

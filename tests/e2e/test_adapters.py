@@ -17,6 +17,7 @@ from api_stub.client.client import Client
 from api_stub.contract.event import JobStarted
 from api_stub.errors import JobFailed
 from tests.e2e.scenes import Question, stored_questions
+from tests.e2e.test_swap import visionq
 from tests.gateway.service import Service, serving
 from tests.processes import WorkerProcess, start_workers
 from tests.servers import RedisServer, S3Server
@@ -149,7 +150,8 @@ def test_adapters_are_listed_and_asked_over_http(
     worker: WorkerProcess, redis_server: RedisServer, s3_server: S3Server
 ) -> None:
     with serving(redis_server.url, s3_server.url, api_models="") as service:
-        listed = [model["id"] for model in service.http.get("/v1/models").json()["data"]]
+        found = [model["id"] for model in service.http.get("/v1/models").json()["data"]]
+        listed = [name for name in found if name.startswith("shared")]  # others were served in this Redis before
         assert listed == ["shared", "shared:blue", "shared:green", "shared:red"]
         assert service.http.get("/v1/models/shared:red").json()["id"] == "shared:red"
         assert ask(service, "shared:red").json()["model"] == "shared:red"
@@ -165,3 +167,32 @@ def ask(service: Service, model: str) -> Any:
     return service.http.post(
         "/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": "hello"}]}
     )
+
+
+def test_adapters_are_added_and_removed_while_the_worker_runs(
+    adapted: Adapted, client: Client, questions: list[Question], redis_server: RedisServer, s3_server: S3Server,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    settings = {"model": "demo", "model_name": "growing", "lease_s": 6, "beat_s": 0.5}
+    worker = start_workers(1, tmp_path, redis_server, s3_server, **settings)[0]
+    question, options = questions[0], {"max_new_tokens": NUM_TOKENS}
+    try:
+        added = visionq(redis_server, "adapters", "add", "growing", "green", str(adapted.folders["green"]))
+        assert added.returncode == 0, added.stderr
+        for owner, model in (("green", "growing:green"), ("", "growing")):
+            job = client.vqa(question.uri, question=question.text, model=model, **options)
+            result = job.result(timeout=60)
+            assert result.text == adapted.answer(owner, question)
+            assert result.checkpoint == adapted.checkpoint(owner)
+        wrong = visionq(redis_server, "adapters", "add", "growing", "other", str(CHECKPOINT))
+        assert wrong.returncode == 1, wrong.stdout
+        assert "so it is no adapter" in wrong.stderr
+        removed = visionq(redis_server, "adapters", "remove", "growing", "green")
+        assert removed.returncode == 0, removed.stderr
+        with pytest.raises(JobFailed, match="no adapter 'green' of 'growing' is served; served are: none"):
+            client.vqa(question.uri, question=question.text, model="growing:green", **options).result(timeout=60)
+        assert client.vqa(question.uri, question=question.text, model="growing", **options).result(
+            timeout=60
+        ).text == adapted.answer("", question)
+    finally:
+        worker.kill()

@@ -119,7 +119,9 @@ def _task() -> object:
 
 
 def load_scripts(commands: redis.Redis, *configs: LedgerConfig) -> None:
-    """Load the ledger's scripts, whoever used this Redis before: the lists are a busy Redis'."""
+    """Load the ledger's and the gateway's scripts, whoever used this Redis before: the lists are a busy Redis'."""
+    for file in (ROOT / "api_stub" / "gateway" / "scripts").glob("*.lua"):
+        commands.script_load(file.read_text("utf-8"))
     for config in configs:
         for transition in Transition:
             commands.script_load(script(transition, config))

@@ -208,6 +208,7 @@ def test_500_jobs_go_through_a_promotion_and_a_rollback(
         for question, result in zip(asked, results, strict=True)
     ]
     assert {result.checkpoint for result in results} == {first.digest, second.digest}
+    assert ["starts again" in worker.text() for worker in fleet] == [False, False], "in the same tensors"
 
 
 @pytest.mark.parametrize("fault", ["nan", "smoke", "digest", "file"])
@@ -308,6 +309,23 @@ def test_a_checkpoint_of_another_kind_restarts_the_worker_drained(
         assert worker.process.poll() is None, "the same process"
         listed = visionq(redis_server, "list", "--json")
         assert json.loads(listed.stdout)["workers"][0]["source"] == "demo-captioner"
+    finally:
+        worker.kill()
+
+
+def test_a_redis_that_comes_back_empty_learns_again_what_is_served(
+    tmp_path: Path, ledger: Ledger, redis_server: RedisServer, s3_server: S3Server, second: Judged
+) -> None:
+    with redis_server.client() as raw:
+        raw.flushdb()
+    worker = start_fleet(1, tmp_path, redis_server, s3_server)[0]
+    try:
+        assert visionq(redis_server, "promote", MODEL, str(second.folder)).returncode == 0
+        with redis_server.client() as raw:
+            raw.flushdb()
+        eventually(lambda: ledger.wish(MODEL).number == 1, 30.0, "it is written again")
+        assert ledger.wish(MODEL).weights.source == str(second.folder)
+        eventually(lambda: checkpoints(ledger) == {second.digest}, 30.0, "and served")
     finally:
         worker.kill()
 

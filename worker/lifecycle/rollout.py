@@ -41,7 +41,8 @@ class Fulfils(Protocol):
 class Rollout:
     """The part of one worker. `start` once it consumes; `stop` once.
 
-    start_again: ends this process so that it begins anew. tell: tells Redis what is served now.
+    wish: what the process was started to serve. start_again: ends this process so that it begins anew. tell: tells
+    Redis what is served now.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Rollout:
         ledger: Ledger,
         worker: str,
         served: Served,
+        wish: Wish,
         exchange: Fulfils,
         start_again: Callable[[], None],
         tell: Callable[[], None],
@@ -57,7 +59,8 @@ class Rollout:
         self._exchange, self._start_again, self._tell = exchange, start_again, tell
         self._stopping = threading.Event()
         self._starts_again = False
-        self._failed = 0  # number of the last wish that could not be fulfilled
+        self._wish = wish.fulfilled(served.now.checkpoint)
+        self._failed = -1  # number of the last wish that could not be fulfilled
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
     def start(self) -> None:
@@ -70,7 +73,11 @@ class Rollout:
 
     def look(self) -> None:
         """Fulfil what is wanted now, if it is another wish and nobody else's turn. Raises redis.RedisError."""
-        if self._ledger.wish(self._served.model).number in (self._served.now.number, self._failed):
+        number = self._ledger.wish(self._served.model).number
+        if number in (self._served.now.number, self._failed):
+            return
+        if not number:  # Redis came back empty: what is served was wanted
+            self._remember()
             return
         with self._turn() as lock:
             if lock is None:
@@ -78,6 +85,11 @@ class Rollout:
             wish = self._ledger.wish(self._served.model)  # what was read before the turn may be over
             if wish.number != self._served.now.number and not self._stopping.is_set():
                 self._fulfil(wish)
+
+    def _remember(self) -> None:
+        served = self._wish
+        self._ledger.change_wish(self._served.model, lambda found: found if found.number else served)
+        logger.warning("the wish was lost and is written again", extra={"action": "rollout", "number": served.number})
 
     def _fulfil(self, wish: Wish) -> None:
         facts = {"action": "rollout", "number": wish.number, "source": wish.weights.source}
@@ -99,6 +111,7 @@ class Rollout:
             self._failed = wish.number
             fail_wish(self._ledger, self._served.model, wish, problem)
         else:
+            self._wish = wish.fulfilled(self._served.now.checkpoint)
             fulfil_wish(self._ledger, self._served.model, wish, self._served.now.checkpoint)
             self._tell()
 

@@ -6,6 +6,7 @@ loaded models. Out: the first one's tensors with the second one's values. Knows 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -67,10 +68,15 @@ def _tokenizer(loaded: LoadedModel) -> object:
     tokenizer: Any = loaded.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return (
-        sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
+        sorted(tokenizer.get_vocab().items()) if backend is None else _without_state(backend.to_str()),
         tokenizer.special_tokens_map,
         tokenizer.padding_side,
     )
+
+
+def _without_state(dumped: str) -> object:
+    """Return a dumped tokenizer without what calls of it leave behind."""
+    return {key: value for key, value in json.loads(dumped).items() if key not in ("padding", "truncation")}
 
 
 def _plain(value: Any) -> Any:
