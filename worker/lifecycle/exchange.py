@@ -110,15 +110,19 @@ class Exchange:
             with self._admission.shut(WAIT_S):
                 shut_at = time.monotonic()
                 self._exchange(read)
+                self._tell(settings, wish, since=time.time())  # before the first job is let in
             facts: dict[str, object] = {"action": "exchange", "model": settings.model, "adapters": settings.adapters}
             facts |= {"waited_s": round(shut_at - began, 2), "pause_s": round(time.monotonic() - shut_at, 2)}
             logger.info("worker serves something else", extra=facts)
-        now = self._served.now
+        else:
+            self._tell(settings, wish, since=self._served.now.since)
+
+    def _tell(self, settings: WorkerSettings, wish: Wish, since: float) -> None:
         self._served.now = Serving(
             checkpoint=self._loaded.checkpoint,
             source=settings.model,
             adapters=_names(self._loaded.adapters),
-            since=now.since if was_same else time.time(),
+            since=since,
             number=wish.number,
             scores=wish.weights.scores,
         )

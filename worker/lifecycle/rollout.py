@@ -105,11 +105,13 @@ class Rollout:
         except redis.RedisError:
             raise
         except Exception as error:
+            if self._stopping.is_set():
+                return  # the engine ended with the process: the next one starts with what is wanted
             is_known = isinstance(error, WorkerError)
             problem = str(error) if is_known else type(error).__name__
             logger.error("what is wanted cannot be served", extra=facts | {"error": problem}, exc_info=not is_known)
-            self._failed = wish.number
             fail_wish(self._ledger, self._served.model, wish, problem)
+            self._failed = wish.number
         else:
             self._wish = wish.fulfilled(self._served.now.checkpoint)
             fulfil_wish(self._ledger, self._served.model, wish, self._served.now.checkpoint)
@@ -132,7 +134,11 @@ class Rollout:
             done.set()
             renewing.join()
             if self._starts_again:
-                lock.extend(RESTART_S, replace_ttl=True)  # the process that comes has the same name
+                try:
+                    lock.extend(RESTART_S, replace_ttl=True)  # the process that comes has the same name
+                except (redis.RedisError, LockError) as error:
+                    facts = {"action": "rollout", "error": type(error).__name__}
+                    logger.warning("the turn could not be kept for the restart", extra=facts)
                 self._start_again()
             else:
                 lock.release()
