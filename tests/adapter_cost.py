@@ -13,12 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from api_stub.contract.job import VqaJob
 from api_stub.contract.sampling import SamplingParams
+from tests.tiny.adapters import with_noisy_adapters
 from worker.bootstrap import engine_config, prompt_builder
 from worker.engine.engine import Engine
 from worker.engine.request import GenerationRequest
@@ -35,15 +34,8 @@ TARGETS: Final = r".*text_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pro
 
 def write_adapters(folder: Path) -> str:
     """Write three adapters of noise; return the setting that names them."""
-    model = load(WorkerSettings()).model
-    peft = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS), adapter_name="one")
-    for name in OWNERS[2:]:
-        peft.add_adapter(name, LoraConfig(r=8, target_modules=TARGETS))
-    for name, weight in peft.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    for config in peft.peft_config.values():
-        config.base_model_name_or_path = "demo"
+    ranks = dict.fromkeys(OWNERS[1:], 8)
+    peft = with_noisy_adapters(load(WorkerSettings()).model, ranks, targets=TARGETS, std=0.05, base="demo")
     peft.save_pretrained(folder, save_embedding_layers=False)
     return ",".join(f"{name}={folder / name}" for name in OWNERS[1:])
 

@@ -28,13 +28,14 @@ from worker.jobs.served import Served
 from worker.lifecycle.consumption import Consumption
 from worker.lifecycle.drain import Drain
 from worker.lifecycle.engine_slot import EngineSlot
-from worker.lifecycle.exchange import Exchange, check_digest, smoke_questions, wished
+from worker.lifecycle.exchange import Exchange, StartAgain, check_digest, smoke_questions, wished
 from worker.lifecycle.health import Health
 from worker.lifecycle.heartbeat import Heartbeat
 from worker.lifecycle.process import WorkerProcess
-from worker.lifecycle.rollout import Rollout, fail_wish
+from worker.lifecycle.rollout import Rollout, give_up
 from worker.lifecycle.self_test import Proofs, try_out
 from worker.lifecycle.smoke import ask
+from worker.lifecycle.turn import Turn
 from worker.lifecycle.watchdog import Finding, Trouble
 from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
@@ -57,16 +58,36 @@ CPU_MAX_MODEL_LEN: Final = 4096
 
 
 def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Health | None = None) -> WorkerProcess:
-    """Load and warm the model, connect everything. Raises CannotStart with a message for the operator."""
+    """Load and warm the model, connect everything.
+
+    Raises CannotStart with a message for the operator, StartAgain when what operators want cannot be served: then
+    something else is wanted now.
+    """
     metrics, health = metrics or Metrics(settings.model_name), health or Health(REDIS_TIMEOUT_S)
     remove_leftovers()
     ledger = connect(settings)
     make_known(ledger, settings.model_name)
-    wanted = load_wanted(settings, ledger)
+    wish, turn = _wish(ledger, settings.model_name), Turn(ledger.client, settings.model_name, name_of_worker(settings))
+    turn.resume()
+    try:
+        return _assemble(settings, ledger, wish, turn, metrics, health)
+    except Exception as error:
+        problem = str(error) if isinstance(error, CannotStart) else type(error).__name__
+        if give_up(ledger, turn, settings.model_name, wish, problem):
+            raise StartAgain(problem) from error  # in another process, with all memory free
+        raise
+
+
+def _assemble(
+    settings: WorkerSettings, ledger: Ledger, wish: Wish, turn: Turn, metrics: Metrics, health: Health
+) -> WorkerProcess:
+    wanted = load_wanted(settings, wish)
     loaded = wanted.loaded
-    worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
+    worker_name = name_of_worker(settings)
     attempts, prompts = Attempts(), prompt_builder(settings, loaded)
-    served = Served(settings.model_name, serving_of(wanted))
+    served = Served(
+        settings.model_name, serving_of(wanted), lambda adapter: is_wanted(ledger, settings.model_name, adapter)
+    )
     step_meter, job_meter = StepMeter(metrics), JobMeter(metrics)
     publisher = Publisher(ledger, TokenMeter(metrics))
     trials = trial_prompts(prompts, loaded.capabilities)
@@ -111,8 +132,6 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         memory_budget=memory_budget,
         decoders=media.decoders,
         tries=lambda: tries(wanted.questions),
-        wish=wanted.wish,
-        served=served,
         attempts=attempts,
         consumption=Consumption(settings.concurrency),
         health=health,
@@ -129,11 +148,14 @@ def build(settings: WorkerSettings, metrics: Metrics | None = None, health: Heal
         drain=Drain(attempts, settings.drain_s),
         heartbeat=heartbeat(settings, ledger, attempts, worker_name, lambda: served.now.to_json()),
     )
-    exchange = Exchange(settings, loaded, engine, process.admission, served, tries)
-    process.rollout = Rollout(
-        ledger, worker_name, served, wanted.wish, exchange, process.start_again, process.heartbeat.beat
-    )
+    exchange = Exchange(settings, loaded, wish.weights, engine, process.admission, served, tries)
+    process.rollout = Rollout(ledger, turn, served, wish, exchange, process.start_again, process.heartbeat.beat)
     return process
+
+
+def name_of_worker(settings: WorkerSettings) -> str:
+    """Return this process's name in the registry of workers; a process that begins anew has the same one."""
+    return f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,25 +168,14 @@ class Wanted:
     questions: Sequence[SmokeQuestion]
 
 
-def load_wanted(settings: WorkerSettings, ledger: Ledger) -> Wanted:
-    """Load what operators want of this model's workers; without any wish, what the settings say.
-
-    A wish that no worker has fulfilled yet and that this one cannot is given up for the one before. Raises CannotStart.
-    """
-    while True:
-        wish = _wish(ledger, settings.model_name)
-        try:
-            own = wished(settings, wish)
-            questions = smoke_questions(own, find_model(own)) if wish.weights.source else ()
-            loaded = load(own)
-            if wish.weights.source:
-                check_digest(wish, loaded.checkpoint)
-            return Wanted(wish, own.model, loaded, questions)
-        except CannotStart as error:
-            if wish.is_fulfilled or wish.before is None:
-                raise
-            logger.error("what is wanted cannot be served", extra={"action": "load", "error": str(error)})
-            fail_wish(ledger, settings.model_name, wish, str(error))
+def load_wanted(settings: WorkerSettings, wish: Wish) -> Wanted:
+    """Load what operators want of this model's workers; without any wish, what the settings say. Raises CannotStart."""
+    own = wished(settings, wish)
+    questions = smoke_questions(own, find_model(own)) if wish.weights.source else ()
+    loaded = load(own)
+    if wish.weights.source:
+        check_digest(wish, loaded.checkpoint)
+    return Wanted(wish, own.model, loaded, questions)
 
 
 def _wish(ledger: Ledger, model: str) -> Wish:
@@ -172,6 +183,14 @@ def _wish(ledger: Ledger, model: str) -> Wish:
         return ledger.wish(model)
     except redis.RedisError as error:
         raise CannotStart(f"VISIONQ_REDIS_URL: what this worker shall serve cannot be read: {error}") from error
+
+
+def is_wanted(ledger: Ledger, model: str, adapter: str) -> bool:
+    """Return whether operators want an adapter served by all workers of a model, or that cannot be known now."""
+    try:
+        return bool(ledger.wish(model).adapters.get(adapter))
+    except redis.RedisError:
+        return True
 
 
 def serving_of(wanted: Wanted) -> Serving:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 from api_stub.contract.finetune import FinetuneJob, FinetuneResult
-from worker.bootstrap import REDIS_TIMEOUT_S, connect, heartbeat, make_known
+from worker.bootstrap import REDIS_TIMEOUT_S, connect, heartbeat, make_known, name_of_worker
 from worker.jobs.attempt import Attempts
 from worker.jobs.circuit import Circuit
 from worker.jobs.claim import Claimer
@@ -36,7 +34,7 @@ def build_trainer(
     remove_leftovers()
     ledger = connect(settings)
     make_known(ledger, settings.model_name)
-    worker_name = f"visionq-{settings.model_name}@{socket.gethostname()}-{os.getpid()}"
+    worker_name = name_of_worker(settings)
     attempts, job_meter = Attempts(), JobMeter(metrics)
     publisher = Publisher(ledger, TokenMeter(metrics))
     drain = Drain(attempts, settings.drain_s)

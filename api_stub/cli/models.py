@@ -193,10 +193,11 @@ def _change(ledger: Ledger, model: str, change: Callable[[Wish], Wish], timeout_
         wish = ledger.change_wish(model, change)
     except NothingToChange as error:
         raise InvalidRequest(str(error)) from error
-    give_up_at = time.monotonic() + timeout_s
+    give_up_at, had_workers = time.monotonic() + timeout_s, bool(ledger.serving(model))
     while True:
         now, serving = ledger.wish(model), ledger.serving(model)
-        is_over = now.number != wish.number or all(each.number == wish.number for each in serving.values())
+        are_done = all(each.number == wish.number for each in serving.values()) and not ledger.is_changing(model)
+        is_over = now.number != wish.number or (are_done and (now.is_fulfilled or not had_workers))
         if is_over or time.monotonic() >= give_up_at:
             break
         time.sleep(_LOOK_S)

@@ -14,6 +14,11 @@ from api_stub.contract.wish import Weights
 LOWER_IS_BETTER: Final = frozenset({"wer", "loss"})
 
 
+def is_better(metric: str, new: float, old: float) -> bool:
+    """Return whether a figure has improved."""
+    return new < old if metric in LOWER_IS_BETTER else new > old
+
+
 class NotBetter(ValueError):
     """Raised when the checkpoint's evaluation is not better than that of what is served."""
 
@@ -88,5 +93,5 @@ def _check_better(metric: str, new: Evaluated, former: Evaluated, served: Collec
         if metric not in record.scores:
             raise ValueError(f"{name}: no score {metric!r}; there are {', '.join(record.scores)}")
     value, before = new.scores[metric], former.scores[metric]
-    if not (value < before if metric in LOWER_IS_BETTER else value > before):
+    if not is_better(metric, value, before):
         raise NotBetter(f"{metric}: {value:.6g} is not better than {before:.6g}, which is served")

@@ -21,10 +21,12 @@ class NothingToChange(ValueError):
 class Weights(ReadModel):
     """The weights that are to be served.
 
-    source: as VISIONQ_MODEL would name them; empty: what each worker's own VISIONQ_MODEL says. digest: they are served
-    only if they have it; empty: the first worker that reads them fills it in. scores: of their evaluation, as told.
+    number: of the wish that first wanted them, since a place may have other weights later. source: as VISIONQ_MODEL
+    would name them; empty: what each worker's own VISIONQ_MODEL says. digest: they are served only if they have it;
+    empty: the first worker that reads them fills it in. scores: of their evaluation, as told.
     """
 
+    number: int = 0
     source: str = ""
     digest: str = ""
     scores: Mapping[str, float] = {}
@@ -50,9 +52,10 @@ class Wish(ReadModel):
 
     def promoted(self, weights: Weights) -> Wish:
         """Want other weights. Raises NothingToChange."""
-        if weights.source == self.weights.source and weights.digest in ("", self.weights.digest):
+        if weights.digest and (weights.source, weights.digest) == (self.weights.source, self.weights.digest):
             raise NothingToChange(f"checkpoint: {weights.source} is promoted already")
-        return self._next(weights=weights, former=self.weights)
+        numbered = weights.model_copy(update={"number": self.number + 1})
+        return self._next(weights=numbered, former=self._proven.weights if self._proven else None)
 
     def rolled_back(self) -> Wish:
         """Want the weights before the last promotion. Raises NothingToChange."""
@@ -83,10 +86,15 @@ class Wish(ReadModel):
         weights = self.weights.model_copy(update={"digest": digest if self.weights.source else ""})
         return self.model_copy(update={"is_fulfilled": True, "weights": weights})
 
+    @property
+    def _proven(self) -> Wish | None:
+        """The newest wish that a worker has fulfilled, or the first one, which nobody had to."""
+        return self if self.is_fulfilled or not self.number else self.before
+
     def _next(self, **changed: object) -> Wish:
-        before = self.model_copy(update={"before": None})
-        common = {"number": self.number + 1, "before": before, "is_fulfilled": False, "problem": None}
-        common["at"] = time.time()
+        before = self._proven and self._proven.model_copy(update={"before": None})
+        common: dict[str, object] = {"number": self.number + 1, "before": before, "is_fulfilled": False}
+        common |= {"problem": None, "at": time.time()}
         return self.model_copy(update=common | changed)
 
 

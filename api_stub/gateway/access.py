@@ -160,8 +160,7 @@ async def check_known(gateway: Gateway, model: str) -> None:
         reason = f"no worker {who} or did in the last day, and VISIONQ_API_MODELS does not list it"
         raise unknown_model(f"the model {name[:80]!r} is not known: {reason}")
     if adapter and not await gateway.queues.may_serve(name, adapter):
-        served = ", ".join(f"{name}:{each}" for each in await gateway.queues.adapters(name)) or "none"
-        raise InvalidRequest(f"model: no adapter {adapter[:80]!r} of {name!r} is served; served are: {served}")
+        raise InvalidRequest(f"model: no adapter {adapter[:80]!r} of {name!r} is served; GET /v1/models lists all")
 
 
 def unknown_model(message: str) -> Problem:

@@ -222,6 +222,10 @@ class Ledger:
             if self._run(operations.wish(model, former, wanted.to_json())):
                 return wanted
 
+    def is_changing(self, model: str) -> bool:
+        """Tell whether a worker of a model changes what it serves at the moment, or begins anew to do so."""
+        return bool(self.client.exists(names.turn_of_change_key(model)))
+
     def serving(self, model: str) -> dict[str, Serving]:
         """Return what each worker of a model serves, by the worker's name; those of 0.1.0 do not tell."""
         told = cast("dict[str, str]", self.client.hgetall(names.serves_key(model)))

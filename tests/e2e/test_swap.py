@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from api_stub.client.client import Client
 from api_stub.contract.conversation import MediaPart, Role, TextPart, Turn
-from api_stub.contract.wish import NothingToChange, Weights, Wish
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.settings import LedgerConfig
 from tests.e2e.scenes import Question, stored_questions
@@ -313,6 +312,67 @@ def test_a_checkpoint_of_another_kind_restarts_the_worker_drained(
         worker.kill()
 
 
+def test_a_checkpoint_that_another_process_cannot_serve_is_given_up(
+    tmp_path: Path, ledger: Ledger, client: Client, redis_server: RedisServer, s3_server: S3Server, first: Judged,
+    questions: list[Question],
+) -> None:  # fmt: skip
+    """It loads and answers; what the operator has set does not fit it, which is found when the engine is made."""
+    with redis_server.client() as raw:
+        raw.flushdb()
+    settings: dict[str, object] = {"model": "demo", "model_name": MODEL, "max_model_len": 1024, "beat_s": 0.5}
+    worker = WorkerProcess(tmp_path, redis_server.url, s3_server.url, **settings).wait_ready()
+    try:
+        done = visionq(redis_server, "promote", MODEL, "demo-captioner")
+        assert done.returncode == 1, done.stdout + worker.text()[-3000:]
+        assert "VISIONQ_MAX_MODEL_LEN: 1024 is above the model's context of 256" in done.stderr
+        eventually(lambda: checkpoints(ledger) == {first.digest}, 60.0, "the worker is back")
+        question = questions[0]
+        job = client.vqa(question.uri, question=question.text, model=MODEL, max_new_tokens=NUM_TOKENS)
+        assert job.result(timeout=60).text == first.answers[name(question)]
+        assert worker.process.poll() is None
+    finally:
+        worker.kill()
+
+
+def test_other_files_at_the_same_place_are_another_checkpoint(
+    tmp_path: Path, client: Client, ledger: Ledger, redis_server: RedisServer, s3_server: S3Server, second: Judged,
+    questions: list[Question],
+) -> None:  # fmt: skip
+    with redis_server.client() as raw:
+        raw.flushdb()
+    place = tmp_path / "current"
+    shutil.copytree(CHECKPOINT, place)
+    settings: dict[str, object] = {"model": place, "model_name": MODEL, "beat_s": 0.5}
+    worker = WorkerProcess(tmp_path, redis_server.url, s3_server.url, **settings).wait_ready()
+    try:
+        shutil.copytree(second.folder, place, dirs_exist_ok=True)
+        assert visionq(redis_server, "promote", MODEL, str(place)).returncode == 0
+        assert checkpoints(ledger) == {second.digest}
+        question = questions[0]
+        job = client.vqa(question.uri, question=question.text, model=MODEL, max_new_tokens=NUM_TOKENS)
+        assert job.result(timeout=60).text == second.answers[name(question)]
+    finally:
+        worker.kill()
+
+
+def test_a_worker_told_to_end_while_it_is_to_begin_anew_ends(
+    tmp_path: Path, client: Client, redis_server: RedisServer, s3_server: S3Server
+) -> None:
+    with redis_server.client() as raw:
+        raw.flushdb()
+    worker = start_fleet(1, tmp_path, redis_server, s3_server)[0]
+    try:
+        job = client.vqa(question="hello", model=MODEL, max_new_tokens=1900, min_new_tokens=1900)
+        eventually(lambda: job.status().status == "in_progress", 30.0, "the job runs")
+        assert visionq(redis_server, "promote", MODEL, "demo-captioner", "--no-wait").returncode == 0
+        eventually(lambda: '"draining"' in worker.text(), 60.0, "the worker lets its job end")
+        assert job.status().status == "in_progress", "the job is over too early for this test"
+        assert worker.terminate() == 0
+        assert worker.text().count('"worker ready"') == 1
+    finally:
+        worker.kill()
+
+
 def test_a_redis_that_comes_back_empty_learns_again_what_is_served(
     tmp_path: Path, ledger: Ledger, redis_server: RedisServer, s3_server: S3Server, second: Judged
 ) -> None:
@@ -346,18 +406,3 @@ def test_operators_promote_and_add_adapters_over_http_and_see_it(
         shown = service.http.get("/v1/queues").json()["queues"]
         of_model = next(queue for queue in shown if queue["model"] == MODEL)
         assert [worker["source"] for worker in of_model["serving"]] == ["demo", "demo"]
-
-
-def test_wishes_follow_each_other() -> None:
-    wish = Wish()
-    with pytest.raises(NothingToChange, match="nothing to roll back to"):
-        wish.rolled_back()
-    one = wish.promoted(Weights(source="s3://a/"))
-    assert (one.number, one.is_fulfilled) == (1, False)
-    two = one.fulfilled("digest").promoted(Weights(source="s3://b/"))
-    assert two.former == Weights(source="s3://a/", digest="digest")
-    failed = two.failed("smoke set")
-    assert (failed.number, failed.weights, failed.problem) == (3, two.former, "smoke set")
-    assert failed.rolled_back().weights == Weights()
-    back = two.rolled_back()
-    assert (back.weights, back.former) == (two.former, two.weights)

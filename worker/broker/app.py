@@ -156,7 +156,7 @@ def serve(app: Celery, settings: WorkerSettings, process: JobProcess) -> int:
         process.on_ready()
 
     def on_shutting_down(**_: object) -> None:
-        process.drain.begin()
+        process.shut_down()
 
     logging.getLogger("celery.worker.consumer.consumer").addFilter(without_bodies)
     logging.getLogger("celery.app.trace").addFilter(without_rejections)

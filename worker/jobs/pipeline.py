@@ -30,7 +30,7 @@ from worker.jobs.outcome import (
     stopped_body,
     used,
 )
-from worker.jobs.served import Served
+from worker.jobs.served import NotServedYet, Served
 from worker.jobs.settle import FLUSH_TIMEOUT_S, EventPublisher, Settler, facts_of
 from worker.media.budget import MemoryBudget
 from worker.media.collect import AnyMediaPart, Collected, MediaCollector, media_parts
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 NO_MEDIA: Final = Collected([], 0.0, 0)
 #: How often a waiting job looks at its deadline and at the engine's health.
 WAIT_S: Final = 0.5
+#: Pause of a job whose adapter this worker does not serve yet.
+NOT_YET_S: Final = 1.0
 
 
 class GenerationEngine(Protocol):
@@ -124,6 +126,8 @@ class Pipeline:
             return CompletedBody(result=self._result(attempt, job, inputs, checkpoint, finish, output, watch))
         except Stopped as stopped:
             return stopped_body(stopped.reason, output, usage)
+        except NotServedYet:
+            return GiveBack(RetryReason.GIVEN_BACK, NOT_YET_S)
         except EngineDead as error:
             logger.error("engine is dead", extra=facts_of(attempt) | {"error": str(error)})
             self._on_engine_dead()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from api_stub.contract.serving import Serving
-from api_stub.contract.wish import Wish
+from api_stub.contract.wish import Weights, Wish
 from worker.errors import CannotStart
 from worker.jobs.served import Served
 from worker.lifecycle.admission import Admission
@@ -76,14 +76,15 @@ class _Read:
 class Exchange:
     """Changes what one worker serves. One thread.
 
-    settings: the worker's own, before any wish. tries: asks the new engine the prompt that every worker answers at its
-    start, and the questions. Each raises what is wrong.
+    settings: the worker's own, before any wish. weights: those that are loaded. tries: asks the new engine the prompt
+    that every worker answers at its start, and the questions; raises what is wrong.
     """
 
     def __init__(
         self,
         settings: WorkerSettings,
         loaded: LoadedModel,
+        weights: Weights,
         slot: EngineSlot,
         admission: Admission,
         served: Served,
@@ -91,6 +92,7 @@ class Exchange:
     ) -> None:
         self._settings = settings
         self._loaded = loaded
+        self._weights = weights
         self._slot = slot
         self._admission = admission
         self._served = served
@@ -116,6 +118,7 @@ class Exchange:
             logger.info("worker serves something else", extra=facts)
         else:
             self._tell(settings, wish, since=self._served.now.since)
+        self._weights = wish.weights
 
     def _tell(self, settings: WorkerSettings, wish: Wish, since: float) -> None:
         self._served.now = Serving(
@@ -131,7 +134,7 @@ class Exchange:
         now = self._served.now
         new: LoadedModel | None = None
         questions: Sequence[SmokeQuestion] = ()
-        if settings.model != now.source or wish.weights.digest not in ("", now.checkpoint):
+        if wish.weights.number != self._weights.number:
             new, questions = self._read_weights(settings, wish)
         checkpoint = now.checkpoint if new is None else new.checkpoint
         adapters = read_adapters(settings, settings.adapter_uris, self._loaded.model, checkpoint)

@@ -83,6 +83,7 @@ class JobProcess:
     starts_again: bool = False
     admission: Admission = field(default_factory=Admission)
     watchdog: Watchdog = field(init=False)
+    _awaits_own_signal: bool = False
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -144,9 +145,14 @@ class JobProcess:
         """Whether messages may be received now."""
         return self.circuit.may_consume and self.admission.is_open
 
+    def shut_down(self) -> None:
+        """Note a signal to end. One that comes from outside while the process is to begin anew ends it for good."""
+        self.starts_again, self._awaits_own_signal = self.starts_again and self._awaits_own_signal, False
+        self.drain.begin()
+
     def start_again(self) -> None:
         """End the process as SIGTERM does, so that it begins anew in its place. Any thread."""
-        self.starts_again = True
+        self.starts_again = self._awaits_own_signal = True
         self.drain.begin()
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -9,15 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from api_stub.contract.wish import Wish
 from worker.errors import CannotStart, WorkerError
 from worker.jobs.metering import StepMeter, engine_readings, media_readings
-from worker.jobs.served import Served
 from worker.lifecycle.engine_slot import EngineSlot
 from worker.lifecycle.exchange import StartAgain
 from worker.lifecycle.health import Vitals
 from worker.lifecycle.job_process import STOP_TIMEOUT_S, JobProcess
-from worker.lifecycle.rollout import Rollout, fail_wish, fulfil_wish
+from worker.lifecycle.rollout import Rollout
 from worker.lifecycle.watchdog import EngineWatch, Watch
 from worker.media.budget import MemoryBudget
 from worker.media.cache import MediaCache
@@ -28,7 +26,7 @@ from worker.media.decoders import Decoders
 class WorkerProcess(JobProcess):
     """The components of one worker process.
 
-    tries: asks the model what it must answer before it serves. wish: what the process was started to serve.
+    tries: asks the model what it must answer before it serves.
     """
 
     engine: EngineSlot
@@ -36,8 +34,6 @@ class WorkerProcess(JobProcess):
     memory_budget: MemoryBudget
     decoders: Decoders
     tries: Callable[[], None]
-    wish: Wish
-    served: Served
     step_meter: StepMeter
     rollout: Rollout = field(init=False)
 
@@ -57,7 +53,7 @@ class WorkerProcess(JobProcess):
         try:
             self.tries()
         except WorkerError as error:
-            if self._gives_up_wish(f"the model does not answer: {error}"):
+            if self.rollout.give_up(f"the model does not answer: {error}"):
                 self.stop_work()
                 raise StartAgain(str(error)) from error
             raise CannotStart(f"VISIONQ_MODEL: the model does not answer: {error}") from error
@@ -89,15 +85,7 @@ class WorkerProcess(JobProcess):
     def on_ready(self) -> None:
         """Start what every process has, and look what operators want."""
         JobProcess.on_ready(self)
-        if self.wish.number and not self.wish.is_fulfilled:
-            fulfil_wish(self.ledger, self.served.model, self.wish, self.served.now.checkpoint)
         self.rollout.start()
-
-    def _gives_up_wish(self, problem: str) -> bool:
-        if self.wish.is_fulfilled or self.wish.before is None:
-            return False
-        fail_wish(self.ledger, self.served.model, self.wish, problem)
-        return True
 
     def stop_work(self) -> None:
         """Stop decoders, then the engine."""

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import redis
-from redis.exceptions import LockError
-from redis.lock import Lock
 
-from api_stub.contract import names
 from api_stub.contract.wish import Wish
 from api_stub.ledger.ledger import Ledger
 from worker.errors import WorkerError
 from worker.jobs.served import Served
 from worker.lifecycle.admission import Busy
 from worker.lifecycle.exchange import StartAgain
+from worker.lifecycle.turn import Turn
 
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
-#: A worker that has the turn renews it; when it dies, the turn is the next one's after this time.
-TURN_S: Final = 20.0
-#: So long the turn stays with a worker that starts again to fulfil a wish.
-RESTART_S: Final = 300.0
+#: Pause before a worker tries again what it could not do, and nobody has given up: its jobs did not end, or there is
+#: nothing that was wanted before.
+PAUSE_S: Final = 60.0
 
 
 class Fulfils(Protocol):
@@ -48,19 +45,19 @@ class Rollout:
     def __init__(
         self,
         ledger: Ledger,
-        worker: str,
+        turn: Turn,
         served: Served,
         wish: Wish,
         exchange: Fulfils,
         start_again: Callable[[], None],
         tell: Callable[[], None],
     ) -> None:
-        self._ledger, self._worker, self._served = ledger, worker, served
+        self._ledger, self._turn, self._served = ledger, turn, served
         self._exchange, self._start_again, self._tell = exchange, start_again, tell
+        self._wish = wish  # what is served
+        self._is_noted = wish.is_fulfilled or not wish.number
         self._stopping = threading.Event()
-        self._starts_again = False
-        self._wish = wish.fulfilled(served.now.checkpoint)
-        self._failed = -1  # number of the last wish that could not be fulfilled
+        self._not_before = 0.0  # monotonic
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
     def start(self) -> None:
@@ -71,96 +68,96 @@ class Rollout:
         """Look no more. A change in progress is cut off with the process: the next one starts with what is wanted."""
         self._stopping.set()
 
+    def give_up(self, problem: str) -> bool:
+        """Have what was wanted before wanted again, because the process cannot start with this; whether that is so.
+
+        Only while the wish is being fulfilled: what others serve already is not given up for a fault of one machine.
+        Raises redis.RedisError.
+        """
+        return give_up(self._ledger, self._turn, self._served.model, self._wish, problem)
+
     def look(self) -> None:
         """Fulfil what is wanted now, if it is another wish and nobody else's turn. Raises redis.RedisError."""
+        if not self._is_noted:
+            self._note()
+        self._turn.give_back()  # of the process before this one
         number = self._ledger.wish(self._served.model).number
-        if number in (self._served.now.number, self._failed):
+        if number == self._served.now.number or time.monotonic() < self._not_before:
             return
         if not number:  # Redis came back empty: what is served was wanted
             self._remember()
-            return
-        with self._turn() as lock:
-            if lock is None:
-                return
-            wish = self._ledger.wish(self._served.model)  # what was read before the turn may be over
-            if wish.number != self._served.now.number and not self._stopping.is_set():
-                self._fulfil(wish)
+        elif self._turn.take():
+            try:
+                wish = self._ledger.wish(self._served.model)  # what was read before the turn may be over
+                starts_again = wish.number != self._served.now.number and self._fulfil(wish)
+            except BaseException:
+                self._turn.give_back()
+                raise
+            if starts_again:
+                self._stopping.set()
+                self._turn.leave_behind()
+                self._start_again()
+            else:
+                self._turn.give_back()
 
     def _remember(self) -> None:
-        served = self._wish
+        served = self._wish.fulfilled(self._served.now.checkpoint)
         self._ledger.change_wish(self._served.model, lambda found: found if found.number else served)
         logger.warning("the wish was lost and is written again", extra={"action": "rollout", "number": served.number})
 
-    def _fulfil(self, wish: Wish) -> None:
+    def _note(self) -> None:
+        """Note that a worker fulfils the wish."""
+        number, digest = self._wish.number, self._served.now.checkpoint
+        self._ledger.change_wish(self._served.model, lambda now: now.fulfilled(digest) if now.number == number else now)
+        self._is_noted = True
+
+    def _fulfil(self, wish: Wish) -> bool:
+        """Fulfil a wish or give it up; return whether the process must begin anew for it."""
         facts = {"action": "rollout", "number": wish.number, "source": wish.weights.source}
         logger.info("something else is wanted", extra=facts | {"adapters": dict(wish.adapters)})
         try:
             self._exchange.fulfil(wish)
         except Busy as error:
+            self._not_before = time.monotonic() + PAUSE_S
             logger.warning("the change is put off", extra=facts | {"reason": str(error)})
         except StartAgain as reason:
             logger.info("the worker starts again for this", extra=facts | {"reason": str(reason)})
-            self._starts_again = True
-            self._stopping.set()
+            return True
         except redis.RedisError:
             raise
         except Exception as error:
             if self._stopping.is_set():
-                return  # the engine ended with the process: the next one starts with what is wanted
+                return False  # the engine ended with the process: the next one starts with what is wanted
             is_known = isinstance(error, WorkerError)
             problem = str(error) if is_known else type(error).__name__
             logger.error("what is wanted cannot be served", extra=facts | {"error": problem}, exc_info=not is_known)
+            self._not_before = time.monotonic() + (0.0 if wish.before is not None else PAUSE_S)
             fail_wish(self._ledger, self._served.model, wish, problem)
-            self._failed = wish.number
         else:
-            self._wish = wish.fulfilled(self._served.now.checkpoint)
-            fulfil_wish(self._ledger, self._served.model, wish, self._served.now.checkpoint)
+            self._wish, self._is_noted = wish, False
+            self._note()
             self._tell()
-
-    @contextmanager
-    def _turn(self) -> Iterator[Lock | None]:
-        """Hold the turn in the block; None: another worker has it. A worker that starts again leaves it behind."""
-        key = names.turn_of_change_key(self._served.model)
-        lock = self._ledger.client.lock(key, timeout=TURN_S, thread_local=False, raise_on_release_error=False)
-        if not lock.acquire(blocking=False, token=self._worker):
-            yield None
-            return
-        done = threading.Event()
-        renewing = threading.Thread(target=_renew, args=(lock, done), name="turn", daemon=True)
-        renewing.start()
-        try:
-            yield lock
-        finally:
-            done.set()
-            renewing.join()
-            if self._starts_again:
-                try:
-                    lock.extend(RESTART_S, replace_ttl=True)  # the process that comes has the same name
-                except (redis.RedisError, LockError) as error:
-                    facts = {"action": "rollout", "error": type(error).__name__}
-                    logger.warning("the turn could not be kept for the restart", extra=facts)
-                self._start_again()
-            else:
-                lock.release()
+        return False
 
     def _run(self) -> None:
-        self._take_over()
-        while not self._stopping.wait(LOOK_S):
+        while not self._stopping.is_set():
             try:
                 self.look()
-            except (redis.RedisError, LockError) as error:
+            except redis.RedisError as error:
                 logger.info("nothing is known of wishes", extra={"action": "rollout", "error": type(error).__name__})
             except Exception:
                 logger.exception("rollout failed", extra={"action": "rollout"})
+            self._stopping.wait(LOOK_S)
 
-    def _take_over(self) -> None:
-        """Give back the turn that the process before this one left behind for it."""
-        key = names.turn_of_change_key(self._served.model)
-        try:
-            if self._ledger.client.get(key) == self._worker:
-                self._ledger.client.delete(key)
-        except redis.RedisError:
-            logger.info("turn not given back", extra={"action": "rollout"})  # it ends by itself
+
+def give_up(ledger: Ledger, turn: Turn, model: str, wish: Wish, problem: str) -> bool:
+    """Do what `Rollout.give_up` does, for a process that has got no further than reading the wish."""
+    if wish.before is None or (wish.is_fulfilled and not turn.is_held):
+        return False
+    logger.error("what is wanted cannot be served", extra={"action": "rollout", "error": problem})
+    fail_wish(ledger, model, wish, problem)
+    turn.leave_behind()
+    return True
 
 
 def fail_wish(ledger: Ledger, model: str, wish: Wish, problem: str) -> None:
@@ -170,16 +167,3 @@ def fail_wish(ledger: Ledger, model: str, wish: Wish, problem: str) -> None:
         return now.failed(problem) if now.number == wish.number and now.before is not None else now
 
     ledger.change_wish(model, back)
-
-
-def fulfil_wish(ledger: Ledger, model: str, wish: Wish, digest: str) -> None:
-    """Note that a worker fulfils a wish. Raises redis.RedisError."""
-    ledger.change_wish(model, lambda now: now.fulfilled(digest) if now.number == wish.number else now)
-
-
-def _renew(lock: Lock, done: threading.Event) -> None:
-    while not done.wait(TURN_S / 4):
-        try:
-            lock.reacquire()
-        except (redis.RedisError, LockError) as error:
-            logger.info("turn not renewed", extra={"action": "rollout", "error": type(error).__name__})

@@ -59,11 +59,20 @@ def try_out(engine: Answering, prompts: PromptBuilder, timeout_s: float = TIMEOU
     request = GenerationRequest("try-out", inputs, SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=0))
     outputs = list(engine.generate([request], timeout_s))
     finish = outputs[-1].finish
-    if finish is None or finish.reason is Ended.CANCELLED:
+    if finish is None:
+        raise EngineDead("the engine stopped before the answer was complete")
+    check_finish(finish)
+    return TriedOut("".join(output.text for output in outputs), finish, inputs.num_media_tokens)
+
+
+def check_finish(finish: Finish | None) -> None:
+    """Raise EngineDead or GenerationFailed for an end that is no answer's; None is no end."""
+    if finish is None:
+        return
+    if finish.reason is Ended.CANCELLED:
         raise EngineDead("the engine stopped before the answer was complete")
     if finish.error is not None:
         raise GenerationFailed(finish.error)
-    return TriedOut("".join(output.text for output in outputs), finish, inputs.num_media_tokens)
 
 
 @dataclass(frozen=True, slots=True)

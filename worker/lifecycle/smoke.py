@@ -15,7 +15,7 @@ from PIL import Image
 from api_stub.contract.sampling import SamplingParams
 from worker.engine.request import GenerationRequest
 from worker.errors import CannotStart, RequestError
-from worker.lifecycle.self_test import Answering
+from worker.lifecycle.self_test import Answering, check_finish
 from worker.media.types import DecodedImage
 from worker.models.manifest import SmokeQuestion
 from worker.prompting.prepare import PromptBuilder
@@ -24,7 +24,7 @@ TIMEOUT_S: Final = 600.0
 
 
 def ask(engine: Answering, prompts: PromptBuilder, questions: Sequence[SmokeQuestion]) -> None:
-    """Ask all questions. Raises CannotStart for a wrong answer, and what the engine raises."""
+    """Ask all questions. Raises CannotStart for a wrong answer, EngineDead and GenerationFailed for none."""
     requests = []
     for number, question in enumerate(questions):
         pictures = [DecodedImage(_picture(text)) for text in question.pictures]
@@ -37,6 +37,7 @@ def ask(engine: Answering, prompts: PromptBuilder, questions: Sequence[SmokeQues
     texts = {request.request_id: "" for request in requests}
     for output in engine.generate(requests, TIMEOUT_S):
         texts[output.request_id] += output.text
+        check_finish(output.finish)
     for number, (text, question) in enumerate(zip(texts.values(), questions, strict=True)):
         if question.is_wrong(text):
             right = " or ".join(repr(answer[:200]) for answer in question.answers)

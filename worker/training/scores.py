@@ -14,8 +14,6 @@ import jiwer
 
 #: What is done to both texts before they are compared; part of every record of an evaluation.
 NORMALISATION: Final = "runs of white space become one space, none at either end; nothing else"
-#: Figures that are better when they are lower. Of all others higher is better.
-LOWER_IS_BETTER: Final = frozenset({"wer"})
 #: VQA accuracy takes an answer for right that three people gave beside the one who is left out.
 MIN_PEOPLE: Final = 4
 _ENOUGH_PEOPLE: Final = 3
@@ -77,11 +75,6 @@ def score(answers: Iterable[Answered]) -> ScoreReport:
     kinds = sorted({answer.kind for answer in every if answer.kind is not None})
     by_kind = {kind: _score([answer for answer in every if answer.kind == kind]) for kind in kinds}
     return ScoreReport(_score(every), by_kind)
-
-
-def is_better(name: str, new: float, old: float) -> bool:
-    """Return whether the figure `name` has improved."""
-    return new < old if name in LOWER_IS_BETTER else new > old
 
 
 def normalise(text: str) -> str:

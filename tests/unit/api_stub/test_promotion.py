@@ -66,8 +66,33 @@ def test_a_comparison_needs_both_records() -> None:
         promotion(if_better="wer", record=record(NEW))
 
 
-def test_the_same_checkpoint_is_not_promoted_twice() -> None:
+def test_the_same_weights_are_not_promoted_twice() -> None:
     wish = Wish().promoted(promotion(digest=NEW).weights(()))
     with pytest.raises(NothingToChange, match="is promoted already"):
         wish.promoted(promotion(digest=NEW).weights(()))
     assert wish.promoted(promotion(digest=SERVED).weights(())).number == 2
+    assert wish.promoted(promotion().weights(())).weights.number == 2, "other files may lie there now"
+
+
+def test_a_failed_wish_goes_back_to_one_that_was_fulfilled() -> None:
+    good = Wish().promoted(Weights(source="good")).fulfilled(NEW)
+    never_tried = good.promoted(Weights(source="bad"))
+    back = never_tried.promoted(Weights(source="worse")).failed("smoke set")
+    assert (back.number, back.weights) == (4, good.weights)
+    with pytest.raises(NothingToChange):
+        back.failed("again")
+    assert never_tried.promoted(Weights(source="worse")).rolled_back().weights == good.weights
+
+
+def test_wishes_follow_each_other() -> None:
+    with pytest.raises(NothingToChange, match="nothing to roll back to"):
+        Wish().rolled_back()
+    one = Wish().promoted(Weights(source="s3://a/"))
+    assert (one.number, one.is_fulfilled) == (1, False)
+    two = one.fulfilled("digest").promoted(Weights(source="s3://b/"))
+    assert two.former == Weights(number=1, source="s3://a/", digest="digest")
+    failed = two.failed("smoke set")
+    assert (failed.number, failed.weights, failed.problem) == (3, two.former, "smoke set")
+    assert failed.rolled_back().weights == Weights()
+    back = two.fulfilled("other").rolled_back()
+    assert (back.weights, back.former) == (two.former, Weights(number=2, source="s3://b/", digest="other"))

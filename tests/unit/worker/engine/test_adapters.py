@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
+from tests.tiny.adapters import with_noisy_adapters
 from tests.tiny.families import FAMILIES, picture
 from tests.tiny.jobs import TinyModel, mixed_inputs
 from tests.tiny.kinds import each_kind
@@ -91,22 +92,10 @@ def adapted(
     return make
 
 
-def with_adapters(tiny: TinyModel, targets: str) -> torch.nn.Module:
+def with_adapters(tiny: TinyModel, targets: str) -> PeftModel:
     """Let PEFT put three adapters of noise, of different ranks, into a model."""
-    torch.manual_seed(11)
-    configs = {
-        owner: LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-        for owner, rank in zip(OWNERS[1:], (4, 2, 6), strict=True)
-    }
-    peft = get_peft_model(tiny.model, configs["one"], adapter_name="one")
-    for owner in ("two", "three"):
-        peft.add_adapter(owner, configs[owner])
-    for key, weight in peft.named_parameters():
-        if "lora_" in key:
-            torch.nn.init.normal_(weight, std=0.25)
-    for config in peft.peft_config.values():
-        config.base_model_name_or_path = "base"
-    return peft.eval()
+    ranks = dict(zip(OWNERS[1:], (4, 2, 6), strict=True))
+    return with_noisy_adapters(tiny.model, ranks, targets=targets, std=0.25, base="base", seed=11)
 
 
 def write_adapters(tiny: TinyModel, folder: Path, targets: str) -> None:

@@ -186,13 +186,14 @@ class Worker:
             ledger, ledger.client, self.attempts, worker="worker-1", model="default", beat_s=60,
             lease_s=ledger.config.lease_s,
         )  # fmt: skip
+        self.wanted: set[str] = set()  # adapters that operators want served
         self.is_sound = True
         self.num_engine_dead = 0
         meter = JobMeter(self.metrics)
         self.clock_s = 0.0
         self.circuit = Circuit(self._proves, meter.fell_sick, clock=lambda: self.clock_s)
         self.pipeline = Pipeline(
-            served=Served("default", Serving()),
+            served=Served("default", Serving(), lambda adapter: adapter in self.wanted),
             ledger=ledger,
             attempts=self.attempts,
             media=self.media,

@@ -529,3 +529,22 @@ def test_what_no_job_may_survive_escapes_and_leaves_nothing_behind(worker: Worke
     assert len(worker.attempts) == 0, "nobody renews the lease: a reaper finds the job"
     assert worker.memory_budget.stats().num_bytes == 0
     assert worker.view(claim.job_id).status is JobStatus.IN_PROGRESS
+
+
+def test_a_job_for_an_adapter_that_comes_later_goes_back_uncharged(worker: Worker) -> None:
+    worker.wanted.add("red")
+    claim = worker.claim(model="default:red")
+    worker.run(claim)
+    view = worker.ledger.view(claim.job_id)
+    assert view is not None
+    assert view.status is JobStatus.QUEUED
+    assert event_types(worker.ledger.client, claim.job_id)[-1] == "job.retrying"
+    assert worker.ledger.client.hget(names.job_key(claim.job_id), "retries") == "0"
+    other = worker.claim(model="default:blue")
+    worker.run(other)
+    failed = worker.ledger.view(other.job_id)
+    assert failed is not None
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.message) == (
+        ErrorCode.INVALID_REQUEST, "model: no adapter 'blue' of 'default' is served",
+    )  # fmt: skip

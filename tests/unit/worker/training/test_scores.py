@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from worker.training.scores import Answered, ScoreReport, is_better, normalise, score
+from api_stub.contract.promotion import is_better
+from worker.training.scores import Answered, ScoreReport, normalise, score
 
 
 def scored(text: str, *references: str) -> ScoreReport:
