@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from api_stub.client.client import Client
 from api_stub.contract.conversation import MediaPart, Role, TextPart, Turn
+from api_stub.contract.event import JobStarted
 from api_stub.ledger.ledger import Ledger
 from api_stub.ledger.settings import LedgerConfig
 from tests.e2e.scenes import Question, stored_questions
@@ -258,9 +259,11 @@ def test_a_broken_checkpoint_is_given_up_and_nothing_fails(
     assert words in promoted.stderr
     eventually(lambda: {each.number for each in ledger.serving(MODEL).values()} == {2}, 30.0, "all know it")
     assert checkpoints(ledger) == {first.digest}
-    question = questions[1]
-    job = client.vqa(question.uri, question=question.text, model=MODEL, max_new_tokens=NUM_TOKENS)
-    answered.append((question, job.result(timeout=60)))
+    asked = questions * 3  # so many that both workers take some
+    jobs = [client.vqa(each.uri, question=each.text, model=MODEL, max_new_tokens=NUM_TOKENS) for each in asked]
+    answered += [(each, job.result(timeout=60)) for each, job in zip(asked, jobs, strict=True)]
+    started = {event.worker for job in jobs for event in job.events() if isinstance(event, JobStarted)}
+    assert len(started) == 2
     for question, result in answered:
         assert (result.checkpoint, result.text) == (first.digest, first.answers[name(question)])
 
